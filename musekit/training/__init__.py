@@ -1,0 +1,1 @@
+"""The training floor: configuration, optimizer, EMA, the trainer and its callbacks."""

@@ -1,0 +1,119 @@
+"""Two processes: they mask differently, average correctly, keep equal weights, and stop together."""
+import multiprocessing
+import os
+import signal
+import socket
+
+import pytest
+import torch
+
+from musekit.training.callbacks import Callback, Checkpoint, Evaluate, Log, read_log
+from musekit.training.resume import checkpoints, latest_checkpoint
+from musekit.training.trainer import MicroBatch
+from toy_training import all_weights, tiny_trainer, write_data
+
+children = multiprocessing.get_context("forkserver")
+children.set_forkserver_preload(["musekit.training.callbacks", "musekit.data.encoded", "musekit.models.uvit", "transformers.optimization", "torch._dynamo"])
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def launch(function, folder, data, processes=2):
+    "Runs `function(folder, data, result_path)` in each process; gives what they saved."
+    port = free_port()
+    started = [children.Process(target=enter, args=(function, str(folder), str(data), rank, processes, port)) for rank in range(processes)]
+    for child in started:
+        child.start()
+    for child in started:
+        child.join(120)
+    assert [child.exitcode for child in started] == [0] * processes
+    return [torch.load(f"{folder}/rank{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+def enter(function, folder, data, rank, processes, port):
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+    }
+    os.makedirs(folder, exist_ok=True)
+    torch.save(function(folder, data, rank), f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "train.parquet")
+
+
+def one_step(folder, data, rank):
+    trainer = tiny_trainer(folder, data, "training.max_grad_norm=null", callbacks=[])
+    for module in trainer.network.modules():
+        module.p = 0.0 if isinstance(module, torch.nn.Dropout) else getattr(module, "p", None)
+    seen = []
+    make = trainer.make_micro_batch
+    trainer.make_micro_batch = lambda *args, **kwargs: seen.append(make(*args, **kwargs)) or seen[-1]
+    trainer.train_step()
+    return {
+        "gradient": torch.cat([p.grad.flatten() for p in trainer.network.parameters()]), "weights": all_weights(trainer),
+        "masks": torch.cat([m.tokens.mask for m in seen]), "input_ids": torch.cat([m.tokens.input_ids for m in seen]),
+        "labels": torch.cat([m.tokens.labels for m in seen]),
+        "conditions": {name: torch.cat([m.conditions[name] for m in seen]) for name in seen[0].conditions},
+        "loss": trainer.metrics["loss"], "ids": torch.cat([m.tokens.labels.where(m.tokens.mask, m.tokens.input_ids) for m in seen]),
+    }
+
+
+def test_gradient_is_that_of_one_large_batch(data, tmp_path):
+    first, second = launch(one_step, tmp_path / "two", data)
+    assert not torch.equal(first["masks"], second["masks"])
+    assert not torch.equal(first["ids"], second["ids"])
+    assert torch.equal(first["weights"], second["weights"])
+    assert torch.equal(first["gradient"], second["gradient"])
+
+    trainer = tiny_trainer(tmp_path / "one", data, callbacks=[])
+    both = lambda name: torch.cat([first[name], second[name]])
+    from musekit.masking import MaskedTokens
+
+    tokens = MaskedTokens(both("input_ids"), both("labels"), both("masks"), torch.zeros(12), None)
+    conditions = {name: torch.cat([first["conditions"][name], second["conditions"][name]]) for name in first["conditions"]}
+    loss = trainer.loss(trainer.network.eval(), MicroBatch(tokens, conditions))
+    loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in trainer.network.parameters()])
+    assert torch.allclose(gradient, first["gradient"], atol=1e-6)
+    assert abs((first["loss"] + second["loss"]) / 2 - loss) < 1e-6
+
+
+class StopOne(Callback):
+    "SIGTERM reaches one process only."
+
+    def on_step(self, trainer):
+        if trainer.step == 4 and trainer.accelerator.process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stopped(folder, data, rank):
+    trainer = tiny_trainer(folder, data, callbacks=[Log(2), StopOne(), Checkpoint(100)]).fit()
+    return {"step": trainer.step, "weights": all_weights(trainer)}
+
+
+def whole(folder, data, rank):
+    trainer = tiny_trainer(folder, data, callbacks=[Log(2), Evaluate(5), Checkpoint(100)])
+    batches = [batch for _, batch in zip(range(3 - rank), trainer.data(0))]  # processes with different numbers of batches
+    trainer.eval_batches = batches
+    trainer.fit()
+    return {"step": trainer.step, "weights": all_weights(trainer)}
+
+
+def test_processes_stop_and_resume_together(data, tmp_path):
+    first, second = launch(stopped, tmp_path / "run", data)
+    assert first["step"] == second["step"] < 12
+    assert latest_checkpoint(tmp_path / "run").name == f"checkpoint-{first['step']}"
+    resumed = launch(whole, tmp_path / "run", data)
+    calm = launch(whole, tmp_path / "calm", data)
+    assert torch.equal(resumed[0]["weights"], resumed[1]["weights"])
+    assert torch.equal(resumed[0]["weights"], calm[0]["weights"])
+    assert checkpoints(tmp_path / "calm")[-1].name == "checkpoint-12"
+    assert [line["eval_examples"] for line in read_log(tmp_path / "calm") if "eval_loss" in line] == [15, 15, 15]
