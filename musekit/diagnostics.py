@@ -69,22 +69,23 @@ def image_entropy(logits: Tensor,  # (B, N, V), or the hidden rows (M, V)
     mean = _mean_per_image(_hidden_rows(logits, mask).softmax(-1), mask)
     return torch.special.entr(mean).sum(-1)
 
-# %% ../nbs/04_diagnostics.ipynb #9dbecb8c
+# %% ../nbs/04_diagnostics.ipynb #06dede06
 def image_cross_entropy(logits: Tensor,  # (B, N, V), or the hidden rows (M, V)
                         labels: Tensor,  # (B, N) int64; read where hidden
                         mask: Tensor,  # (B, N) bool, True where hidden
                         label_smoothing: float = 0.0  # as in training
                        ) -> Tensor:  # (B,) in nats
     "Mean cross-entropy over each image's hidden tokens."
-    losses = F.cross_entropy(_hidden_rows(logits, mask), labels[mask], label_smoothing=label_smoothing, reduction="none")
+    rows = _hidden_rows(logits, mask)
+    losses = F.cross_entropy(rows, labels[mask], label_smoothing=label_smoothing, reduction="none")
     return _mean_per_image(losses, mask)
 
-# %% ../nbs/04_diagnostics.ipynb #48bdcc79
+# %% ../nbs/04_diagnostics.ipynb #15da0e66
 def token_probability_histogram(logits: Tensor,  # (B, N, V), or the hidden rows (M, V)
                                 mask: Tensor,  # (B, N) bool, True where hidden
                                 bins: int = 32,  # of equal width in the logarithm
-                                lowest: float = -8.0  # decimal logarithm; what is below goes into the first bin
-                               ) -> Tensor:  # (10, bins) float32, rows add up to 1, nan where there is no image
+                                lowest: float = -8.0  # decimal logarithm, the first bin's edge
+                               ) -> Tensor:  # (10, bins) float32, rows sum to 1, nan where empty
     "Histogram of log10 of the predicted probabilities of all ids, per tenth of the masking ratio."
     log_probs = _hidden_rows(logits, mask).log_softmax(-1) / math.log(10)
     index = ((log_probs / -lowest + 1) * bins).long().clamp(0, bins - 1)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from .masking import IGNORE_INDEX
 
-# %% ../nbs/02_losses.ipynb #6976aa38
+# %% ../nbs/02_losses.ipynb #4ba320bf
 def _labelled(logits: Tensor, labels: Tensor, *others: Tensor) -> list[Tensor]:
     "Of the labelled positions: logits as (M, V), labels and whatever has their shape as (M,)."
     if logits.shape[:-1] != labels.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not belong together; "
-                         "logits have the shape of the labels and one axis more")
+        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not belong "
+                         "together; logits have the shape of the labels and one axis more")
     keep = labels != IGNORE_INDEX
     count = int(keep.sum())
     if count == 0:
@@ -34,7 +34,7 @@ def masked_cross_entropy(logits: Tensor,  # (..., V), e.g. (B, N, V), or the lab
                          label_smoothing: float = 0.0,  # in [0, 1], spread evenly over the V outputs
                          loss_weight: Tensor | None = None  # (...) weights of the labels; None: all equal
                         ) -> Tensor:  # scalar, float32
-    "Mean cross-entropy of the labelled tokens (Chang et al. 2022, equation 1), weighted if weights are given."
+    "Mean cross-entropy of the labelled tokens, weighted if asked (Chang et al. 2022, equation 1)."
     if loss_weight is not None and loss_weight.shape != labels.shape:
         raise ValueError(f"loss_weight {tuple(loss_weight.shape)} must have the shape of the labels "
                          f"{tuple(labels.shape)}")
@@ -77,7 +77,7 @@ def plot_memory(shares: list[float],  # masked share of each measurement
     plt.close(figure)
     return figure
 
-# %% ../nbs/02_losses.ipynb #787f736b
+# %% ../nbs/02_losses.ipynb #67f35bcd
 def soft_target_cross_entropy(logits: Tensor,  # (..., V)
                               soft_targets: Tensor,  # (..., V) distributions over the outputs
                               mask: Tensor  # (...) bool, the positions that count
@@ -85,7 +85,7 @@ def soft_target_cross_entropy(logits: Tensor,  # (..., V)
     "Mean cross-entropy against distributions instead of ids, over the masked tokens."
     if logits.shape != soft_targets.shape or logits.shape[:-1] != mask.shape:
         raise ValueError(f"logits {tuple(logits.shape)}, soft targets {tuple(soft_targets.shape)} and mask "
-                         f"{tuple(mask.shape)} do not belong together; the mask has one axis less than the others")
+                         f"{tuple(mask.shape)} do not belong together; the mask has one axis less")
     rows, targets = logits[mask], soft_targets[mask]
     if len(rows) == 0:
         raise ValueError(f"no masked token among {mask.numel()}; mask at least one token per row")

@@ -155,7 +155,7 @@ def loss_weights(mask: Tensor,  # (B, N) bool
     "Weights for a loss over all tokens: 1 - (1 - masked)(1 - ratio) * 0.7."
     return 1 - (1 - mask.float()) * (1 - ratio[:, None]) * 0.7
 
-# %% ../nbs/01_masking.ipynb #0c1c7fcb
+# %% ../nbs/01_masking.ipynb #9771afda
 @dataclass(frozen=True)
 class MaskedTokens:
     "A corrupted batch and what is to be learned from it."
@@ -199,10 +199,10 @@ def _wants_rectangles(config: MaskingConfig, generator: torch.Generator | None) 
 def _square(num_tokens: int) -> tuple[int, int]:
     side = round(num_tokens**0.5)
     if side * side != num_tokens:
-        raise ValueError(f"{num_tokens} tokens do not form a square; pass grid=(height, width) to mask rectangles")
+        raise ValueError(f"{num_tokens} tokens form no square; pass grid=(height, width) to mask rectangles")
     return side, side
 
-# %% ../nbs/01_masking.ipynb #ea68822f
+# %% ../nbs/01_masking.ipynb #4222100a
 def drop_conditions(conditions: dict[str, Tensor],  # each (B, ...)
                     unconditional: dict[str, Tensor],  # what a dropped row gets, by name, each without B
                     prob: float,  # share of the rows to drop, in [0, 1]
@@ -215,7 +215,7 @@ def drop_conditions(conditions: dict[str, Tensor],  # each (B, ...)
     if prob == 0:
         return conditions, torch.zeros(len(first), dtype=torch.bool, device=first.device)
     dropped = uniform_noise((len(first),), generator, first.device) < prob
-    replaced = {name: _replace_rows(name, conditions, value, dropped) for name, value in unconditional.items()}
+    replaced = {name: _replace_rows(name, conditions, row, dropped) for name, row in unconditional.items()}
     return {**conditions, **replaced}, dropped
 
 
@@ -224,6 +224,6 @@ def _replace_rows(name: str, conditions: dict[str, Tensor], value: Tensor, dropp
         raise ValueError(f"unconditional value for {name!r}, but the conditions are {sorted(conditions)}")
     given = conditions[name]
     if given.shape[1:] != value.shape:
-        raise ValueError(f"unconditional {name!r} has the shape {tuple(value.shape)}, a row of the conditions "
+        raise ValueError(f"unconditional {name!r} has the shape {tuple(value.shape)}, a given row "
                          f"{tuple(given.shape[1:])}; pad the empty prompt like any other")
     return torch.where(dropped.view(-1, *[1] * value.dim()), value.to(given), given)

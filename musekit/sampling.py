@@ -94,7 +94,7 @@ def guidance_weights(scale: float,  # the weight of the last step, and of every 
         raise ValueError(f"unknown guidance schedule {kind!r}; known are {sorted(ramps)}")
     return scale * ramps[kind]
 
-# %% ../nbs/03_sampling.ipynb #f5d23669
+# %% ../nbs/03_sampling.ipynb #d45447dd
 @torch.no_grad()
 def generate_ids(logits_fn: Callable[[Tensor, int], Tensor],  # (ids (B, N), step) -> logits (B, N, V)
                  input_ids: Tensor,  # (B, N) int64, the mask id where unknown
@@ -141,14 +141,15 @@ def _unknown_tokens(input_ids: Tensor, mask_token_id: int, noise_type: str, unkn
     if unknown is None:
         return input_ids == mask_token_id
     if unknown.shape != input_ids.shape:
-        raise ValueError(f"unknown {tuple(unknown.shape)} must have the shape of input_ids {tuple(input_ids.shape)}")
+        raise ValueError(f"unknown {tuple(unknown.shape)} must have the shape of input_ids "
+                         f"{tuple(input_ids.shape)}")
     return unknown
 
 
 def _image_logits(logits: Tensor, mask_token_id: int, codebook_size: int | None) -> Tensor:
     if codebook_size is None and logits.shape[-1] > mask_token_id:
-        raise ValueError(f"logits of width {logits.shape[-1]} reach the mask id {mask_token_id}, which must not be "
-                         "sampled; pass codebook_size, the number of image ids")
+        raise ValueError(f"logits of width {logits.shape[-1]} reach the mask id {mask_token_id}, which must "
+                         "not be sampled; pass codebook_size, the number of image ids")
     return logits[..., :codebook_size]
 
 # %% ../nbs/03_sampling.ipynb #3eeb8b9f

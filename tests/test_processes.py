@@ -1,5 +1,4 @@
 """Two processes: they mask differently, average correctly, keep equal weights, and stop together."""
-import multiprocessing
 import os
 import signal
 import socket
@@ -10,11 +9,7 @@ import torch
 from musekit.training.callbacks import Callback, Checkpoint, Evaluate, Log, read_log
 from musekit.training.resume import checkpoints, latest_checkpoint
 from musekit.training.trainer import MicroBatch
-from toy_training import all_weights, tiny_trainer, write_data
-
-children = multiprocessing.get_context("forkserver")
-children.set_forkserver_preload(["musekit.training.callbacks", "musekit.data.encoded", "musekit.models.uvit", "transformers.optimization", "torch._dynamo"])
-
+from toy_training import CHILDREN, all_weights, tiny_trainer, write_data
 
 def free_port():
     with socket.socket() as s:
@@ -25,7 +20,7 @@ def free_port():
 def launch(function, folder, data, processes=2):
     "Runs `function(folder, data, result_path)` in each process; gives what they saved."
     port = free_port()
-    started = [children.Process(target=enter, args=(function, str(folder), str(data), rank, processes, port)) for rank in range(processes)]
+    started = [CHILDREN.Process(target=enter, args=(function, str(folder), str(data), rank, processes, port)) for rank in range(processes)]
     for child in started:
         child.start()
     for child in started:

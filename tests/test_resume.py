@@ -1,6 +1,5 @@
 """A run that is killed again and again ends with the same bits as one that never was."""
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -13,11 +12,7 @@ import musekit.training.callbacks as callbacks_module
 import musekit.training.trainer as trainer_module
 from musekit.training.callbacks import Callback, Checkpoint, Log, read_log
 from musekit.training.resume import PARTIAL, checkpoints
-from toy_training import SAVE_EVERY, STEPS, tiny_trainer, write_data
-
-# a server that has imported everything once; each child is a fresh process forked from it
-children = multiprocessing.get_context("forkserver")
-children.set_forkserver_preload(["musekit.training.callbacks", "musekit.data.encoded", "musekit.models.uvit", "transformers.optimization", "torch._dynamo"])
+from toy_training import CHILDREN, SAVE_EVERY, STEPS, tiny_trainer, write_data
 
 
 def die():
@@ -72,7 +67,7 @@ class Slow(Callback):
 
 
 def run(folder, data, moment=""):
-    child = children.Process(target=live, args=(str(folder), str(data), moment))
+    child = CHILDREN.Process(target=live, args=(str(folder), str(data), moment))
     child.start()
     if moment == "slow":  # killed from outside, at whatever point it is
         while not (folder / "log.jsonl").is_file() or read_log(folder)[-1]["step"] < 10:

@@ -6,7 +6,7 @@
 __all__ = ['train_tokenizer', 'TextEncoder', 'ClipTrainingConfig', 'build_clip', 'contrastive_loss', 'retrieval_accuracy',
            'train_clip', 'plot_clip_training', 'plot_similarity']
 
-# %% ../../nbs/23_data.conditions.ipynb #d09a802d
+# %% ../../nbs/23_data.conditions.ipynb #d85b1ce2
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,21 +14,28 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from tokenizers import pre_tokenizers
+from tokenizers import pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig, AutoTokenizer, CLIPConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel,
 )
 
-# %% ../../nbs/23_data.conditions.ipynb #95dd9e6f
-def train_tokenizer(captions: Iterable[str], vocab_size: int = 600, max_seq_length: int = 32) -> CLIPTokenizer:
+# %% ../../nbs/23_data.conditions.ipynb #60f3fd4a
+def train_tokenizer(captions: Iterable[str], vocab_size: int = 1000, max_seq_length: int = 32) -> CLIPTokenizer:
     "A CLIP tokenizer whose byte-pair merges (Sennrich 2016) are learned from `captions`."
-    trained = CLIPTokenizer().train_new_from_iterator(iter(captions), vocab_size, show_progress=False)
-    model = json.loads(trained.backend_tokenizer.to_str())["model"]
-    vocab, merges = model["vocab"], [tuple(pair) for pair in model["merges"]]
-    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocab.setdefault(f"{letter}</w>", len(vocab))
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_seq_length)
+    empty = CLIPTokenizer()
+    backend, letters = empty.backend_tokenizer, sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < 2 * len(letters) + 2:
+        raise ValueError(f"vocab_size={vocab_size}: every byte alone takes at least {2 * len(letters) + 2}")
+    # Given beforehand, the letters that end a word get the same ids in every run, and ties between pairs fall the same way.
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False,
+        special_tokens=[empty.bos_token, empty.eos_token, *(f"{letter}</w>" for letter in letters)],
+    )
+    backend.train_from_iterator(iter(captions), trainer)
+    model = json.loads(backend.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=max_seq_length)
 
 # %% ../../nbs/23_data.conditions.ipynb #66623825
 _TEXT_MODELS = {("clip", True): CLIPTextModelWithProjection, ("clip", False): CLIPTextModel, ("t5", False): T5EncoderModel}
@@ -111,7 +118,7 @@ class TextEncoder(nn.Module):
         empty = {name: rows[0] for name, rows in self([""]).items()}
         return {name: torch.zeros_like(row) for name, row in empty.items()} if zeros else empty
 
-# %% ../../nbs/23_data.conditions.ipynb #8d8ae508
+# %% ../../nbs/23_data.conditions.ipynb #e5a93e2d
 @dataclass
 class ClipTrainingConfig:
     "Size and training of a small CLIP."
@@ -123,7 +130,7 @@ class ClipTrainingConfig:
     patch_size: int = 8  # pixels
     projection_dim: int = 64
     max_seq_length: int = 24
-    vocab_size: int = 600
+    vocab_size: int = 1000  # 514 of them single bytes and marks
     seed: int = 0
 
 

@@ -6,11 +6,12 @@
 __all__ = ['prepare_image', 'plot_batch', 'ImageTextConfig', 'ShardReader', 'TrainingStream', 'plot_order', 'ImageTextDataset',
            'ImageTextLoader', 'make_loader']
 
-# %% ../../nbs/22_data.image_text.ipynb #0c463387
+# %% ../../nbs/22_data.image_text.ipynb #b623e63f
 import io
 import os
 import random
 import tarfile
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def prepare_image(
         pixels = pixels[:, ::-1]
     return pixels, (top, left), (width, height)
 
-# %% ../../nbs/22_data.image_text.ipynb #336d9885
+# %% ../../nbs/22_data.image_text.ipynb #826d1b81
 def plot_batch(batch: dict, columns: int = 6):
     "The images of a batch with their captions."
     count = len(batch["text"])
@@ -65,7 +66,7 @@ def plot_batch(batch: dict, columns: int = 6):
         axis.axis("off")
         if place < count:
             axis.imshow(batch["pixel_values"][place].permute(1, 2, 0))
-            axis.set_title(batch["text"][place], fontsize=7, wrap=True)
+            axis.set_title(textwrap.fill(batch["text"][place], 24), fontsize=7)
     figure.tight_layout()
     return figure
 

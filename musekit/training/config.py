@@ -45,7 +45,7 @@ def _refuse_unknown(given, section=Config, path=""):
                 raise ValueError(f"{full}={value!r} is a section; give its keys, such as {known_keys(types[name], full)[0]}=...")
             _refuse_unknown(value, types[name], full)
 
-# %% ../../nbs/31_training.config.ipynb #c1abcd54
+# %% ../../nbs/31_training.config.ipynb #515a0a8a
 OLD_KEYS = {  # without effect -> what counts instead
     "dataset.params.batch_size": "training.batch_size",
     "dataset.params.resolution": "dataset.preprocessing.resolution",
@@ -57,33 +57,36 @@ OLD_KEYS = {  # without effect -> what counts instead
 }
 
 
-def _modernise(given: DictConfig):
-    "Takes old keys out of a merged, still untyped configuration and moves the one that moved."
-    for name in [name for name, value in given.items_ex(resolve=False) if value is None]:
-        del given[name]  # an empty section
-    old = [name for name in OLD_KEYS if OmegaConf.select(given, name, throw_on_missing=False) is not None]
-    if old:
-        told = ", ".join(f"{name} ({OLD_KEYS[name]} counts)" for name in old)
-        warnings.warn(f"Old keys without effect: {told}.", stacklevel=3)
-    for name in OLD_KEYS:
-        _remove(given, name)
+def _modernise(given: dict):
+    "Moves what moved, in the plain dict of what a user gave."
     _move(given, "training.mask_schedule", "mask_schedule.schedule")
     _move(given, "data", "dataset.params.train_shards_path_or_url")
 
 
-def _remove(given, name):
-    parent, _, key = name.rpartition(".")
-    node = OmegaConf.select(given, parent) if parent else given
-    return node.pop(key, None) if isinstance(node, DictConfig) else None
+def _drop_old(full: dict):
+    "Takes old keys out, with one warning for all of them."
+    old = [name for name in OLD_KEYS if _pop(full, name) is not None]
+    if old:
+        told = ", ".join(f"{name} ({OLD_KEYS[name]} counts)" for name in old)
+        warnings.warn(f"Old keys without effect: {told}.", stacklevel=3)
+
+
+def _pop(tree, name):
+    *parents, key = name.split(".")
+    for parent in parents:
+        tree = tree.get(parent) if isinstance(tree, dict) else None
+    return tree.pop(key, None) if isinstance(tree, dict) else None
 
 
 def _move(given, old, new):
-    value = _remove(given, old)
+    value, (*parents, key) = _pop(given, old), new.split(".")
     if value is None:
         return
-    if OmegaConf.select(given, new, default=value, throw_on_missing=False) not in (value, None):
-        raise ValueError(f"{old}={value!r} and {new}={OmegaConf.select(given, new)!r} contradict each other; keep one.")
-    OmegaConf.update(given, new, value)
+    for parent in parents:
+        given = given.setdefault(parent, {})
+    if given.get(key) not in (None, value):
+        raise ValueError(f"{old}={value!r} and {new}={given[key]!r} contradict each other; keep one.")
+    given[key] = value
 
 # %% ../../nbs/31_training.config.ipynb #1379526c
 NOT_YET = {  # key -> the values that work
@@ -106,21 +109,14 @@ def _refuse_not_yet(config):
             allowed = " or ".join(repr(v) for v in works)
             raise ValueError(f"{name}={value!r} is not implemented in this version; set {name} to {allowed}.")
 
-# %% ../../nbs/31_training.config.ipynb #2e7120cb
+# %% ../../nbs/31_training.config.ipynb #25581408
 def load_config(
     path: str | Path | None = None,  # a YAML file; None = defaults alone
     overrides: list[str] = (),  # such as "training.batch_size=8" or "data=digits"
 ) -> Config:
     "Merges defaults, a YAML file and overrides; raises a `ValueError` that names the key for whatever cannot be."
-    given = OmegaConf.merge(_read_yaml(path), _read_overrides(overrides))
-    _modernise(given)
-    _refuse_unknown(OmegaConf.to_container(given))
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), given)
-        missing = sorted(OmegaConf.missing_keys(merged))
-        if missing:
-            raise ValueError(f"Required and not given: {', '.join(missing)}. Set them in the YAML file or as key=value.")
-        config = OmegaConf.to_object(merged)
+        config = _merge(_read_yaml(path), _read_overrides(overrides))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
         raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
@@ -129,6 +125,28 @@ def load_config(
     config.check("")
     _refuse_not_yet(config)
     return config
+
+
+def _merge(*layers):
+    schema = OmegaConf.structured(Config)
+    given = _without_empty(OmegaConf.to_container(OmegaConf.merge(*layers)))
+    _modernise(given)
+    defaults = OmegaConf.create(OmegaConf.to_container(schema))
+    full = OmegaConf.to_container(OmegaConf.merge(defaults, given), resolve=True)
+    _drop_old(full)
+    _refuse_unknown(full)
+    merged = OmegaConf.merge(schema, full)
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        raise ValueError(f"Required and not given: {', '.join(missing)}. Set them in the YAML file or as key=value.")
+    return OmegaConf.to_object(merged)
+
+
+def _without_empty(given, section=Config):
+    "Leaves out sections that a file names and leaves empty."
+    inner = {key.name: key.type for key in dataclasses.fields(section) if dataclasses.is_dataclass(key.type)}
+    kept = {name: value for name, value in given.items() if value is not None or name not in inner}
+    return {k: _without_empty(v, inner[k]) if k in inner and isinstance(v, dict) else v for k, v in kept.items()}
 
 
 def _read_yaml(path):

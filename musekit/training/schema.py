@@ -53,7 +53,7 @@ class Section:
 def _each(value):
     return value if isinstance(value, (list, tuple)) else [value]
 
-# %% ../../nbs/30_training.schema.ipynb #497a9bec
+# %% ../../nbs/30_training.schema.ipynb #d821792f
 def _every(default, what):
     return _key(default, f"steps between {what}; null = never", low=1)
 
@@ -80,6 +80,11 @@ class Experiment(Section):
     resume_lr_scheduler: bool = _key(True, "a resume goes on with the learning-rate schedule")
     dont_resume_optimizer: bool = _key(False, "a resume starts with a fresh optimizer")
     checkpoints_total_limit: Optional[int] = _key(None, "checkpoints kept", low=1)
+
+    def check(self, path):
+        super().check(path)
+        if not isinstance(self.resume_from_checkpoint or "", str):
+            raise ValueError(f"{path}.resume_from_checkpoint={self.resume_from_checkpoint!r} names no checkpoint; use latest, a folder or null.")
 
 
 @dataclass
@@ -124,7 +129,7 @@ class Model(Section):
                 f"vocab_size={vocabulary}; vocab_size must be at least {codebook + 1}."
             )
 
-# %% ../../nbs/30_training.schema.ipynb #ec4cbdab
+# %% ../../nbs/30_training.schema.ipynb #477dc605
 @dataclass
 class DatasetParams(Section):
     "Where the samples are and which of them count."
@@ -147,6 +152,13 @@ class DatasetParams(Section):
     is_ds_clean: bool = _key(False, "2x2 sheets")
     is_ds_clean_upscaled: bool = _key(False, "upscaled single images")
     imagenet_class_mapping_path: Optional[str] = _key(None, "JSON from class ids to names")
+
+    def check(self, path):
+        super().check(path)
+        for key in ("train_shards_path_or_url", "eval_shards_path_or_url"):
+            value = getattr(self, key)
+            if value is not None and not all(isinstance(v, str) for v in _each(value)):
+                raise ValueError(f"{path}.{key}={value!r} must be a text or a list of texts.")
 
 
 @dataclass

@@ -27,7 +27,7 @@ from musekit.training.resume import (
     STATE_FILE, endless_batches, find_checkpoint, latest_checkpoint, step_seed, stop_on_signals,
 )
 
-# %% ../../nbs/33_training.trainer.ipynb #4057e211
+# %% ../../nbs/33_training.trainer.ipynb #5e4232d6
 def make_accelerator(config: Config) -> Accelerator:
     "Accelerate for this configuration: precision, accumulation, trackers, TF32, DeepSpeed's micro-batch size."
     training, experiment = config.training, config.experiment
@@ -36,6 +36,9 @@ def make_accelerator(config: Config) -> Accelerator:
         mixed_precision=training.mixed_precision, log_with=list(experiment.trackers) or None,
         project_dir=experiment.output_dir, step_scheduler_with_optimizer=False,
     )
+    absent = set(experiment.trackers) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
+    if absent:
+        raise ValueError(f"experiment.trackers names {', '.join(sorted(absent))}, whose library is not installed here.")
     deepspeed = accelerator.state.deepspeed_plugin
     if deepspeed is not None:
         deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = training.batch_size
