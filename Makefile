@@ -1,18 +1,36 @@
-# Everything runs in .venv; the stamp file says that its packages match constraints.txt, settings.ini and setup.py.
+# Everything runs in .venv. The stamp file says that its packages match constraints.txt, settings.ini and setup.py.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-THREADS := OMP_NUM_THREADS=1
+WORKERS ?= 2
 
 .PHONY: help setup demo test lab readme clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 $(STAMP): constraints.txt settings.ini setup.py
+	@echo "Setting up .venv (once; a minute or more) ..."
+	$(PYTHON) -c 'import sys; sys.exit("musekit needs Python 3.10 or later; try make PYTHON=python3.12") if sys.version_info < (3, 10) else 0'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 setup: $(STAMP) ## create .venv with the pinned packages
+
+demo: $(STAMP) ## train on real handwriting and draw from unseen prompts (about 10 minutes on 2 cores)
+	$(BIN)/musekit demo $(ARGS)
+
+lab: $(STAMP) ## open JupyterLab on the notebooks
+	$(BIN)/jupyter lab nbs
+
+readme: $(STAMP) ## make README.md from nbs/index.ipynb
+	$(BIN)/python tests/readme.py --write
+
+test: $(STAMP) ## notebooks clean, package and README in sync, notebooks and tests pass
+	$(BIN)/python tests/in_sync.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS) --timing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests
+
+clean: ## remove the environment and what runs have left
+	rm -rf .venv runs build dist *.egg-info

@@ -43,7 +43,7 @@ def draw(coverage: np.ndarray, ink: str, paper: str, size: int = 32) -> Image.Im
     colour = covered * np.array(INKS[ink], np.float32) + (1 - covered) * np.array(PAPERS[paper], np.float32)
     return Image.fromarray(colour.round().astype(np.uint8))
 
-# %% ../../nbs/25_data.digits.ipynb #8c78e7ae
+# %% ../../nbs/25_data.digits.ipynb #131e61ee
 def plot_digits(samples: list[dict], columns: int = 8):
     "The pictures of samples with their captions."
     rows = -(-len(samples) // columns)
@@ -51,7 +51,7 @@ def plot_digits(samples: list[dict], columns: int = 8):
     for axis in axes.flat:
         axis.axis("off")
     for axis, sample in zip(axes.flat, samples):
-        axis.imshow(sample["image"])
+        axis.imshow(sample["image"], interpolation="nearest")
         axis.set_title(sample["text"], fontsize=6)
     figure.tight_layout(pad=0.3)
     return figure

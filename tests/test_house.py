@@ -1,0 +1,81 @@
+"""The order of the rooms: what may import what, and what an import costs."""
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
+PACKAGE = ROOT / "musekit"
+
+
+def exported_from() -> dict[str, int]:
+    """Module name -> place of its notebook, in file-name order."""
+    places = {}
+    for path in PACKAGE.rglob("*.py"):
+        found = re.search(r"File to edit: \S*nbs/(\S+\.ipynb)", path.read_text(encoding="utf-8"))
+        if found:
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            places[module] = [notebook.name for notebook in NOTEBOOKS].index(found[1])
+    return places
+
+
+def imports_of(module: str) -> set[str]:
+    """Modules of this package that a module imports, whatever the form of the statement."""
+    path, names = (ROOT / module.replace(".", "/")).with_suffix(".py"), set()
+    package = module.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            target = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+            names |= {target} | {f"{target}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.startswith("musekit.")}
+
+
+PLACES = exported_from()
+
+
+def test_every_exporting_notebook_has_its_module():
+    assert len(PLACES) == len(set(PLACES.values())) >= 20
+
+
+@pytest.mark.parametrize("module", PLACES)
+def test_a_module_imports_only_from_lower_notebooks(module):
+    higher = {name for name in imports_of(module) & PLACES.keys() if PLACES[name] >= PLACES[module]}
+    assert not higher, f"{module} imports {higher}, which come later in the book"
+
+
+def test_no_two_notebooks_share_a_number():
+    numbers = [path.name[:2] for path in NOTEBOOKS]
+    assert len(set(numbers)) == len(numbers), numbers
+
+
+@pytest.mark.parametrize("module", PLACES)
+def test_modules_stay_short(module):
+    assert len((ROOT / module.replace(".", "/")).with_suffix(".py").read_text().splitlines()) <= 350
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*(name for name in sys.modules if '.' not in name))"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+@pytest.mark.parametrize("statement", ["import musekit", "import musekit.cli"])
+def test_import_is_instant(statement):
+    assert not loaded_by(statement) & {"torch", "transformers", "accelerate", "numpy", "matplotlib", "sklearn"}
+
+
+def test_package_needs_no_notebook_tools():
+    everything = "; ".join(f"import {module}" for module in PLACES)
+    assert not loaded_by(everything) & {"nbdev", "fastcore", "execnb", "IPython", "jupyterlab"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebook_is_small_and_holds_no_widget_state(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text) < 300_000 and '"widgets"' not in text
