@@ -1,4 +1,4 @@
-"""Parity of the U-ViT and of VQGAN with the numbers of the published implementation, and how their files are read."""
+"""Parity of the U-ViT and VQGAN with the published implementation, and reading and writing model files."""
 import json
 import os
 import pickle
@@ -16,6 +16,7 @@ from musekit.models.uvit import MaskGiTUViT
 from musekit.models.vqgan import VQGANModel
 
 UVITS = ("uvit", "uvit_downsample")
+ROOT = Path(__file__).parent.parent
 
 
 def read(golden, model_class, name):
@@ -24,8 +25,9 @@ def read(golden, model_class, name):
 
 
 def logits_of(model, io, **keywords):
+    inputs = [io[key] for key in ("input_ids", "encoder_hidden_states", "cond_embeds", "micro_conds")]
     with torch.no_grad():
-        return model(io["input_ids"], io["encoder_hidden_states"], io["cond_embeds"], io["micro_conds"], **keywords)
+        return model(*inputs, **keywords)
 
 
 @pytest.mark.parametrize("name", UVITS)
@@ -65,7 +67,8 @@ def test_uvit_losses(golden, name, rows):
 @pytest.mark.parametrize("name", UVITS)
 def test_uvit_weighted_loss_over_all_tokens(golden, name):
     model, io = read(golden, MaskGiTUViT, name)
-    loss = masked_cross_entropy(logits_of(model, io), io["image_tokens"], label_smoothing=0.1, loss_weight=io["loss_weight"])
+    logits, weights = logits_of(model, io), io["loss_weight"]
+    loss = masked_cross_entropy(logits, io["image_tokens"], label_smoothing=0.1, loss_weight=weights)
     assert loss.item() == pytest.approx(io["loss_weighted_all_tokens_ls_0_1"].item(), abs=1e-5)
 
 
@@ -90,14 +93,14 @@ def test_vqgan(golden):
     assert (from_ids - io["decoded"]).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("model_class, name", [(MaskGiTUViT, "uvit"), (MaskGiTUViT, "uvit_downsample"), (VQGANModel, "vqgan")])
+@pytest.mark.parametrize("model_class, name", [*((MaskGiTUViT, uvit) for uvit in UVITS), (VQGANModel, "vqgan")])
 def test_saved_as_safetensors_it_is_the_same_model(golden, tmp_path, model_class, name):
     model = model_class.from_pretrained(golden / name)
     model.save_pretrained(tmp_path / "saved")
     again = model_class.from_pretrained(tmp_path / "saved")
     assert again.config == model.config
     published = load_weights(golden / name)
-    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["config.json", "model.safetensors"]
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {"config.json", "model.safetensors"}
     assert published.keys() == again.state_dict().keys()
     assert all(torch.equal(published[key], value) for key, value in again.state_dict().items())
 
@@ -107,8 +110,9 @@ def test_a_published_checkpoint_cut_into_shards(golden, tmp_path):
     weights = load_weights(golden / "uvit")
     weight_map = {key: f"diffusion_pytorch_model-{i % 3}.safetensors" for i, key in enumerate(weights)}
     for file in set(weight_map.values()):
-        save_file({key: weights[key].contiguous() for key in weights if weight_map[key] == file}, tmp_path / file)
-    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        save_file({key: weights[key] for key in weights if weight_map[key] == file}, tmp_path / file)
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
     (tmp_path / "config.json").write_text((golden / "uvit/config.json").read_text())
     sharded = MaskGiTUViT.from_pretrained(tmp_path)
     assert torch.equal(logits_of(sharded, io), logits_of(model, io))
@@ -148,7 +152,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path):
             with pytest.raises(ValueError, match="refused"):
                 Marker.from_pretrained(folder, strict=strict)
         assert not proof.exists()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(proof)))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(proof), protocol=2))
     with pytest.raises(ValueError, match="refused"):
         Marker.from_pretrained(folder)
     assert not proof.exists()
@@ -182,7 +186,7 @@ Marker().save_pretrained(sys.argv[1])
 
 def test_a_process_killed_while_saving_leaves_the_old_checkpoint(tmp_path):
     Marker().save_pretrained(tmp_path)
-    died = subprocess.run([sys.executable, "-c", SAVE_AND_DIE, str(tmp_path)], cwd=Path(__file__).parent.parent)
+    died = subprocess.run([sys.executable, "-c", SAVE_AND_DIE, str(tmp_path)], cwd=ROOT)
     assert died.returncode == 9
     assert torch.equal(Marker.from_pretrained(tmp_path).weight, torch.zeros(2))
     Marker().save_pretrained(tmp_path)
@@ -190,7 +194,7 @@ def test_a_process_killed_while_saving_leaves_the_old_checkpoint(tmp_path):
 
 
 def test_models_are_imported_without_the_hub_and_without_a_figure():
-    code = ("import sys, musekit.models.uvit, musekit.models.vqgan; "
-            "print([name for name in ('huggingface_hub', 'matplotlib', 'fastcore', 'transformers') if name in sys.modules])")
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    code = ("import sys, musekit.models.uvit, musekit.models.vqgan; print([name for name in "
+            "('huggingface_hub', 'matplotlib', 'fastcore', 'transformers') if name in sys.modules])")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert out.stdout.strip() == "[]", out.stdout + out.stderr

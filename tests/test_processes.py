@@ -6,10 +6,12 @@ import socket
 import pytest
 import torch
 
+from musekit.masking import MaskedTokens
 from musekit.training.callbacks import Callback, Checkpoint, Evaluate, Log, read_log
 from musekit.training.resume import checkpoints, latest_checkpoint
 from musekit.training.trainer import MicroBatch
 from toy_training import CHILDREN, all_weights, tiny_trainer, write_data
+
 
 def free_port():
     with socket.socket() as s:
@@ -47,7 +49,8 @@ def data(tmp_path_factory):
 def one_step(folder, data, rank):
     trainer = tiny_trainer(folder, data, "training.max_grad_norm=null", callbacks=[])
     for module in trainer.network.modules():
-        module.p = 0.0 if isinstance(module, torch.nn.Dropout) else getattr(module, "p", None)
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     seen = []
     make = trainer.make_micro_batch
     trainer.make_micro_batch = lambda *args, **kwargs: seen.append(make(*args, **kwargs)) or seen[-1]
@@ -70,8 +73,6 @@ def test_gradient_is_that_of_one_large_batch(data, tmp_path):
 
     trainer = tiny_trainer(tmp_path / "one", data, callbacks=[])
     both = lambda name: torch.cat([first[name], second[name]])
-    from musekit.masking import MaskedTokens
-
     tokens = MaskedTokens(both("input_ids"), both("labels"), both("masks"), torch.zeros(12), None)
     conditions = {name: torch.cat([first["conditions"][name], second["conditions"][name]]) for name in first["conditions"]}
     loss = trainer.loss(trainer.network.eval(), MicroBatch(tokens, conditions))

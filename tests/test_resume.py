@@ -70,7 +70,7 @@ def run(folder, data, moment=""):
     child = CHILDREN.Process(target=live, args=(str(folder), str(data), moment))
     child.start()
     if moment == "slow":  # killed from outside, at whatever point it is
-        while not (folder / "log.jsonl").is_file() or read_log(folder)[-1]["step"] < 10:
+        while child.is_alive() and max((line["step"] for line in read_log(folder)), default=0) < 10:
             time.sleep(0.05)
         child.kill()
     child.join(120)

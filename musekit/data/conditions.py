@@ -6,7 +6,7 @@
 __all__ = ['train_tokenizer', 'TextEncoder', 'ClipTrainingConfig', 'build_clip', 'contrastive_loss', 'retrieval_accuracy',
            'train_clip', 'plot_clip_training', 'plot_similarity']
 
-# %% ../../nbs/23_data.conditions.ipynb #d85b1ce2
+# %% ../../nbs/23_data.conditions.ipynb #45a3ea49
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,17 +17,20 @@ import torch
 from tokenizers import pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig, AutoTokenizer, CLIPConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel,
+    AutoConfig, AutoTokenizer, CLIPConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection,
+    CLIPTokenizer, T5EncoderModel,
 )
 
-# %% ../../nbs/23_data.conditions.ipynb #60f3fd4a
-def train_tokenizer(captions: Iterable[str], vocab_size: int = 1000, max_seq_length: int = 32) -> CLIPTokenizer:
+# %% ../../nbs/23_data.conditions.ipynb #5438106b
+def train_tokenizer(
+    captions: Iterable[str], vocab_size: int = 1000, max_seq_length: int = 32
+) -> CLIPTokenizer:
     "A CLIP tokenizer whose byte-pair merges (Sennrich 2016) are learned from `captions`."
     empty = CLIPTokenizer()
     backend, letters = empty.backend_tokenizer, sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < 2 * len(letters) + 2:
         raise ValueError(f"vocab_size={vocab_size}: every byte alone takes at least {2 * len(letters) + 2}")
-    # Given beforehand, the letters that end a word get the same ids in every run, and ties between pairs fall the same way.
+    # Given beforehand, letters that end a word have the same ids in every run, and ties fall the same way.
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False,
         special_tokens=[empty.bos_token, empty.eos_token, *(f"{letter}</w>" for letter in letters)],
@@ -37,48 +40,60 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 1000, max_seq_len
     merges = [tuple(pair) for pair in model["merges"]]
     return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=max_seq_length)
 
-# %% ../../nbs/23_data.conditions.ipynb #66623825
-_TEXT_MODELS = {("clip", True): CLIPTextModelWithProjection, ("clip", False): CLIPTextModel, ("t5", False): T5EncoderModel}
+# %% ../../nbs/23_data.conditions.ipynb #52121f7e
+_TEXT_MODELS = {
+    ("clip", True): CLIPTextModelWithProjection,
+    ("clip", False): CLIPTextModel,
+    ("t5", False): T5EncoderModel,
+}
 _LONGEST = 4096  # T5 has no limit of its own, and its tokenizer may call 10^30 one
 
 
 def _find_text_model(path):
-    "(model type, its subfolder, the tokenizer's): a pipeline keeps the two apart, a text model has both at its root."
+    "(model type, its subfolder, the tokenizer's): a pipeline has two folders, a text model all at its root."
     for model_folder, tokenizer_folder in (("text_encoder", "tokenizer"), ("", "")):
         try:
-            return AutoConfig.from_pretrained(path, subfolder=model_folder).model_type, model_folder, tokenizer_folder
+            config = AutoConfig.from_pretrained(path, subfolder=model_folder)
+            return config.model_type, model_folder, tokenizer_folder
         except (OSError, ValueError) as error:
             problem = error
-    raise FileNotFoundError(f"no text encoder in {path}: neither config.json nor text_encoder/config.json") from problem
+    message = f"no text encoder in {path}: neither config.json nor text_encoder/config.json"
+    raise FileNotFoundError(message) from problem
+
+
+def _token_ids(tokenizer, texts):
+    return tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 class TextEncoder(nn.Module):
     "A frozen text model with its tokenizer: prompts in, condition tensors out."
 
-    def __init__(self, model: nn.Module, tokenizer, *, max_seq_length: int | None = None, use_pooled: bool = False):
+    def __init__(self, model: nn.Module, tokenizer, *, max_seq_length: int | None = None, use_pooled=False):
         super().__init__()
-        self.model, self.tokenizer, self.use_pooled = model.eval().requires_grad_(False), tokenizer, use_pooled
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer, self.use_pooled = tokenizer, use_pooled
         self.max_seq_length = max_seq_length or tokenizer.model_max_length
         longest = getattr(model.config, "max_position_embeddings", _LONGEST)
         if not 2 <= self.max_seq_length <= longest:
-            raise ValueError(f"max_seq_length={self.max_seq_length}: this text model reads 2 to {longest} tokens; set it")
+            raise ValueError(f"max_seq_length={self.max_seq_length}: this model reads 2 to {longest}; set it")
         tokenizer.model_max_length = self.max_seq_length
 
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,  # folder or hub id: a text model with its tokenizer, or text_encoder/ and tokenizer/ subfolders
+        path: str | Path,  # folder or hub id: a text model, or text_encoder/ and tokenizer/
         kind: str = "clip",  # "clip" or "t5"
         *,
-        max_seq_length: int | None = None,  # tokens every prompt is padded or cut to; None takes the tokenizer's limit
+        max_seq_length: int | None = None,  # every prompt is padded or cut to it; None: the tokenizer's limit
         pad_token_id: int | None = None,  # another padding token than the tokenizer's, 0 included
         dtype: torch.dtype | None = None,  # None keeps the stored one
-        use_pooled: bool | None = None,  # also give the projected pooled embedding; None: CLIP does, T5 has none
+        use_pooled: bool | None = None,  # also the projected pooled embedding; None: CLIP yes, T5 no
     ) -> "TextEncoder":
         "Loads a text model in the layout of transformers or of a diffusers pipeline."
         use_pooled = kind == "clip" if use_pooled is None else use_pooled
         if (kind, use_pooled) not in _TEXT_MODELS:
-            raise ValueError(f"kind={kind!r} with use_pooled={use_pooled}: use 'clip', or 't5' without pooled embedding")
+            asked = f"kind={kind!r} with use_pooled={use_pooled}"
+            raise ValueError(f"{asked}: use 'clip', or 't5' without pooled embedding")
         model_type, model_folder, tokenizer_folder = _find_text_model(path)
         if kind not in model_type:
             raise ValueError(f"{path} holds a {model_type!r} model, not a {kind!r} one")
@@ -100,9 +115,7 @@ class TextEncoder(nn.Module):
 
     def tokenize(self, texts: list[str]) -> Tensor:
         "Token ids (B, L) int64, every text padded or cut to `max_seq_length`."
-        return self.tokenizer(
-            list(texts), padding="max_length", truncation=True, max_length=self.max_seq_length, return_tensors="pt"
-        ).input_ids
+        return _token_ids(self.tokenizer, texts)
 
     @torch.no_grad()
     def forward(self, texts: list[str]) -> dict[str, Tensor]:
@@ -118,7 +131,7 @@ class TextEncoder(nn.Module):
         empty = {name: rows[0] for name, rows in self([""]).items()}
         return {name: torch.zeros_like(row) for name, row in empty.items()} if zeros else empty
 
-# %% ../../nbs/23_data.conditions.ipynb #e5a93e2d
+# %% ../../nbs/23_data.conditions.ipynb #9fe3959e
 @dataclass
 class ClipTrainingConfig:
     "Size and training of a small CLIP."
@@ -136,8 +149,12 @@ class ClipTrainingConfig:
 
 def build_clip(tokenizer: CLIPTokenizer, image_size: int, config: ClipTrainingConfig) -> CLIPModel:
     "An untrained two-tower model for square images of `image_size` pixels."
-    tower = dict(hidden_size=config.hidden_size, intermediate_size=4 * config.hidden_size, num_attention_heads=2, num_hidden_layers=config.layers)
-    special = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    width = config.hidden_size
+    tower = dict(
+        hidden_size=width, intermediate_size=4 * width,
+        num_attention_heads=2, num_hidden_layers=config.layers,
+    )
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = dict(
         tower, vocab_size=len(tokenizer),
         max_position_embeddings=config.max_seq_length, projection_dim=config.projection_dim, **special,
@@ -148,9 +165,9 @@ def build_clip(tokenizer: CLIPTokenizer, image_size: int, config: ClipTrainingCo
     )
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.projection_dim))
 
-# %% ../../nbs/23_data.conditions.ipynb #0089d95d
+# %% ../../nbs/23_data.conditions.ipynb #6694f035
 def contrastive_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
-    "Radford (2021), figure 3, both directions; rows with the very same caption are all right answers and share the target."
+    "Radford (2021), figure 3, in both directions; rows with the very same caption share the target."
     same = (input_ids[:, None] == input_ids[None]).all(-1).to(logits.dtype)
     target = same / same.sum(-1, keepdim=True)
     return (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
@@ -161,14 +178,14 @@ def retrieval_accuracy(logits: Tensor, input_ids: Tensor) -> float:
     best = logits.argmax(-1)
     return (input_ids[best] == input_ids).all(-1).float().mean().item()
 
-# %% ../../nbs/23_data.conditions.ipynb #483027b6
+# %% ../../nbs/23_data.conditions.ipynb #d2c6849a
 def train_clip(
-    batches: Iterable[dict],  # endless, each with pixel_values (B, 3, R, R) and text, as `make_loader` gives them
+    batches: Iterable[dict],  # endless, with pixel_values (B, 3, R, R) and text, as `make_loader` gives them
     captions: Iterable[str],  # what the tokenizer is trained on
     out_folder: str | Path,
     config: ClipTrainingConfig | None = None,
 ) -> dict[str, list[float]]:
-    "Trains a small CLIP and its tokenizer and writes both to `out_folder`; gives loss and retrieval accuracy of every step."
+    "Trains and writes a small CLIP and its tokenizer; gives loss and retrieval accuracy of every step."
     config = config or ClipTrainingConfig()
     torch.manual_seed(config.seed)
     tokenizer = train_tokenizer(captions, config.vocab_size, config.max_seq_length)
@@ -178,17 +195,19 @@ def train_clip(
         if model is None:
             model = build_clip(tokenizer, pixels.shape[-1], config).train()
             optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=0.01)
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.1)
-        tokens = tokenizer(batch["text"], padding="max_length", truncation=True, max_length=config.max_seq_length, return_tensors="pt")
-        logits = model(input_ids=tokens.input_ids, pixel_values=pixels * 2 - 1).logits_per_image
-        loss = contrastive_loss(logits, tokens.input_ids)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.1
+            )
+        input_ids = _token_ids(tokenizer, batch["text"])
+        logits = model(input_ids=input_ids, pixel_values=pixels * 2 - 1).logits_per_image
+        loss = contrastive_loss(logits, input_ids)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         history["loss"].append(loss.item())
-        history["accuracy"].append(retrieval_accuracy(logits.detach(), tokens.input_ids))
+        history["accuracy"].append(retrieval_accuracy(logits.detach(), input_ids))
     if model is None:
         raise ValueError("no batch to train on")
     model.save_pretrained(out_folder)

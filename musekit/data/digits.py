@@ -22,12 +22,14 @@ from sklearn.datasets import load_digits
 
 from .packing import expand_urls, write_shards
 
-# %% ../../nbs/25_data.digits.ipynb #2a844a5e
+# %% ../../nbs/25_data.digits.ipynb #98d126c0
 INKS = {
     "red": (200, 25, 35), "green": (0, 120, 50), "blue": (25, 60, 200),
     "purple": (125, 25, 155), "orange": (235, 110, 0), "black": (25, 25, 25),
 }
-PAPERS = {"white": (250, 250, 250), "yellow": (255, 240, 140), "pink": (255, 200, 215), "grey": (205, 205, 205)}
+PAPERS = {
+    "white": (250, 250, 250), "yellow": (255, 240, 140), "pink": (255, 200, 215), "grey": (205, 205, 205),
+}
 COMBINATIONS = list(itertools.product(range(10), INKS, PAPERS))
 
 
@@ -74,9 +76,9 @@ def caption(digit: int, ink: str, paper: str, wording: int) -> str:
     "What the picture shows, in one of the eight wordings."
     return WORDINGS[wording].format(digit=digit, name=DIGIT_NAMES[digit], ink=ink, paper=paper)
 
-# %% ../../nbs/25_data.digits.ipynb #d3c60cc6
+# %% ../../nbs/25_data.digits.ipynb #644fd4bf
 def held_out_combinations() -> set[tuple[int, str, str]]:
-    "The 40 of 240 (digit, ink, paper) that only the test split holds: for every digit one ink on each paper, shifted from digit to digit."
+    "The 40 of 240 (digit, ink, paper) for testing: of every digit one ink on each paper, moving on by one."
     return {
         (digit, ink, paper)
         for digit in range(10)
@@ -85,13 +87,14 @@ def held_out_combinations() -> set[tuple[int, str, str]]:
         if (i + 2 * j + digit) % len(INKS) == 0
     }
 
-# %% ../../nbs/25_data.digits.ipynb #e64de5ad
+# %% ../../nbs/25_data.digits.ipynb #3023bb73
 def plot_held_out():
     "Which combinations training never sees: a panel per paper, a row per digit, a column per ink."
     unseen = held_out_combinations()
     figure, axes = plt.subplots(1, len(PAPERS), figsize=(7, 2.6), sharey=True)
     for axis, (paper, colour) in zip(axes, PAPERS.items()):
-        axis.set(title=f"on {paper}", xticks=range(len(INKS)), yticks=range(10), xlim=(-0.6, 5.6), ylim=(9.6, -0.6))
+        axis.set(title=f"on {paper}", xticks=range(len(INKS)), yticks=range(10))
+        axis.set(xlim=(-0.6, 5.6), ylim=(9.6, -0.6))
         axis.set_xticklabels(INKS, rotation=90)
         axis.set_facecolor(np.array(colour) / 255)
         for (digit, (column, ink)) in itertools.product(range(10), enumerate(INKS)):
@@ -116,7 +119,7 @@ def split_samples(test_share: float = 0.2, seed: int = 0) -> tuple[np.ndarray, n
     test = np.sort(np.concatenate([indices[: round(test_share * len(indices))] for indices in of_digit]))
     return np.setdiff1d(np.arange(len(target)), test), test
 
-# %% ../../nbs/25_data.digits.ipynb #c43d40f0
+# %% ../../nbs/25_data.digits.ipynb #2fdfccdf
 def make_samples(
     indices: Iterable[int],  # handwritten samples
     copies: int,  # how often each is drawn, every time in another ink-paper pair
@@ -128,19 +131,21 @@ def make_samples(
     data, rng = load_digits(), np.random.default_rng(seed)
     for index in indices:
         digit = int(data.target[index])
-        pairs = [combination for combination in COMBINATIONS if combination[0] == digit and combination in combinations]
+        pairs = [c for c in COMBINATIONS if c[0] == digit and c in combinations]
         for place in rng.permutation(len(pairs))[:copies]:
             _, ink, paper = pairs[place]
             wording = int(rng.choice(sorted(wordings(digit, ink, paper))))
-            metadata = dict(digit=digit, ink=ink, paper=paper, wording=wording, sample=int(index), aesthetic=5.0)
-            metadata |= dict(original_width=32, original_height=32)
-            yield dict(image=draw(data.images[index], ink, paper), text=caption(digit, ink, paper, wording), metadata=metadata)
+            metadata = dict(digit=digit, ink=ink, paper=paper, wording=wording, sample=int(index))
+            metadata |= dict(original_width=32, original_height=32, aesthetic=5.0)
+            image, text = draw(data.images[index], ink, paper), caption(digit, ink, paper, wording)
+            yield dict(image=image, text=text, metadata=metadata)
 
-# %% ../../nbs/25_data.digits.ipynb #e6b57918
+# %% ../../nbs/25_data.digits.ipynb #9eb47483
 def train_samples(copies: int = 12, seed: int = 0) -> Iterator[dict]:
     "The training split: no held-out combination, no held-out wording, no sample of the test split."
     allowed = set(COMBINATIONS) - held_out_combinations()
-    return make_samples(split_samples()[0], copies, allowed, lambda *c: set(range(len(WORDINGS))) - held_out_wordings(*c), seed)
+    wordings = lambda *c: set(range(len(WORDINGS))) - held_out_wordings(*c)
+    return make_samples(split_samples()[0], copies, allowed, wordings, seed)
 
 
 def test_samples(copies: int = 2, seed: int = 1) -> Iterator[dict]:
@@ -149,7 +154,7 @@ def test_samples(copies: int = 2, seed: int = 1) -> Iterator[dict]:
     wordings = lambda *c: set(range(len(WORDINGS))) if c in unseen else held_out_wordings(*c)
     return make_samples(split_samples()[1], copies, set(COMBINATIONS), wordings, seed)
 
-# %% ../../nbs/25_data.digits.ipynb #17ce5310
+# %% ../../nbs/25_data.digits.ipynb #0a971582
 def test_prompts(count: int = 400, seed: int = 2) -> list[dict]:
     "Captions no training shard holds, half of each `group`: 'unseen combination' and 'unseen wording'."
     unseen = sorted(held_out_combinations())
@@ -157,15 +162,25 @@ def test_prompts(count: int = 400, seed: int = 2) -> list[dict]:
     seen = [seen[place] for place in np.random.default_rng(seed).permutation(len(seen))]
     half, prompts = count // 2, []
     for k in range(half):
-        prompts.append((unseen[k % len(unseen)], (k // len(unseen) + k) % len(WORDINGS), "unseen combination"))
+        wording = (k // len(unseen) + k) % len(WORDINGS)
+        prompts.append((unseen[k % len(unseen)], wording, "unseen combination"))
     for k in range(count - half):
         combination = seen[k % len(seen)]
-        prompts.append((combination, sorted(held_out_wordings(*combination))[k // len(seen) % 2], "unseen wording"))
-    return [dict(text=caption(*c, w), digit=c[0], ink=c[1], paper=c[2], group=group) for c, w, group in prompts]
+        wording = sorted(held_out_wordings(*combination))[k // len(seen) % 2]
+        prompts.append((combination, wording, "unseen wording"))
+    return [
+        dict(text=caption(*c, wording), digit=c[0], ink=c[1], paper=c[2], group=group)
+        for c, wording, group in prompts
+    ]
 
-# %% ../../nbs/25_data.digits.ipynb #a8ee9298
-def make_digits(folder: str | Path, *, copies: int = 12, samples_per_shard: int = 1000) -> dict[str, list[str]]:
-    "Writes the shards of both splits and `test_prompts.json` once, and gives the urls: {'train': [...], 'test': [...]}."
+# %% ../../nbs/25_data.digits.ipynb #82da883f
+def make_digits(
+    folder: str | Path,
+    *,
+    copies: int = 12,  # times each handwriting is drawn for training
+    samples_per_shard: int = 1000,
+) -> dict[str, list[str]]:
+    "Writes the shards of both splits and `test_prompts.json` once, and gives the urls by split."
     folder = Path(folder)
     splits = {"train": lambda: train_samples(copies), "test": test_samples}
     if not (folder / "test_prompts.json").is_file():

@@ -30,7 +30,7 @@ def token_grid(height: int, width: int, num_tokens: int) -> tuple[int, int]:
         raise ValueError(f"{num_tokens} tokens do not tile a {height} x {width} image evenly")
     return grid
 
-# %% ../../nbs/24_data.encoded.ipynb #cf096258
+# %% ../../nbs/24_data.encoded.ipynb #9f444481
 class BatchEncoder:
     "What turns a batch of images and prompts into what the transformer reads: token ids and conditions."
 
@@ -45,7 +45,8 @@ class BatchEncoder:
         stochastic: bool = False,  # draw the ids from the soft targets
     ):
         self.vq_model, self.text_encoder, self.device = vq_model, text_encoder, device
-        self.split_vae_encode, self.soft_code_temp, self.stochastic = split_vae_encode, soft_code_temp, stochastic
+        self.split_vae_encode = split_vae_encode
+        self.soft_code_temp, self.stochastic = soft_code_temp, stochastic
 
     def _codes(self, pixels):
         if self.soft_code_temp is None:
@@ -55,21 +56,27 @@ class BatchEncoder:
 
     @torch.no_grad()
     def __call__(self, batch: dict) -> dict[str, Tensor]:
-        "`image_ids` (B, N), the text encoder's tensors, `micro_conds` (B, 5), and `class_ids` where the batch has them."
+        "`image_ids` (B, N), the text encoder's tensors, `micro_conds` (B, 5), perhaps `class_ids`."
         chunks = batch["pixel_values"].split(self.split_vae_encode or len(batch["pixel_values"]))
         codes = [self._codes(pixels.to(self.device)) for pixels in chunks]
         encoded = {name: torch.cat([code[name] for code in codes]) for name in codes[0]}
         if self.text_encoder is not None:
             encoded |= self.text_encoder(batch["text"])
-        return encoded | {name: batch[name].to(self.device) for name in ("micro_conds", "class_ids") if name in batch}
+        told = [name for name in ("micro_conds", "class_ids") if name in batch]
+        return encoded | {name: batch[name].to(self.device) for name in told}
 
     def unconditional(self, zeros: bool = False) -> dict[str, Tensor]:
         "The conditions of the empty prompt, without the batch dimension."
         return {} if self.text_encoder is None else self.text_encoder.unconditional(zeros)
 
-# %% ../../nbs/24_data.encoded.ipynb #d1434258
-_ARROW = {"uint16": pa.uint16(), "int32": pa.int32(), "float16": pa.float16(), "float32": pa.float32(), "bfloat16": pa.binary(2)}
-_STORED = {"uint16": np.int32, "int32": np.int32, "float16": np.float16, "float32": np.float32, "bfloat16": np.int16}
+# %% ../../nbs/24_data.encoded.ipynb #a62e19e1
+_ARROW = {
+    "uint16": pa.uint16(), "int32": pa.int32(), "float16": pa.float16(), "float32": pa.float32(),
+    "bfloat16": pa.binary(2),
+}
+_STORED = {
+    "uint16": np.int32, "int32": np.int32, "float16": np.float16, "float32": np.float32, "bfloat16": np.int16,
+}
 _GROUP_BYTES = 1 << 25
 
 
@@ -87,10 +94,10 @@ def _numbers(name, tensor, dtype):
         return flat.numpy().astype(dtype)
     flat = flat.to(getattr(torch, dtype))
     if not flat.isfinite().all():
-        raise ValueError(f"{name} does not fit {dtype}; encode with state_dtype='bfloat16', which reaches further")
+        raise ValueError(f"{name} does not fit {dtype}; state_dtype='bfloat16' reaches further")
     return flat.view(torch.int16).numpy() if dtype == "bfloat16" else flat.numpy()
 
-# %% ../../nbs/24_data.encoded.ipynb #030dfbc3
+# %% ../../nbs/24_data.encoded.ipynb #b713d709
 def _list_type(width, dtype):
     return pa.list_(pa.field("item", _ARROW[dtype], nullable=False), width)
 
@@ -106,15 +113,16 @@ def _column(values, dtype):
 
 
 def _writer(path, columns, header):
-    "A Parquet writer whose column chunks end in their plain values: no compression, no dictionary, one page per chunk."
-    fields = [pa.field(name, _list_type(math.prod(c["shape"]), c["dtype"]), nullable=False) for name, c in columns.items()]
+    "A Parquet writer whose chunks end in plain values: no compression, no dictionary, one page per chunk."
+    types = {name: _list_type(math.prod(kept["shape"]), kept["dtype"]) for name, kept in columns.items()}
+    fields = [pa.field(name, kind, nullable=False) for name, kind in types.items()]
     schema = pa.schema(fields + [pa.field("text", pa.string())], {"musekit": json.dumps(header)})
     return pq.ParquetWriter(
         path, schema, compression="none", use_dictionary=False, write_statistics=False,
         data_page_version="1.0", data_page_size=1 << 30, max_rows_per_page=1 << 30,
     )
 
-# %% ../../nbs/24_data.encoded.ipynb #2cc5fa30
+# %% ../../nbs/24_data.encoded.ipynb #a513a5f7
 def _packed(tensor, dtype):
     "The stored bytes of one row as text."
     return base64.b64encode(_numbers("unconditional", tensor[None], dtype).tobytes()).decode()
@@ -146,10 +154,14 @@ def encode_dataset(
                 for name, tensor in encoded.items()
             }
             grid = token_grid(*batch["pixel_values"].shape[-2:], encoded["image_ids"].shape[1])
-            empty = {name: _packed(row, columns[name]["dtype"]) for name, row in encoder.unconditional().items()}
+            empty = encoder.unconditional()
+            empty = {name: _packed(row, columns[name]["dtype"]) for name, row in empty.items()}
             writer = _writer(aside, columns, {"columns": columns, "grid": grid, "unconditional": empty})
             row_bytes = sum(4 * math.prod(column["shape"]) for column in columns.values())
-        arrays = [_column(_numbers(name, tensor, columns[name]["dtype"]), columns[name]["dtype"]) for name, tensor in encoded.items()]
+        arrays = []
+        for name, tensor in encoded.items():
+            dtype = columns[name]["dtype"]
+            arrays.append(_column(_numbers(name, tensor, dtype), dtype))
         waiting.append(pa.table([*arrays, pa.array(batch["text"])], schema=writer.schema))
         if sum(len(table) for table in waiting) * row_bytes >= _GROUP_BYTES:
             waiting = _write_group(writer, waiting)
@@ -161,14 +173,14 @@ def encode_dataset(
     os.replace(aside, path)
     return EncodedDataset(path)
 
-# %% ../../nbs/24_data.encoded.ipynb #6e6c4010
+# %% ../../nbs/24_data.encoded.ipynb #2e82a96b
 class EncodedDataset:
     "Rows of a pre-encoded Parquet file, read in place from the mapped file."
 
     def __init__(
         self,
         path: str | Path,
-        dtype: torch.dtype | None = torch.float32,  # of the numbers handed out; None keeps them as they are stored
+        dtype: torch.dtype | None = torch.float32,  # of the numbers handed out; None: as stored
     ):
         self.path, self.dtype = Path(path), dtype
         if not self.path.is_file():
@@ -178,10 +190,13 @@ class EncodedDataset:
         if header is None:
             raise ValueError(f"{path} was not written by encode_dataset: its rows cannot be read in place")
         header = json.loads(header)
-        self.columns, self.grid, self._unconditional = header["columns"], tuple(header["grid"]), header["unconditional"]
+        self.columns, self.grid = header["columns"], tuple(header["grid"])
+        self._unconditional = header["unconditional"]
         groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
         self.first_row = np.cumsum([0] + [group.num_rows for group in groups])
-        self._starts = {name: self._chunk_starts(number, name, groups) for number, name in enumerate(self.columns)}
+        self._starts = {
+            name: self._chunk_starts(number, name, groups) for number, name in enumerate(self.columns)
+        }
         with open(self.path, "rb") as opened:
             self._bytes = np.frombuffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
@@ -226,14 +241,16 @@ class EncodedDataset:
     @property
     def unconditional(self) -> dict[str, Tensor]:
         "The conditions of the empty prompt, without the batch dimension."
-        packed = {name: np.frombuffer(base64.b64decode(text), np.uint8).copy() for name, text in self._unconditional.items()}
-        return {name: self._tensor(name, raw, ()) for name, raw in packed.items()}
+        packed = {name: base64.b64decode(text) for name, text in self._unconditional.items()}
+        return {
+            name: self._tensor(name, np.frombuffer(raw, np.uint8).copy(), ()) for name, raw in packed.items()
+        }
 
     def texts(self) -> list[str]:
         "All captions."
         return pq.read_table(self.path, columns=["text"])["text"].to_pylist()
 
-# %% ../../nbs/24_data.encoded.ipynb #0dbd7ec1
+# %% ../../nbs/24_data.encoded.ipynb #b725753e
 class EncodedLoader:
     "Batches of a pre-encoded file; see `encoded_loader`."
 
@@ -246,7 +263,8 @@ class EncodedLoader:
         "Rows of this rank's training batch number `batch`, counted from 0: arithmetic alone."
         first = (batch * self.world_size + self.rank) * self.batch_size
         epochs, places = np.divmod(np.arange(first, first + self.batch_size), len(self.dataset))
-        return np.concatenate([self._permutation(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)])
+        parts = [self._permutation(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        return np.concatenate(parts)
 
     def _permutation(self, epoch):
         "The order of one epoch; the latest is kept."
@@ -275,13 +293,13 @@ def encoded_loader(
     world_size: int = 1,
     start_batch: int = 0,  # training goes on after so many batches of this rank
 ) -> EncodedLoader:
-    "Batches in which every epoch holds every row exactly once over all ranks; a batch may straddle two epochs."
+    "Batches whose epochs hold every row exactly once over all ranks; a batch may straddle two epochs."
     if batch_size < 1 or not len(dataset):
         raise ValueError(f"batch_size={batch_size} of {len(dataset)} rows: both must be at least 1")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank={rank} must be in 0 .. {world_size - 1}")
     if start_batch < 0 or (start_batch and not training):
-        raise ValueError(f"start_batch={start_batch}: a training stream starts at 0 or later, an evaluation always at 0")
+        raise ValueError(f"start_batch={start_batch}: training starts at 0 or later, an evaluation at 0")
     return EncodedLoader(dataset, batch_size, training, seed, rank, world_size, start_batch)
 
 # %% ../../nbs/24_data.encoded.ipynb #9e838d6b

@@ -6,7 +6,7 @@
 __all__ = ['prepare_image', 'plot_batch', 'ImageTextConfig', 'ShardReader', 'TrainingStream', 'plot_order', 'ImageTextDataset',
            'ImageTextLoader', 'make_loader']
 
-# %% ../../nbs/22_data.image_text.ipynb #b623e63f
+# %% ../../nbs/22_data.image_text.ipynb #af3162f7
 import io
 import os
 import random
@@ -24,10 +24,12 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .metadata import LAYOUTS, MetadataFilter, Sample, clean_caption, micro_conditions, read_sample
-from .packing import expand_urls, pack_folder, write_shards  # offered here too: a shard's two ends in one place
+from musekit.data.metadata import (
+    LAYOUTS, MetadataFilter, Sample, clean_caption, micro_conditions, read_sample,
+)
+from .packing import expand_urls, pack_folder, write_shards  # offered here too
 
-# %% ../../nbs/22_data.image_text.ipynb #114f352d
+# %% ../../nbs/22_data.image_text.ipynb #2f4e8ff6
 def prepare_image(
     data: bytes,  # an encoded image file
     resolution: int,  # side of the square in pixels
@@ -37,13 +39,14 @@ def prepare_image(
     random_flip: bool = False,
     quarter: bool = False,  # take the top-left quarter first
 ) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
-    "Pixels (resolution, resolution, 3) uint8, the crop's (top, left) in the resized image, the image's own (width, height)."
+    "Pixels (R, R, 3) uint8, the crop's (top, left) in the resized image, the image's own (width, height)."
     with Image.open(io.BytesIO(data)) as image:
         width, height = image.size
         image.draft("RGB", ((4 if quarter else 2) * resolution,) * 2)
         image = image.convert("RGB")
     if quarter:
-        image, width, height = image.crop((0, 0, image.width // 2, image.height // 2)), width // 2, height // 2
+        image = image.crop((0, 0, image.width // 2, image.height // 2))
+        width, height = width // 2, height // 2
     shorter = min(image.size)
     if shorter != resolution:
         image = image.resize([resolution * side // shorter for side in image.size], Image.BILINEAR)
@@ -98,7 +101,7 @@ class ImageTextConfig:
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout={self.layout!r} is none of {', '.join(LAYOUTS)}")
 
-# %% ../../nbs/22_data.image_text.ipynb #a15c4cc0
+# %% ../../nbs/22_data.image_text.ipynb #20acf4bd
 def _ends_early(url):
     "A local tar without its closing block of zeros, which Python's reader takes for a whole one."
     if not os.path.isfile(url) or os.path.getsize(url) < 512:
@@ -124,7 +127,7 @@ class ShardReader:
         return True
 
     def check(self, at_least: int = 0):
-        "A ValueError when the share of unusable samples is too large, counted as if `at_least` samples had been seen."
+        "Raises when the share of unusable samples among `at_least` or more is too large."
         if self.skipped > self.config.max_bad_share * max(self.seen, at_least):
             raise ValueError(
                 f"{self.skipped} of {self.seen} samples could not be used, more than max_bad_share="
@@ -133,9 +136,8 @@ class ShardReader:
 
     def samples(self, url: str) -> Iterator[tuple[str, Sample]]:
         "The (key, sample) pairs of a shard that are complete and pass the filter, undecoded."
-        files = webdataset.tariterators.tarfile_samples([{"url": url}], handler=lambda error: self.skip(url, error))
-        keep = self.config.metadata_filter
-        for members in files:
+        keep, read = self.config.metadata_filter, webdataset.tariterators.tarfile_samples
+        for members in read([{"url": url}], handler=lambda error: self.skip(url, error)):
             try:
                 sample = self.sort(members)
             except ValueError as error:
@@ -155,23 +157,24 @@ class ShardReader:
     def decode(self, key: str, sample: Sample, rng: random.Random, training: bool) -> dict | None:
         "The finished sample, or None, counted, when the image cannot be decoded."
         config = self.config
-        options = dict(rng=rng, center_crop=config.center_crop, random_flip=config.random_flip) if training else {}
+        options = dict(quarter=sample.quarter)
+        if training:
+            options |= dict(rng=rng, center_crop=config.center_crop, random_flip=config.random_flip)
         try:
-            pixels, corner, size = prepare_image(sample.image, config.resolution, quarter=sample.quarter, **options)
+            pixels, corner, size = prepare_image(sample.image, config.resolution, **options)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             self.skip(key, error)
             return None
         self.seen += 1
-        conditions = micro_conditions(sample.metadata, *corner, image_size=size)
-        return dict(
-            key=key, pixels=pixels, text=clean_caption(sample.text, rng), conditions=conditions, class_id=sample.class_id
-        )
+        text = clean_caption(sample.text, rng)
+        told = micro_conditions(sample.metadata, *corner, image_size=size)
+        return dict(key=key, pixels=pixels, text=text, conditions=told, class_id=sample.class_id)
 
     def collate(self, samples: list[dict]) -> dict:
         "One batch of finished samples."
-        pixels = torch.from_numpy(np.stack([sample["pixels"] for sample in samples])).permute(0, 3, 1, 2).contiguous()
+        pixels = torch.from_numpy(np.stack([sample["pixels"] for sample in samples]))
         batch = dict(
-            pixel_values=pixels.float().div_(255),
+            pixel_values=pixels.permute(0, 3, 1, 2).contiguous().float().div_(255),
             text=[sample["text"] for sample in samples],
             micro_conds=torch.tensor([sample["conditions"] for sample in samples]),
             keys=[sample["key"] for sample in samples],
@@ -182,9 +185,9 @@ class ShardReader:
             batch["class_ids"] = torch.tensor([sample["class_id"] for sample in samples])
         return batch
 
-# %% ../../nbs/22_data.image_text.ipynb #a8fc3b5c
+# %% ../../nbs/22_data.image_text.ipynb #a9e69e74
 class TrainingStream:
-    "The endless stream of one worker of one process: shards drawn with replacement, samples drawn from a shuffle buffer."
+    "One worker's endless stream: shards drawn with replacement, samples drawn from a shuffle buffer."
 
     def __init__(self, urls: list[str], config: ImageTextConfig, rank: int = 0, worker: int = 0, reader=None):
         self.urls, self.config, self.reader = urls, config, reader or ShardReader(config)
@@ -194,7 +197,7 @@ class TrainingStream:
         self.slots = self._slots()
 
     def _slots(self):
-        "Endless [url, index in the shard, (key, sample)]; while skipping, shards of known length are not read: the last is None."
+        "Endless [url, index, (key, sample)]; None for a sample, while skipping, where the length is known."
         while True:
             url, index, first = self.rng.choice(self.urls), -1, 0
             if self.skipping and url in self.counts:
@@ -214,8 +217,8 @@ class TrainingStream:
     def _complain_if_all_empty(self):
         if all(self.counts.get(url) == 0 for url in self.urls):
             raise ValueError(
-                f"no usable sample in {len(self.urls)} shards: {self.reader.filtered} rejected by the metadata filter, "
-                f"{self.reader.skipped} unusable {self.reader.last_problem}"
+                f"no usable sample in {len(self.urls)} shards: {self.reader.filtered} rejected by the "
+                f"metadata filter, {self.reader.skipped} unusable {self.reader.last_problem}"
             )
 
     def _pick(self):
@@ -241,7 +244,7 @@ class TrainingStream:
                 slot[2] = samples[slot[1]]
 
     def __next__(self) -> dict:
-        "The next finished sample; one that cannot be decoded is replaced by another from the buffer, so positions never shift."
+        "The next finished sample; an undecodable one is replaced from the buffer, so positions never shift."
         rng = random.Random(f"{self.name}/{self.position}")
         slot = self._pick()
         while (finished := self.reader.decode(*slot[2], rng, training=True)) is None:
@@ -264,9 +267,9 @@ def plot_order(orders: dict[str, list[int]]):
     figure.tight_layout()
     return figure
 
-# %% ../../nbs/22_data.image_text.ipynb #19f4ce96
+# %% ../../nbs/22_data.image_text.ipynb #7ef454d3
 class ImageTextDataset(IterableDataset):
-    "Whole batches; the worker that runs it takes its own stream (training) or its own part of the samples (evaluation)."
+    "Whole batches; each worker takes its own stream (training) or its own part of the samples (evaluation)."
 
     def __init__(self, urls, config, training, rank=0, world_size=1, start_batch=0, make_reader=ShardReader):
         self.urls, self.config, self.training, self.make_reader = urls, config, training, make_reader
@@ -317,13 +320,13 @@ def make_loader(
     start_batch: int = 0,  # training goes on after so many batches of this rank
     make_reader=ShardReader,  # what reads and decodes, made from `config` in every worker
 ) -> DataLoader:
-    "Batches of pixel_values (B, 3, R, R) float32 in [0, 1], text, micro_conds (B, 5), keys, and counts of what was left out."
+    "Batches: pixel_values (B, 3, R, R) in [0, 1], text, micro_conds (B, 5), keys, counts of what is skipped."
     if not urls:
         raise ValueError("no shards to read; see expand_urls for how to name them")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank={rank} must be in 0 .. {world_size - 1}")
     if start_batch < 0 or (start_batch and not training):
-        raise ValueError(f"start_batch={start_batch}: a training stream starts at 0 or later, an evaluation always at 0")
+        raise ValueError(f"start_batch={start_batch}: training starts at 0 or later, an evaluation at 0")
     workers = config.num_workers
     return ImageTextLoader(
         ImageTextDataset(list(urls), config, training, rank, world_size, start_batch, make_reader),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AESTHETIC_KEYS', 'WATERMARK_KEYS', 'PERSON_WORDS', 'IMAGE_EXTENSIONS', 'TEXT_EXTENSIONS', 'LAYOUTS',
            'present_numbers', 'aesthetic_score', 'micro_conditions', 'MetadataFilter', 'filter_report',
-           'plot_filter_report', 'clean_caption', 'Sample', 'read_sample', 'load_class_names']
+           'plot_filter_report', 'clean_caption', 'Sample', 'read_metadata', 'read_sample', 'load_class_names']
 
 # %% ../../nbs/20_data.metadata.ipynb #4acf3dd5
 import json
@@ -37,29 +37,31 @@ def present_numbers(metadata: dict, paths: tuple[str, ...]) -> list[float]:
             numbers.append(number)
     return numbers
 
-# %% ../../nbs/20_data.metadata.ipynb #33cc6cb6
-AESTHETIC_KEYS = ("aesthetic", "AESTHETIC_SCORE", "aesthetic_score_laion_v2", "stability_metadata.aes_scorelv2")
+# %% ../../nbs/20_data.metadata.ipynb #fcc35d1c
+AESTHETIC_KEYS = (
+    "aesthetic", "AESTHETIC_SCORE", "aesthetic_score_laion_v2", "stability_metadata.aes_scorelv2",
+)
 
 
 def aesthetic_score(metadata: dict) -> float:
     "The first aesthetic score found under the names data sets use for it, 0 where there is none."
     return next(iter(present_numbers(metadata, AESTHETIC_KEYS)), 0.0)
 
-# %% ../../nbs/20_data.metadata.ipynb #9af2faf7
+# %% ../../nbs/20_data.metadata.ipynb #9361cb18
 def micro_conditions(
     metadata: dict,
     crop_top: int = 0,  # rows cut off above, in the resized image
     crop_left: int = 0,  # columns cut off on the left
-    image_size: tuple[int, int] = (0, 0),  # (width, height) of the stored image, where metadata has no original size
+    image_size: tuple[int, int] = (0, 0),  # (width, height) of the file, where no original size is known
 ) -> tuple[float, float, float, float, float]:
-    "Original width and height, crop top and left, aesthetic score: the five numbers of Podell (2023, SDXL, section 2.2)."
+    "Original width and height, crop top and left, aesthetic score (Podell 2023, SDXL, section 2.2)."
     width, height = (
         next(iter(present_numbers(metadata, (name,))), float(size))
         for name, size in zip(("original_width", "original_height"), image_size)
     )
     return width, height, float(crop_top), float(crop_left), aesthetic_score(metadata)
 
-# %% ../../nbs/20_data.metadata.ipynb #6dc33aec
+# %% ../../nbs/20_data.metadata.ipynb #749270d3
 WATERMARK_KEYS = ("pwatermark", "watermark_score", "stability_metadata.p_watermarkdf")
 
 
@@ -70,7 +72,7 @@ def _either_place(name):
 
 @dataclass(frozen=True)
 class MetadataFilter:
-    "Keeps a sample whose metadata proves that it is large, clean and pretty enough; a missing value that is needed rejects."
+    "Keeps a sample whose metadata proves that it is large, clean and pretty enough."
 
     min_size: int = 256  # pixels, of the original's width and of its height
     max_pwatermark: float = 0.5  # largest allowed watermark probability
@@ -143,19 +145,19 @@ def plot_filter_report(report: Counter):
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
-# %% ../../nbs/20_data.metadata.ipynb #ad5bf0ab
+# %% ../../nbs/20_data.metadata.ipynb #c24735ec
 PERSON_WORDS = ("a person", "someone", "somebody")
 _PEOPLE = re.compile(r"<person>(?:(?:[,\s]|and)*<person>)+")
 
 
 def clean_caption(caption: str, rng: random.Random) -> str:
-    "Several `<person>` marks in a row become ' people ', a single one becomes a person in words drawn by `rng`."
+    "Several `<person>` marks in a row become ' people ', a single one words for a person drawn by `rng`."
     if "<person>" not in caption:
         return caption
     caption = _PEOPLE.sub(" people ", caption)
     return re.sub("<person>", lambda match: rng.choice(PERSON_WORDS), caption)
 
-# %% ../../nbs/20_data.metadata.ipynb #b6fc612b
+# %% ../../nbs/20_data.metadata.ipynb #9d6ad3ef
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 TEXT_EXTENSIONS = ("text", "txt", "caption")
 
@@ -183,12 +185,17 @@ def _text(members):
     "The caption."
     return _first_member(members, TEXT_EXTENSIONS, "caption").decode("utf-8")
 
-# %% ../../nbs/20_data.metadata.ipynb #ad18f57d
-def _read_image_text(members, class_names):
+
+def read_metadata(members: dict[str, bytes]) -> dict:
+    "What the JSON member holds, nothing where there is none; anything but an object is a ValueError."
     metadata = json.loads(members.get("json", b"{}"))
     if not isinstance(metadata, dict):
         raise ValueError(f"the json member must hold an object, not {type(metadata).__name__}")
-    return Sample(_first_member(members, IMAGE_EXTENSIONS, "image"), _text(members), metadata)
+    return metadata
+
+# %% ../../nbs/20_data.metadata.ipynb #3426732c
+def _read_image_text(members, class_names):
+    return Sample(_first_member(members, IMAGE_EXTENSIONS, "image"), _text(members), read_metadata(members))
 
 
 def _read_synthetic(members, class_names):
@@ -202,7 +209,8 @@ def _read_synthetic(members, class_names):
 
 
 def _read_clean(members, class_names, quarter=True):
-    return Sample(_first_member(members, IMAGE_EXTENSIONS, "image"), _text(members), {"aesthetic": 5.0}, quarter=quarter)
+    image = _first_member(members, IMAGE_EXTENSIONS, "image")
+    return Sample(image, _text(members), {"aesthetic": 5.0}, quarter=quarter)
 
 
 def _read_classification(members, class_names):
@@ -210,8 +218,7 @@ def _read_classification(members, class_names):
     if class_names is not None and class_id not in class_names:
         raise ValueError(f"class {class_id} has no name among the {len(class_names)} of the class mapping")
     name = str(class_id) if class_names is None else class_names[class_id]
-    metadata = json.loads(members.get("json", b"{}"))
-    return Sample(_first_member(members, IMAGE_EXTENSIONS, "image"), name, metadata, class_id)
+    return Sample(_first_member(members, IMAGE_EXTENSIONS, "image"), name, read_metadata(members), class_id)
 
 
 LAYOUTS = {
@@ -231,9 +238,9 @@ def read_sample(
     "Sorts the members of one sample; a missing or malformed member is a ValueError."
     return LAYOUTS[layout](members, class_names)
 
-# %% ../../nbs/20_data.metadata.ipynb #bfcc759b
+# %% ../../nbs/20_data.metadata.ipynb #e57bdbb8
 def load_class_names(path) -> dict[int, str]:
-    "Class names by id from a JSON file: an object or a list of names; of a list like ImageNet's [wordnet id, name], the last counts."
+    "Class names by id from a JSON object or list; of pairs like ImageNet's [id, name] the last counts."
     with open(path, encoding="utf-8") as file:
         names = json.load(file)
     if not isinstance(names, dict | list):

@@ -23,7 +23,7 @@ from PIL import Image
 
 from .metadata import IMAGE_EXTENSIONS, TEXT_EXTENSIONS
 
-# %% ../../nbs/21_data.packing.ipynb #976bff5e
+# %% ../../nbs/21_data.packing.ipynb #a7ebb3b1
 def write_tars(
     samples: Iterable[dict[str, bytes]],  # members by extension
     folder: str | Path,
@@ -35,7 +35,9 @@ def write_tars(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if old := sorted(folder.glob(f"{prefix}-*.tar")):
-        raise ValueError(f"{folder} already holds {len(old)} shards {prefix}-*.tar; remove them or choose another prefix")
+        raise ValueError(
+            f"{folder} already holds {len(old)} shards {prefix}-*.tar; remove them or choose another prefix"
+        )
     urls = []
     for shard, rows in groupby(enumerate(samples), lambda numbered: numbered[0] // samples_per_shard):
         path = folder / f"{prefix}-{shard:06d}.tar"
@@ -47,22 +49,23 @@ def write_tars(
         urls.append(str(path))
     return urls
 
-# %% ../../nbs/21_data.packing.ipynb #8250b1b5
+# %% ../../nbs/21_data.packing.ipynb #5dc8418c
 _EXTENSION_OF = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 def _encoded(image, image_format):
-    "(extension, bytes, (width, height)) of a PIL image or of an encoded file's bytes, which stay as they are."
+    "(extension, bytes, (width, height)) of a PIL image or of a file's bytes, which stay as they are."
     if isinstance(image, bytes):
         with Image.open(io.BytesIO(image)) as opened:
             if opened.format not in _EXTENSION_OF:
-                raise ValueError(f"cannot pack a {opened.format} file; convert it to one of {', '.join(_EXTENSION_OF)}")
+                known = ", ".join(_EXTENSION_OF)
+                raise ValueError(f"cannot pack a {opened.format} file; convert it to one of {known}")
             return _EXTENSION_OF[opened.format], image, opened.size
     data = io.BytesIO()
     image.convert("RGB").save(data, format="JPEG" if image_format == "jpg" else image_format)
     return image_format, data.getvalue(), image.size
 
-# %% ../../nbs/21_data.packing.ipynb #5a8dbdbd
+# %% ../../nbs/21_data.packing.ipynb #d85062c2
 def _members(sample, image_format):
     extension, data, (width, height) = _encoded(sample["image"], image_format)
     metadata = {"original_width": width, "original_height": height, **sample.get("metadata", {})}
@@ -70,22 +73,22 @@ def _members(sample, image_format):
 
 
 def write_shards(
-    samples: Iterable[dict],  # each with `image` (PIL image or encoded bytes), `text` and, optionally, a `metadata` dict
+    samples: Iterable[dict],  # each with `image` (PIL or encoded bytes), `text` and perhaps a `metadata` dict
     folder: str | Path,
     *,
     prefix: str = "shard",
     samples_per_shard: int = 1000,
     image_format: str = "png",  # png, jpg or webp, for PIL images
 ) -> list[str]:
-    "Writes image-text samples as webdataset tars and returns their paths; original sizes are noted where metadata has none."
+    "Writes image-text samples as webdataset tars and returns their paths; notes the images' sizes."
     if image_format not in _EXTENSION_OF.values():
         raise ValueError(f"image_format={image_format!r} is none of {', '.join(_EXTENSION_OF.values())}")
     members = (_members(sample, image_format) for sample in samples)
     return write_tars(members, folder, prefix=prefix, samples_per_shard=samples_per_shard)
 
-# %% ../../nbs/21_data.packing.ipynb #ee9aa41d
+# %% ../../nbs/21_data.packing.ipynb #8a1faed7
 def plot_overhead(sizes: list[int], members: int = 3, block: int = 512):
-    "Bytes of noise pictures of several sizes as PNG, and what the tar adds: a header for each member, and rounding up."
+    "What a tar adds to a PNG picture of a given side: a header for each member, and rounding up."
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 64, (size, size, 3), np.uint8)) for size in sizes]
     pixels = np.array([len(_encoded(image, "png")[1]) for image in images])
@@ -128,7 +131,7 @@ def _named(title, paths):
     shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
     return f"{len(paths)} {title}: {shown}" if paths else ""
 
-# %% ../../nbs/21_data.packing.ipynb #ad930162
+# %% ../../nbs/21_data.packing.ipynb #68c74867
 def pack_folder(
     images_folder: str | Path,  # searched with its subfolders for jpg, jpeg, png and webp
     out_folder: str | Path,
@@ -137,7 +140,7 @@ def pack_folder(
     prefix: str = "shard",
     samples_per_shard: int = 1000,
 ) -> tuple[list[str], PackReport]:
-    "Shards of a folder of images with captions beside them (`cat.jpg`, `cat.txt`), and a report of what was left out."
+    "Shards of a folder of images with captions beside them (`cat.jpg`, `cat.txt`), and what was left out."
     root = Path(images_folder)
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}")
@@ -155,14 +158,17 @@ def pack_folder(
             good.append((path, caption, name))
     problems = [_named("without a caption", report.missing_caption), _named("unreadable", report.unreadable)]
     if any(problems) and (not skip_bad or not good):
-        raise ValueError(f"{root}: " + "; ".join(filter(None, problems)) + ". Mend them, or pass skip_bad=True to leave them out")
-    samples = (dict(image=path.read_bytes(), text=text, metadata={"source": name}) for path, text, name in good)
+        listed = "; ".join(filter(None, problems))
+        raise ValueError(f"{root}: {listed}. Mend them, or pass skip_bad=True to leave them out")
+    samples = (
+        dict(image=path.read_bytes(), text=text, metadata={"source": name}) for path, text, name in good
+    )
     report.packed = len(good)
     return write_shards(samples, out_folder, prefix=prefix, samples_per_shard=samples_per_shard), report
 
-# %% ../../nbs/21_data.packing.ipynb #e0d1f562
+# %% ../../nbs/21_data.packing.ipynb #4c3d0f8c
 def expand_urls(spec, base_dir: str | Path | None = None) -> list[str]:
-    "Shard urls from a brace pattern, a folder of tars, a `pipe:` command, a YAML file holding a list, or a list of these."
+    "Shard urls from a brace pattern, a folder of tars, a `pipe:` command, a YAML list, or a list of these."
     if not isinstance(spec, (str, Path)):
         if not spec:
             raise FileNotFoundError("no shard: the list of shards is empty")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['member_name', 'write_token_shards', 'read_unconditional', 'TokenSample', 'TokenReader', 'token_loader', 'plot_rates']
 
-# %% ../../nbs/26_data.token_shards.ipynb #6e9938b7
+# %% ../../nbs/26_data.token_shards.ipynb #9704b80e
 import io
 import json
 import pickle
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from .encoded import BatchEncoder
 from .image_text import ImageTextConfig, ShardReader, make_loader
-from .metadata import micro_conditions
+from .metadata import micro_conditions, read_metadata
 from .packing import write_tars
 
 # %% ../../nbs/26_data.token_shards.ipynb #930228de
@@ -52,7 +52,7 @@ def _rows(encoded, batch, vq_member, text_member):
             "json": json.dumps(dict(zip(names, encoded["micro_conds"][row].tolist()))).encode(),
         }
 
-# %% ../../nbs/26_data.token_shards.ipynb #a7236e46
+# %% ../../nbs/26_data.token_shards.ipynb #5f241636
 def write_token_shards(
     loader: Iterable[dict],  # finite: batches of `make_loader(..., training=False)`
     encoder: BatchEncoder,
@@ -66,7 +66,8 @@ def write_token_shards(
     members = member_name(vq_checkpoint), member_name(text_checkpoint)
     rows = (row for batch in loader for row in _rows(encoder(batch), batch, *members))
     urls = write_tars(rows, folder, prefix="tokens", samples_per_shard=samples_per_shard)
-    save_file({name: row.cpu().contiguous() for name, row in encoder.unconditional().items()}, Path(folder) / "unconditional.safetensors")
+    empty = {name: row.cpu().contiguous() for name, row in encoder.unconditional().items()}
+    save_file(empty, Path(folder) / "unconditional.safetensors")
     return urls
 
 
@@ -74,10 +75,10 @@ def read_unconditional(folder: str | Path) -> dict[str, Tensor]:
     "The states of the empty prompt that `write_token_shards` left beside its shards."
     path = Path(folder) / "unconditional.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}: encode the empty prompt with the text encoder the shards were made with")
+        raise FileNotFoundError(f"no {path}: encode the empty prompt with the text encoder of the shards")
     return load_file(path)
 
-# %% ../../nbs/26_data.token_shards.ipynb #1fa0103d
+# %% ../../nbs/26_data.token_shards.ipynb #9a46724c
 def _named_states(states):
     "The text tensors by name, whether they were stored so or as bare states."
     if isinstance(states, Tensor):
@@ -110,8 +111,8 @@ class TokenReader(ShardReader):
             if name not in members:
                 found = ", ".join(sorted(member for member in members if not member.startswith("__")))
                 raise ValueError(f"no member {name}, found {found}")
-        metadata = json.loads(members.get("json", b"{}"))
-        return TokenSample(members[self.vq_member], members[self.text_member], members.get("txt", b"").decode(), metadata)
+        text = members.get("txt", b"").decode()
+        return TokenSample(members[self.vq_member], members[self.text_member], text, read_metadata(members))
 
     def decode(self, key: str, sample: TokenSample, rng, training: bool) -> dict | None:
         "The sample's tensors, or None, counted, when they cannot be read as plain tensors."
@@ -153,7 +154,8 @@ def token_loader(
     **options,  # training, rank, world_size, start_batch as in `make_loader`
 ) -> DataLoader:
     "Batches of image_ids (B, N), text states and micro_conds from pre-encoded shards."
-    make_reader = partial(TokenReader, vq_member=member_name(vq_checkpoint), text_member=member_name(text_checkpoint))
+    members = dict(vq_member=member_name(vq_checkpoint), text_member=member_name(text_checkpoint))
+    make_reader = partial(TokenReader, **members)
     return make_loader(urls, config, make_reader=make_reader, **options)
 
 # %% ../../nbs/26_data.token_shards.ipynb #3b020f26

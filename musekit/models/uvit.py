@@ -174,7 +174,7 @@ def _check_width(name, tensor, width, setting):
     if tensor.shape[-1] != width:
         raise ValueError(f"{name} has width {tensor.shape[-1]}, but the model reads {width} ({setting}).")
 
-# %% ../../nbs/12_models.uvit.ipynb #a6570d6a
+# %% ../../nbs/12_models.uvit.ipynb #4167c741
 class MaskGiTUViT(PretrainedModel):
     """U-ViT that predicts masked image tokens from text (Patil et al. 2024); MaskGiTUViT_v2 in old files.
 
@@ -193,6 +193,7 @@ class MaskGiTUViT(PretrainedModel):
         cond_embed_dim=768, micro_cond_encode_dim=256, micro_cond_embed_dim=1280, norm_type="rmsnorm",
         layer_norm_eps=1e-6, ln_elementwise_affine=True, use_bias=False, hidden_dropout=0.0,
         attention_dropout=0.0, add_cond_embeds=True, add_micro_cond_embeds=True, default_shape=(16, 16),
+        initializer_range=0.02,
     ):
         super().__init__()
         self.note(mask_token_id=vocab_size - 1)
@@ -233,7 +234,7 @@ class MaskGiTUViT(PretrainedModel):
     def _init_weights(self):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=self.config.initializer_range)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for module in self.modules():

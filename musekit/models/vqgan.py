@@ -6,14 +6,12 @@
 __all__ = ['group_norm', 'ResidualBlock', 'AttentionBlock', 'Downsample', 'Upsample', 'Level', 'Middle', 'Encoder', 'Decoder',
            'VQGANModel', 'plot_reconstructions']
 
-# %% ../../nbs/14_models.vqgan.ipynb #fbb179a3
+# %% ../../nbs/14_models.vqgan.ipynb #d97047e6
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checkpoints import PretrainedModel
-from .layers import resolve_grid
-from .quantizers import VectorQuantizer
+from .quantizers import ImageTokenizer, VectorQuantizer
 
 # %% ../../nbs/14_models.vqgan.ipynb #9f7953fb
 def group_norm(channels):
@@ -158,11 +156,13 @@ class Decoder(nn.Module):
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
-# %% ../../nbs/14_models.vqgan.ipynb #970cd5b0
-class VQGANModel(PretrainedModel):
+# %% ../../nbs/14_models.vqgan.ipynb #5de62515
+class VQGANModel(ImageTokenizer):
     """VQGAN tokenizer (Esser et al. 2021). Images are (B, num_channels, height, width) in [0, 1].
 
-    `downsample_factor` is f, the number of pixels to a token along each side; N = (height / f) * (width / f).
+    resolution: side of the training images; levels whose side is in `attn_resolutions` have attention
+    hidden_channels, channel_mult: widths of the levels, their product a multiple of 32
+    num_embeddings, quantized_embed_dim: size of the codebook and width of a code
     """
 
     def __init__(
@@ -182,42 +182,13 @@ class VQGANModel(PretrainedModel):
         return 2 ** (len(self.config.channel_mult) - 1)
 
     def latents(self, pixel_values):
-        """The vectors (B, quantized_embed_dim, height/f, width/f) that are to be quantized.
-
-        Raises ValueError if a side of the images is no multiple of `downsample_factor`.
-        """
-        factor, (height, width) = self.downsample_factor, pixel_values.shape[-2:]
-        if height % factor or width % factor:
-            raise ValueError(f"images of {height}x{width} do not split into tokens of {factor}x{factor}; "
-                             f"resize or crop them to multiples of {factor}.")
+        """The vectors (B, quantized_embed_dim, height/f, width/f) to quantize; see `check_size`."""
+        self.check_size(pixel_values)
         return self.quant_conv(self.encoder(pixel_values))
-
-    def encode(self, pixel_values, return_loss=False):
-        """(codes (B, quantized_embed_dim, height/f, width/f), ids (B, N)[, the codebook's loss])."""
-        quantized, ids, loss = self.quantize(self.latents(pixel_values))
-        return (quantized, ids, loss) if return_loss else (quantized, ids)
-
-    def get_code(self, pixel_values):
-        """The ids (B, N) int64 of images, row by row."""
-        return self.encode(pixel_values)[1]
-
-    def get_soft_code(self, pixel_values, temp=1.0, stochastic=False, generator=None):
-        """softmax(-squared distance / temp) (B, N, num_embeddings) and ids (B, N), drawn if `stochastic`."""
-        return self.quantize.soft_codes(self.latents(pixel_values), temp, stochastic, generator)
 
     def decode(self, quantized):
         """Images of codes (B, quantized_embed_dim, height/f, width/f), not clipped to [0, 1]."""
         return self.decoder(self.post_quant_conv(quantized))
-
-    def decode_code(self, ids, grid=None):
-        """Images of ids (B, N); grid: (height/f, width/f), a square if None (ValueError if N is none)."""
-        return self.decode(self.quantize.lookup(ids, resolve_grid(ids.shape[1], grid)))
-
-    def forward(self, pixel_values, return_loss=False):
-        """The reconstruction of images, and the codebook's loss if asked for."""
-        quantized, ids, loss = self.encode(pixel_values, return_loss=True)
-        images = self.decode(quantized)
-        return (images, loss) if return_loss else images
 
 # %% ../../nbs/14_models.vqgan.ipynb #53dcd8c8
 def plot_reconstructions(model, pixel_values):

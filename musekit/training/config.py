@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .schema import Config, Section
 
-# %% ../../nbs/31_training.config.ipynb #fc582263
+# %% ../../nbs/31_training.config.ipynb #e48361ba
 def known_keys(section=Config, path: str = "") -> list[str]:
     "Every key of a section as a dotted path; a free dictionary counts as one key."
     names = []
@@ -42,7 +42,8 @@ def _refuse_unknown(given, section=Config, path=""):
             raise ValueError(f"Unknown key {full!r}; the nearest known key is {_nearest(full)!r}.")
         if dataclasses.is_dataclass(types[name]):
             if not isinstance(value, dict):
-                raise ValueError(f"{full}={value!r} is a section; give its keys, such as {known_keys(types[name], full)[0]}=...")
+                key = known_keys(types[name], full)[0]
+                raise ValueError(f"{full}={value!r} is a section; give its keys, such as {key}=...")
             _refuse_unknown(value, types[name], full)
 
 # %% ../../nbs/31_training.config.ipynb #515a0a8a
@@ -88,10 +89,11 @@ def _move(given, old, new):
         raise ValueError(f"{old}={value!r} and {new}={given[key]!r} contradict each other; keep one.")
     given[key] = value
 
-# %% ../../nbs/31_training.config.ipynb #1379526c
+# %% ../../nbs/31_training.config.ipynb #ee14b545
 NOT_YET = {  # key -> the values that work
     "model.architecture": ("uvit",),
-    "model.vq_model.type": ("vqgan",),
+    "model.vq_model.type": ("vqgan", "paella_vq"),
+    "training.pre_encode": (False,),
     "dataset.type": ("text2image",),
     "dataset.params.is_sdxl_synthetic_dataset": (False,),
     "dataset.params.is_ds_clean": (False,),
@@ -109,12 +111,12 @@ def _refuse_not_yet(config):
             allowed = " or ".join(repr(v) for v in works)
             raise ValueError(f"{name}={value!r} is not implemented in this version; set {name} to {allowed}.")
 
-# %% ../../nbs/31_training.config.ipynb #25581408
+# %% ../../nbs/31_training.config.ipynb #4a3a0737
 def load_config(
     path: str | Path | None = None,  # a YAML file; None = defaults alone
     overrides: list[str] = (),  # such as "training.batch_size=8" or "data=digits"
 ) -> Config:
-    "Merges defaults, a YAML file and overrides; raises a `ValueError` that names the key for whatever cannot be."
+    "Merges defaults, a YAML file and overrides; a `ValueError` names the key of whatever cannot be."
     try:
         config = _merge(_read_yaml(path), _read_overrides(overrides))
     except OmegaConfBaseException as error:
@@ -138,7 +140,7 @@ def _merge(*layers):
     merged = OmegaConf.merge(schema, full)
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
-        raise ValueError(f"Required and not given: {', '.join(missing)}. Set them in the YAML file or as key=value.")
+        raise ValueError(f"Required, not given: {', '.join(missing)}; set them in the file or by key=value.")
     return OmegaConf.to_object(merged)
 
 
@@ -146,7 +148,10 @@ def _without_empty(given, section=Config):
     "Leaves out sections that a file names and leaves empty."
     inner = {key.name: key.type for key in dataclasses.fields(section) if dataclasses.is_dataclass(key.type)}
     kept = {name: value for name, value in given.items() if value is not None or name not in inner}
-    return {k: _without_empty(v, inner[k]) if k in inner and isinstance(v, dict) else v for k, v in kept.items()}
+    return {
+        name: _without_empty(value, inner[name]) if name in inner and isinstance(value, dict) else value
+        for name, value in kept.items()
+    }
 
 
 def _read_yaml(path):
@@ -156,14 +161,14 @@ def _read_yaml(path):
         raise FileNotFoundError(f"There is no configuration file {str(path)!r}.")
     given = OmegaConf.load(path)
     if not isinstance(given, DictConfig):
-        raise ValueError(f"{path} holds a list; a configuration is a mapping of sections such as 'training:'.")
+        raise ValueError(f"{path} holds a list; a configuration has sections such as 'training:'.")
     return given
 
 
 def _read_overrides(overrides):
     for override in overrides:
         if "=" not in override:
-            raise ValueError(f"The override {override!r} has no '='; write key.sub=value, such as training.batch_size=8.")
+            raise ValueError(f"The override {override!r} has no '='; write it like training.batch_size=8.")
     return OmegaConf.from_dotlist(list(overrides))
 
 # %% ../../nbs/31_training.config.ipynb #bbce0a2c
@@ -180,10 +185,11 @@ def save_config(
     aside.replace(path)
     return path
 
-# %% ../../nbs/31_training.config.ipynb #5b828f1c
+# %% ../../nbs/31_training.config.ipynb #6dad99c8
 def _rows(section, default, path=""):
     for key in dataclasses.fields(section):
-        name, value, usual = f"{path}.{key.name}".lstrip("."), getattr(section, key.name), getattr(default, key.name)
+        name, value = f"{path}.{key.name}".lstrip("."), getattr(section, key.name)
+        usual = getattr(default, key.name)
         if isinstance(value, Section):
             yield from _rows(value, usual, name)
         else:
@@ -203,9 +209,10 @@ def describe(
     rows = [(mark, name, str(value), meaning) for mark, name, value, meaning in _rows(config, Config())]
     rows = [row for row in rows if row[1].startswith(section)]
     if not rows:
-        raise ValueError(f"No key starts with {section!r}; sections are {', '.join(k.name for k in dataclasses.fields(Config))}.")
-    width, value_width = max(len(r[1]) for r in rows), min(24, max(len(r[2]) for r in rows))
-    return "\n".join(f"{mark} {name:<{width}}  {value:<{value_width}}  {meaning}" for mark, name, value, meaning in rows)
+        names = ", ".join(key.name for key in dataclasses.fields(Config))
+        raise ValueError(f"No key starts with {section!r}; sections are {names}.")
+    wide, room = max(len(r[1]) for r in rows), min(24, max(len(r[2]) for r in rows))
+    return "\n".join(f"{mark} {name:<{wide}}  {value:<{room}}  {says}" for mark, name, value, says in rows)
 
 # %% ../../nbs/31_training.config.ipynb #839e08cd
 def plot_sections(config: Config, ax=None):

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..models.layers import GlobalResponseNorm, LayerNorm, RMSNorm
 from .config import Config
 
-# %% ../../nbs/32_training.optim.ipynb #02897ce7
+# %% ../../nbs/32_training.optim.ipynb #18cecbb7
 NO_DECAY = (
     nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase,
     LayerNorm, RMSNorm, GlobalResponseNorm,
@@ -28,7 +28,7 @@ def decays(
     module: nn.Module,  # the module that owns the parameter
     name: str,  # the parameter's name inside it, such as "weight"
 ) -> bool:
-    "Whether weight decay is right for a parameter: not for biases, norms, embeddings and global response norms."
+    "Whether a parameter decays: not biases, norms, embeddings and global response norms."
     return name != "bias" and not isinstance(module, NO_DECAY)
 
 # %% ../../nbs/32_training.optim.ipynb #247edb7a
@@ -47,7 +47,7 @@ def parameter_groups(
         {"params": [p for p, yes in agreed.items() if not yes], "weight_decay": 0.0},
     ]
 
-# %% ../../nbs/32_training.optim.ipynb #eb2e6f5f
+# %% ../../nbs/32_training.optim.ipynb #3f246941
 def plot_parameter_groups(model: nn.Module, ax=None):
     "Numbers of parameters by module type, coloured by whether they decay."
     import matplotlib.pyplot as plt
@@ -60,17 +60,18 @@ def plot_parameter_groups(model: nn.Module, ax=None):
             group = counts[decays(module, name)]
             group[label] = group.get(label, 0) + parameter.numel()
     for yes, color in ((True, "C0"), (False, "C1")):
-        ax.barh(list(counts[yes]), list(counts[yes].values()), color=color, label="decays" if yes else "does not")
+        group = counts[yes]
+        ax.barh(list(group), list(group.values()), color=color, label="decays" if yes else "does not")
     ax.set(xscale="log", xlabel="parameters")
     ax.legend(frameon=False)
     return ax
 
-# %% ../../nbs/32_training.optim.ipynb #27839a56
+# %% ../../nbs/32_training.optim.ipynb #5f068cb0
 def _library(module, name, install):
     try:
         return getattr(importlib.import_module(module), name)
     except ImportError as error:
-        raise ValueError(f"This optimizer needs the library {install}: pip install {install}, or use adamw.") from error
+        raise ValueError(f"This optimizer needs a library: pip install {install}, or use adamw.") from error
 
 
 def scaled_learning_rate(config: Config, num_processes: int = 1) -> float:
@@ -92,14 +93,14 @@ def make_optimizer(model: nn.Module, config: Config, num_processes: int = 1) -> 
         return _library("bitsandbytes.optim", "AdamW8bit", "bitsandbytes")(groups, **arguments)
     return torch.optim.AdamW(groups, fused=name == "fused_adamw", **arguments)
 
-# %% ../../nbs/32_training.optim.ipynb #e40be414
+# %% ../../nbs/32_training.optim.ipynb #5f548ccc
 def make_scheduler(optimizer: Optimizer, config: Config) -> LRScheduler:
     "The learning-rate schedule of `config.lr_scheduler`; one step of it is one optimizer step."
     from transformers import get_scheduler
 
+    name, warmup = config.lr_scheduler.scheduler, config.lr_scheduler.params.warmup_steps
     steps = config.training.max_train_steps
-    warmup = config.lr_scheduler.params.warmup_steps
-    return get_scheduler(config.lr_scheduler.scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 
 def learning_rates(config: Config) -> list[float]:

@@ -7,18 +7,19 @@ __all__ = ['SCHEDULERS', 'Section', 'Experiment', 'WandB', 'VQModel', 'TextEncod
            'Dataset', 'OptimizerParams', 'Optimizer', 'SchedulerParams', 'LRScheduler', 'MaskSchedule', 'Training',
            'Config']
 
-# %% ../../nbs/30_training.schema.ipynb #68f49f62
+# %% ../../nbs/30_training.schema.ipynb #740e65e8
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+import torch
 from omegaconf import MISSING
 
 from ..schedules import get_schedule
 
-# %% ../../nbs/30_training.schema.ipynb #f24a3655
+# %% ../../nbs/30_training.schema.ipynb #04c5515d
 def _key(default, meaning, **limits):
-    "A dataclass field with its meaning and its limits: `low`, `high` (both included), `above` (excluded), `choices`."
+    "A field with its meaning and its limits: `low`, `high` (both included), `above` (excluded), `choices`."
     make = {"default_factory": type(default)} if isinstance(default, (dict, list)) else {"default": default}
     return field(metadata={"meaning": meaning, **limits}, **make)
 
@@ -45,15 +46,14 @@ class Section:
                 value.check(name)
             elif value is not None:
                 limits = {k: v for k, v in key.metadata.items() if k != "meaning"}
-                fault = next(filter(None, (_fault(v, **limits) for v in _each(value))), None) if limits else None
-                if fault:
+                for fault in filter(None, (_fault(v, **limits) for v in _each(value) if limits)):
                     raise ValueError(f"{name}={value!r} cannot be: {fault}.")
 
 
 def _each(value):
     return value if isinstance(value, (list, tuple)) else [value]
 
-# %% ../../nbs/30_training.schema.ipynb #d821792f
+# %% ../../nbs/30_training.schema.ipynb #cacd92ea
 def _every(default, what):
     return _key(default, f"steps between {what}; null = never", low=1)
 
@@ -64,8 +64,8 @@ class Experiment(Section):
     output_dir: str = _key(MISSING, "folder of the run")
     project: str = _key("muse", "what the run belongs to, for trackers")
     name: Optional[str] = _key(None, "how the run is called; null = the folder's name")
-    trackers: list[str] = _key([], "trackers of accelerate beside the JSON lines, such as wandb or tensorboard")
-    max_train_examples: Optional[int] = _key(None, "examples in an epoch, for the epoch count in the log", low=1)
+    trackers: list[str] = _key([], "accelerate's trackers beside the JSON lines, such as wandb")
+    max_train_examples: Optional[int] = _key(None, "examples in an epoch, which the log counts", low=1)
     max_eval_examples: Optional[int] = _key(None, "cap on examples for evaluation", low=1)
     log_every: Optional[int] = _every(50, "log lines")
     save_every: Optional[int] = _every(1000, "checkpoints")
@@ -75,7 +75,7 @@ class Experiment(Section):
     log_pixel_entropy_every: Optional[int] = _every(None, "entropies of the predicted tokens")
     log_image_entropy_every: Optional[int] = _every(None, "entropies of whole predicted images")
     log_cross_entropy_every: Optional[int] = _every(None, "cross-entropies by masking ratio")
-    log_token_probability_distributions_every: Optional[int] = _every(None, "histograms of token probabilities")
+    log_token_probability_distributions_every: Optional[int] = _every(None, "probability histograms")
     resume_from_checkpoint: Any = _key(None, "latest, a checkpoint folder, or null")
     resume_lr_scheduler: bool = _key(True, "a resume goes on with the learning-rate schedule")
     dont_resume_optimizer: bool = _key(False, "a resume starts with a fresh optimizer")
@@ -84,7 +84,8 @@ class Experiment(Section):
     def check(self, path):
         super().check(path)
         if not isinstance(self.resume_from_checkpoint or "", str):
-            raise ValueError(f"{path}.resume_from_checkpoint={self.resume_from_checkpoint!r} names no checkpoint; use latest, a folder or null.")
+            wanted = self.resume_from_checkpoint
+            raise ValueError(f"{path}.resume_from_checkpoint={wanted!r} must be latest, a folder or null.")
 
 
 @dataclass
@@ -93,19 +94,22 @@ class WandB(Section):
     entity: Optional[str] = _key(None, "account or team")
     run_id: Optional[str] = _key(None, "run to continue; null = the one kept with the run")
 
-# %% ../../nbs/30_training.schema.ipynb #2f98937c
+# %% ../../nbs/30_training.schema.ipynb #84cfc01c
 @dataclass
 class VQModel(Section):
     "The image tokenizer."
     type: str = _key("vqgan", "family", choices=("vqgan", "maskgit_vqgan", "movq", "paella_vq"))
-    pretrained: Optional[str] = _key(None, "folder or hub id")
+    pretrained: Optional[str] = _key(None, "folder or hub id; null = make one from the training data")
+    params: dict[str, Any] = _key({}, "arguments of a tokenizer that is made")
+    train: Optional[dict[str, Any]] = _key(None, "if pretrained is null: keys of VQTrainingConfig")
 
 
 @dataclass
 class TextEncoder(Section):
     "The frozen text encoder."
     type: str = _key("clip", "family", choices=("clip", "t5"))
-    pretrained: Optional[str] = _key(None, "folder or hub id")
+    pretrained: Optional[str] = _key(None, "folder or hub id; null = train a small CLIP on the data")
+    train: Optional[dict[str, Any]] = _key(None, "if pretrained is null: keys of ClipTrainingConfig")
     pad_token_id: Optional[int] = _key(None, "id that pads prompts; null = the tokenizer's", low=0)
 
 
@@ -129,17 +133,18 @@ class Model(Section):
                 f"vocab_size={vocabulary}; vocab_size must be at least {codebook + 1}."
             )
 
-# %% ../../nbs/30_training.schema.ipynb #477dc605
+# %% ../../nbs/30_training.schema.ipynb #c14384cf
 @dataclass
 class DatasetParams(Section):
     "Where the samples are and which of them count."
-    train_shards_path_or_url: Any = _key(MISSING, "brace pattern, list, pipe: command, folder, file holding a list, or digits")
+    train_shards_path_or_url: Any = _key(MISSING, "pattern, list, pipe:, folder, list file, or digits")
     eval_shards_path_or_url: Any = _key(None, "the same, for evaluation")
     num_workers: int = _key(0, "loader processes", low=0)
     shuffle_buffer_size: int = _key(1000, "samples among which the next is drawn", low=1)
     pin_memory: bool = _key(False, "page-locked host memory")
     persistent_workers: bool = _key(False, "keep loader processes")
     max_bad_share: float = _key(0.1, "share of undecodable samples that is still accepted", low=0, high=1)
+    skip_bad: bool = _key(False, "leave out images of a folder that have no caption or cannot be read")
     validation_prompts_file: Optional[str] = _key(None, "prompts of the sample images, one a line")
     use_filtered_dataset: bool = _key(False, "apply the metadata filter below")
     min_size: int = _key(256, "least original width and height", low=0)
@@ -197,7 +202,8 @@ class Optimizer(Section):
 
 
 SCHEDULERS = (
-    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt",
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
+    "inverse_sqrt",
 )
 
 
@@ -222,9 +228,9 @@ class MaskSchedule(Section):
 
     def check(self, path):
         super().check(path)
-        get_schedule(self.schedule, **self.params)
+        get_schedule(self.schedule, **self.params)(torch.tensor(0.5))
 
-# %% ../../nbs/30_training.schema.ipynb #bc159fe5
+# %% ../../nbs/30_training.schema.ipynb #f83ec884
 @dataclass
 class Training(Section):
     "Batches, precision, EMA, masking and what the sample images use."
@@ -245,12 +251,14 @@ class Training(Section):
     min_masking_rate: float = _key(0.0, "least share masked", low=0, high=1)
     noise_type: str = _key("mask", "what replaces a token", choices=("mask", "random_replace"))
     predict_all_tokens: bool = _key(False, "every token is a label, weighted")
-    mask_contiguous_region_prob: Optional[float] = _key(None, "share of batches masked by rectangles", low=0, high=1)
+    mask_contiguous_region_prob: Optional[float] = _key(None, "share of rectangle batches", low=0, high=1)
     eval_mask_ratios: Optional[list[float]] = _key(None, "ratios evaluation draws from", above=0, high=1)
     use_soft_code_target: bool = _key(False, "train towards the tokenizer's distribution")
     use_stochastic_code: bool = _key(False, "draw the tokens from it")
     soft_code_temp: float = _key(1.0, "its temperature", above=0)
     split_vae_encode: Optional[int] = _key(None, "parts in which a batch is encoded", low=1)
+    use_empty_embeds_for_uncond: bool = _key(True, "a dropped condition is the empty prompt; false = zeros")
+    encode_first: bool = _key(False, "encode every image once, centre-cropped; train on the tokens")
     pre_encode: bool = _key(False, "the data holds tokens and text states already")
     guidance_scale: float = _key(8.0, "guidance of the sample images", low=0)
     generation_timesteps: int = _key(12, "decoding steps of the sample images", low=1)
@@ -260,13 +268,14 @@ class Training(Section):
         super().check(path)
         for key in ("use_soft_code_target", "use_stochastic_code"):
             if getattr(self, key) and self.pre_encode:
-                raise ValueError(f"{path}.{key} asks the image tokenizer, but with {path}.pre_encode there are no images.")
+                raise ValueError(f"{path}.{key} needs images; with {path}.pre_encode there are no images.")
         if self.use_soft_code_target and (self.predict_all_tokens or self.noise_type == "random_replace"):
-            raise ValueError(f"{path}.use_soft_code_target averages over masked tokens; noise_type must be 'mask' and predict_all_tokens false.")
+            told = "averages over masked tokens; noise_type must be 'mask' and predict_all_tokens false"
+            raise ValueError(f"{path}.use_soft_code_target {told}.")
         if self.use_soft_code_target and self.label_smoothing:
-            raise ValueError(f"{path}.label_smoothing has no effect on soft targets; set it to 0 with {path}.use_soft_code_target.")
+            raise ValueError(f"{path}.label_smoothing must be 0 with {path}.use_soft_code_target.")
         if len(_each(self.generation_temperature)) > 2:
-            raise ValueError(f"{path}.generation_temperature={self.generation_temperature!r} is no number and no pair.")
+            raise ValueError(f"{path}.generation_temperature must be a number or a (start, end) pair.")
 
 
 @dataclass
