@@ -138,7 +138,7 @@ def clip_training(config: Config) -> ClipTrainingConfig:
     given = {"seed": config.training.seed, "max_seq_length": config.dataset.preprocessing.max_seq_length}
     return _options(ClipTrainingConfig, given | config.model.text_encoder.train, "model.text_encoder.train")
 
-# %% ../nbs/42_stages.ipynb #be1344bd
+# %% ../nbs/42_stages.ipynb #fc2b9d6b
 VQ_MODELS = {"vqgan": VQGANModel, "paella_vq": PaellaVQModel}
 TRANSFORMERS = {"uvit": MaskGiTUViT}
 
@@ -146,18 +146,19 @@ TRANSFORMERS = {"uvit": MaskGiTUViT}
 def make_transformer(config: Config, vq_model, text_encoder) -> torch.nn.Module:
     "The transformer of a configuration, its sizes filled in from the tokenizer and the text encoder."
     kind, path = TRANSFORMERS[config.model.architecture], config.model.pretrained_model_path
+    codes = vq_model.quantize.embedding.num_embeddings
     if path:
         model = kind.from_pretrained(path)
     else:
         torch.manual_seed(config.training.seed)
-        empty, codes = text_encoder.unconditional(), vq_model.codebook_size
+        empty = text_encoder.unconditional()
         sizes = {"codebook_size": codes, "vocab_size": codes + 1, "encoder_hidden_size": empty["encoder_hidden_states"].shape[-1]}
         if "cond_embeds" in empty:
             sizes["cond_embed_dim"] = empty["cond_embeds"].shape[-1]
         model = kind.from_config({**sizes, **config.model.transformer})
-    if model.config.codebook_size != vq_model.codebook_size:
+    if model.config.codebook_size != codes:
         raise ValueError(
-            f"The transformer knows {model.config.codebook_size} codes and the tokenizer has {vq_model.codebook_size}; "
+            f"The transformer knows {model.config.codebook_size} codes and the tokenizer has {codes}; "
             "use a tokenizer and a transformer that belong together."
         )
     model.gradient_checkpointing = config.model.gradient_checkpointing

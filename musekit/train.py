@@ -30,13 +30,20 @@ from .training.resume import find_checkpoint
 from .training.tokenizer import train_vq_model
 from .training.trainer import Trainer, make_accelerator
 
-# %% ../nbs/43_train.ipynb #63ee4151
+# %% ../nbs/43_train.ipynb #c22dabf5
 class Recipe:
     "The stages of one run, in order. Each is made on the main process and loaded by all."
 
-    def __init__(self, config: Config, accelerator: Accelerator | None = None, base_dir: str | Path | None = None):
+    def __init__(
+        self,
+        config: Config,
+        *,
+        accelerator: Accelerator | None = None,
+        base_dir: str | Path | None = None,  # where relative shard names are also looked for
+        progress: bool | None = None,  # show bars; None = only in a terminal
+    ):
         _check(config)
-        self.config, self.base_dir = config, base_dir
+        self.config, self.base_dir, self.progress = config, base_dir, progress
         self.accelerator = accelerator or make_accelerator(config)
         self.folder, self.seconds = Path(config.experiment.output_dir), {}
         self._pool = None
@@ -95,7 +102,7 @@ class Recipe:
             section = self.config.model.vq_model
             model = VQ_MODELS[section.type].from_config(section.params)
             options = vq_training(self.config)
-            train_vq_model(model, self.pool.batches(64, options.seed), options, folder=folder)
+            train_vq_model(model, self.pool.batches(64, options.seed), options, folder=folder, progress=self.progress)
         return make_once(self.folder / "vq_model", self.vq_facts, make)
 
     def make_text_encoder(self):
@@ -113,7 +120,7 @@ class Recipe:
     def _train_text_encoder(self):
         def make(folder):
             options = clip_training(self.config)
-            train_clip(self.pool.batches(128, options.seed), self.pool.texts, folder, options)
+            train_clip(self.pool.batches(128, options.seed), self.pool.texts, folder, options, self.progress)
         return make_once(self.folder / "clip", self.text_facts, make)
 
     def encode(self):
@@ -139,7 +146,7 @@ class Recipe:
             held_out = self._encoded("test", self.eval_urls, encoder)
             self.eval_batches = lambda: encoded_loader(held_out, size, training=False, **place)
 
-    def fit(self, progress: bool | None = None):
+    def fit(self):
         "Trains the transformer and saves the pipeline, unless the run was stopped on the way."
         transformer = make_transformer(self.config, self.vq_model, self.text_encoder)
         first = next(iter(make_loader(self.train_urls, image_text_config(self.config), training=False)))
@@ -149,7 +156,7 @@ class Recipe:
         self.trainer = Trainer(
             transformer, self.train_batches, self.config, prepare=self.prepare, unconditional=self.unconditional,
             eval_batches=self.eval_batches, accelerator=self.accelerator,
-            callbacks=standard_callbacks(self.config, sample=draw, evaluation=self.eval_batches is not None, progress=progress),
+            callbacks=standard_callbacks(self.config, sample=draw, evaluation=self.eval_batches is not None, progress=self.progress),
         ).fit()
         if not self.trainer.stop and self.accelerator.is_main_process:
             self.pipeline(type(transformer).from_pretrained(self.folder)).save_pretrained(self.folder / "pipeline")
@@ -183,7 +190,7 @@ def refuse_other_run(config: Config):
             f"{folder} holds another run ({'; '.join(other[:4])}). Choose another experiment.output_dir, or delete that folder."
         )
 
-# %% ../nbs/43_train.ipynb #034bb0b1
+# %% ../nbs/43_train.ipynb #104dbd77
 def _check(config):
     "Refuses what the recipe cannot do, before anything is read or built."
     for name, section in (("model.vq_model", config.model.vq_model), ("model.text_encoder", config.model.text_encoder)):
@@ -219,7 +226,7 @@ def configure(
 def train(config: Config, *, progress: bool | None = None, base_dir: str | Path | None = None) -> Recipe:
     "Runs every stage of the recipe and saves the pipeline; gives the recipe with its models and times."
     refuse_other_run(config)
-    recipe = Recipe(config, base_dir=base_dir)
+    recipe = Recipe(config, base_dir=base_dir, progress=progress)
     with recipe.stage("data"):
         recipe.find_data()
     with recipe.stage("image tokenizer"):
@@ -229,5 +236,5 @@ def train(config: Config, *, progress: bool | None = None, base_dir: str | Path 
     with recipe.stage("encoding"):
         recipe.encode()
     with recipe.stage("transformer"):
-        recipe.fit(progress)
+        recipe.fit()
     return recipe

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['train_tokenizer', 'TextEncoder', 'ClipTrainingConfig', 'build_clip', 'contrastive_loss', 'retrieval_accuracy',
-           'train_clip', 'plot_clip_training', 'plot_similarity']
+           'text_tower', 'train_clip', 'plot_clip_training', 'plot_similarity']
 
-# %% ../../nbs/23_data.conditions.ipynb #45a3ea49
+# %% ../../nbs/23_data.conditions.ipynb #c2f6c55e
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import torch
 from tokenizers import pre_tokenizers, trainers
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import (
     AutoConfig, AutoTokenizer, CLIPConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection,
     CLIPTokenizer, T5EncoderModel,
@@ -178,19 +179,29 @@ def retrieval_accuracy(logits: Tensor, input_ids: Tensor) -> float:
     best = logits.argmax(-1)
     return (input_ids[best] == input_ids).all(-1).float().mean().item()
 
-# %% ../../nbs/23_data.conditions.ipynb #d2c6849a
+# %% ../../nbs/23_data.conditions.ipynb #688eb315
+def text_tower(model: CLIPModel) -> CLIPTextModelWithProjection:
+    "The text half of a CLIP with its projection, as a model of its own."
+    text_model = CLIPTextModelWithProjection(model.config.text_config)
+    wanted, weights = text_model.state_dict(), model.state_dict()
+    text_model.load_state_dict({name: weights[name] for name in wanted})
+    return text_model
+
+# %% ../../nbs/23_data.conditions.ipynb #86fe90d8
 def train_clip(
     batches: Iterable[dict],  # endless, with pixel_values (B, 3, R, R) and text, as `make_loader` gives them
     captions: Iterable[str],  # what the tokenizer is trained on
     out_folder: str | Path,
     config: ClipTrainingConfig | None = None,
+    progress: bool | None = None,  # show a bar; None = only in a terminal
 ) -> dict[str, list[float]]:
     "Trains and writes a small CLIP and its tokenizer; gives loss and retrieval accuracy of every step."
     config = config or ClipTrainingConfig()
     torch.manual_seed(config.seed)
     tokenizer = train_tokenizer(captions, config.vocab_size, config.max_seq_length)
     history, model = {"loss": [], "accuracy": []}, None
-    for _, batch in zip(range(config.steps), batches):
+    bar = tqdm(range(config.steps), unit="step", disable=None if progress is None else not progress)
+    for _, batch in zip(bar, batches):
         pixels = batch["pixel_values"]
         if model is None:
             model = build_clip(tokenizer, pixels.shape[-1], config).train()
@@ -210,8 +221,7 @@ def train_clip(
         history["accuracy"].append(retrieval_accuracy(logits.detach(), input_ids))
     if model is None:
         raise ValueError("no batch to train on")
-    model.save_pretrained(out_folder)
-    tokenizer.save_pretrained(out_folder)
+    TextEncoder(text_tower(model), tokenizer, use_pooled=True).save_pretrained(out_folder)
     return history
 
 # %% ../../nbs/23_data.conditions.ipynb #a718e8a3

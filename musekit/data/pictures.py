@@ -37,12 +37,12 @@ def caption_font(size: int = 11) -> ImageFont.FreeTypeFont:
     "The font that comes with matplotlib, the same on every machine."
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
 
-# %% ../../nbs/27_data.pictures.ipynb #9fdd7fe1
+# %% ../../nbs/27_data.pictures.ipynb #d0bd9140
 def image_grid(
     images: list[Image.Image],
     captions: list[str] | None = None,  # one per image, written beneath and wrapped
     columns: int | None = None,  # None: one row of up to 8
-    scale: float | None = None,  # None: longer side of about 96 pixels, and large images are left as they are
+    scale: float | None = None,  # None: longer side of about 96 pixels, or as they are if larger
     resample: Image.Resampling = Image.Resampling.BICUBIC,  # or NEAREST, to see every pixel
 ) -> Image.Image:
     "Pictures side by side on white, enlarged."
@@ -51,7 +51,8 @@ def image_grid(
     if captions is not None and len(captions) != len(images):
         raise ValueError(f"{len(captions)} captions for {len(images)} images; give one per image")
     scale = scale or max(1, round(96 / max(max(image.size) for image in images)))
-    tiles = [image.convert("RGB").resize([max(1, round(side * scale)) for side in image.size], resample) for image in images]
+    enlarged = lambda image: [max(1, round(side * scale)) for side in image.size]
+    tiles = [image.convert("RGB").resize(enlarged(image), resample) for image in images]
     width, height = (max(tile.size[axis] for tile in tiles) for axis in (0, 1))
     font, gap, line, columns = caption_font(), 6, 14, columns or min(8, len(tiles))
     texts = [wrap_text(caption, font, width) for caption in captions or []]
@@ -63,7 +64,8 @@ def image_grid(
         left, top = gap + number % columns * across, gap + number // columns * down
         sheet.paste(tile, (left + (width - tile.width) // 2, top + (height - tile.height) // 2))
         for place, text in enumerate(texts[number] if texts else []):
-            pen.text((left + (width - font.getlength(text)) / 2, top + height + 1 + place * line), text, "black", font)
+            indent = (width - font.getlength(text)) / 2
+            pen.text((left + indent, top + height + 1 + place * line), text, "black", font)
     return sheet
 
 # %% ../../nbs/27_data.pictures.ipynb #0b8f7644
@@ -85,15 +87,15 @@ def to_images(
     levels = (pixels.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(image) for image in levels]
 
-# %% ../../nbs/27_data.pictures.ipynb #c9bc5f26
+# %% ../../nbs/27_data.pictures.ipynb #53b041db
 def read_mask(
-    mask: Image.Image | np.ndarray | Tensor,  # (height, width); masked where brighter than half of its brightest
+    mask: Image.Image | np.ndarray | Tensor,  # (height, width); masked where above half of its brightest
     size: tuple[int, int],  # (width, height) of the image, as PIL counts
 ) -> np.ndarray:  # (height, width) bool
     "A mask of an image; one of another size or without a masked pixel is a ValueError."
     values = np.asarray(mask.convert("L") if isinstance(mask, Image.Image) else mask)
     if values.shape != (size[1], size[0]):
-        raise ValueError(f"the mask has the shape (height, width) {values.shape}, the image {(size[1], size[0])}; "
+        raise ValueError(f"the mask has the shape (height, width) {values.shape}, the image {size[::-1]}; "
                          "resize the mask")
     if not values.any():
         raise ValueError("the mask is black everywhere; make what shall be drawn anew white")
@@ -106,8 +108,8 @@ def token_mask(
 ) -> Tensor:  # (N,) bool
     "The tokens that hold at least one masked pixel; an image that ends inside a token is continued unmasked."
     height, width = mask.shape
-    mask = np.pad(mask, ((0, -height % factor), (0, -width % factor)))
-    return torch.from_numpy(mask).unflatten(1, (-1, factor)).unflatten(0, (-1, factor)).any(3).any(1).flatten()
+    mask = torch.from_numpy(np.pad(mask, ((0, -height % factor), (0, -width % factor))))
+    return mask.unflatten(1, (-1, factor)).unflatten(0, (-1, factor)).any(3).any(1).flatten()
 
 # %% ../../nbs/27_data.pictures.ipynb #3703aac5
 def fade_tokens(
@@ -121,7 +123,7 @@ def fade_tokens(
     faint = Image.blend(image, Image.new("RGB", image.size, (128, 128, 128)), strength)
     return Image.composite(faint, image, squares)
 
-# %% ../../nbs/27_data.pictures.ipynb #280f0009
+# %% ../../nbs/27_data.pictures.ipynb #f20f9ec5
 def plot_decoding(
     step_images: list[list[Image.Image]],  # per step a list of pictures
     row: int = 0,  # which picture
@@ -130,7 +132,9 @@ def plot_decoding(
 ) -> Image.Image:
     "One picture over the steps of its decoding."
     if not step_images or not 0 <= row < len(step_images[0]):
-        raise ValueError(f"no picture {row} in {len(step_images)} steps of {len(step_images[0]) if step_images else 0} pictures; "
+        count = len(step_images[0]) if step_images else 0
+        raise ValueError(f"no picture {row} in {len(step_images)} steps of {count} pictures; "
                          "ask for the steps with return_steps=True")
     images = [images[row] for images in step_images]
-    return image_grid(images, [f"step {step}" for step in range(1, len(images) + 1)], min(columns, len(images)), scale)
+    captions = [f"step {step}" for step in range(1, len(images) + 1)]
+    return image_grid(images, captions, min(columns, len(images)), scale)

@@ -15,9 +15,9 @@ from .checkpoints import PretrainedModel
 from .layers import conv_channels_last, resolve_grid
 from .quantizers import VectorQuantizer
 
-# %% ../../nbs/15_models.paella_vq.ipynb #a25de49c
+# %% ../../nbs/15_models.paella_vq.ipynb #7ba51de9
 class PaellaBlock(nn.Module):
-    """x (B, channels, H, W) to the same shape: x + a depthwise convolution, + a perceptron, each behind a norm.
+    """x (B, channels, H, W) to the same shape: x + depthwise convolution, + perceptron, each behind a norm.
 
     `gammas` are scale, shift and gain of the first branch, then of the second.
     """
@@ -25,7 +25,8 @@ class PaellaBlock(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.gammas = nn.Parameter(torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 1.0]))
-        self.depthwise = nn.Sequential(nn.ReplicationPad2d(1), nn.Conv2d(channels, channels, 3, groups=channels))
+        convolution = nn.Conv2d(channels, channels, 3, groups=channels)
+        self.depthwise = nn.Sequential(nn.ReplicationPad2d(1), convolution)
         self.channelwise = nn.Sequential(
             nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
 
@@ -72,7 +73,7 @@ def paella_up_blocks(widths, c_latent, bottleneck_blocks):
         layers += [nn.ConvTranspose2d(coarser, finer, 4, stride=2, padding=1), PaellaBlock(finer)]
     return nn.Sequential(*layers)
 
-# %% ../../nbs/15_models.paella_vq.ipynb #8db39fb6
+# %% ../../nbs/15_models.paella_vq.ipynb #0727692e
 class PaellaVQModel(PretrainedModel):
     """Paella's tokenizer (Rampas et al. 2022). Images are (B, 3, height, width) in [0, 1].
 
@@ -86,8 +87,8 @@ class PaellaVQModel(PretrainedModel):
                  scale_factor=0.3764):
         super().__init__()
         if levels < 1 or c_hidden % 2 ** (levels - 1):
-            raise ValueError(f"c_hidden {c_hidden} cannot be halved for {levels} levels; levels is at least 1 and "
-                             "c_hidden a multiple of 2^(levels - 1).")
+            raise ValueError(f"c_hidden {c_hidden} cannot be halved for {levels} levels; levels is at least 1 "
+                             "and c_hidden a multiple of 2^(levels - 1).")
         widths = [c_hidden // 2 ** i for i in reversed(range(levels))]
         self.in_block = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, widths[0], 1))
         self.down_blocks = paella_down_blocks(widths, c_latent)
@@ -144,9 +145,9 @@ class PaellaVQModel(PretrainedModel):
         images = self.decode(quantized)
         return (images, loss) if return_loss else images
 
-# %% ../../nbs/15_models.paella_vq.ipynb #1cf9a1ca
+# %% ../../nbs/15_models.paella_vq.ipynb #7643125a
 def receptive_field(model, side):
-    """How strongly each pixel of a `side` x `side` image moves the latent in the middle: (side, side), maximum 1."""
+    """How strongly each pixel moves the latent in the middle of the image: (side, side), maximum 1."""
     pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0), requires_grad=True)
     latents = model.latents(pixels)
     middle = latents.shape[-1] // 2
@@ -159,7 +160,8 @@ def plot_receptive_fields(models, side):
     """Draws `receptive_field` on a logarithmic scale for a dictionary of models; returns the figure."""
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, len(models), figsize=(3.2 * len(models), 3), squeeze=False, layout="constrained")
+    size = 3.2 * len(models), 3
+    fig, axes = plt.subplots(1, len(models), figsize=size, squeeze=False, layout="constrained")
     for ax, (name, model) in zip(axes[0], models.items()):
         drawn = ax.imshow(receptive_field(model, side).clamp_min(1e-6).log10(), vmin=-6, vmax=0, cmap="magma")
         ax.set(xticks=[], yticks=[], title=name)
