@@ -33,7 +33,7 @@ from .masking import random_mask
 from .models.checkpoints import PretrainedModel, find_folder
 from .training.resume import PARTIAL, publish, step_seed
 
-# %% ../nbs/40_pipeline.ipynb #3ba712cc
+# %% ../nbs/40_pipeline.ipynb #11c81a0c
 class TokenPipeline:
     "From prompts, or their tensors, to image tokens."
 
@@ -48,7 +48,8 @@ class TokenPipeline:
         zero_uncond: bool = False,  # "no prompt" is zeros instead of the empty prompt
     ):
         self.transformer, self.text_encoder = transformer.eval(), text_encoder
-        self.reads = list(inspect.signature(transformer.forward).parameters)
+        written = getattr(transformer, "_orig_mod", transformer)  # torch.compile hides what forward takes
+        self.reads = list(inspect.signature(written.forward).parameters)
         self.generation, self.zero_uncond = generation or GenerationConfig(), zero_uncond
         grid = grid or getattr(transformer, "default_shape", None)
         if grid is None:

@@ -58,23 +58,24 @@ def plot_digits(samples: list[dict], columns: int = 8):
     figure.tight_layout(pad=0.3)
     return figure
 
-# %% ../../nbs/25_data.digits.ipynb #857c3a9b
+# %% ../../nbs/25_data.digits.ipynb #3aa69a5d
 DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 WORDINGS = (
-    "a {ink} handwritten {name} on {paper} paper",
+    "{an} {ink} handwritten {name} on {paper} paper",
     "{digit}, written in {ink} ink, on {paper}",
     "the digit {digit} in {ink} on {paper} paper",
-    "a {ink} {name} on {paper} paper",
+    "{an} {ink} {name} on {paper} paper",
     "{name} written by hand in {ink} ink on a {paper} sheet",
     "on {paper} paper: the number {digit} in {ink}",
     "handwritten {digit}, {ink} on {paper}",
-    "{paper} paper with a {ink} {digit}",
+    "{paper} paper with {an} {ink} {digit}",
 )
 
 
 def caption(digit: int, ink: str, paper: str, wording: int) -> str:
     "What the picture shows, in one of the eight wordings."
-    return WORDINGS[wording].format(digit=digit, name=DIGIT_NAMES[digit], ink=ink, paper=paper)
+    an = "an" if ink[0] in "aeiou" else "a"
+    return WORDINGS[wording].format(an=an, digit=digit, name=DIGIT_NAMES[digit], ink=ink, paper=paper)
 
 # %% ../../nbs/25_data.digits.ipynb #644fd4bf
 def held_out_combinations() -> set[tuple[int, str, str]]:

@@ -49,8 +49,8 @@ def write_tars(
         urls.append(str(path))
     return urls
 
-# %% ../../nbs/21_data.packing.ipynb #5dc8418c
-_EXTENSION_OF = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+# %% ../../nbs/21_data.packing.ipynb #c8d1e068
+_EXTENSION_OF = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a phone's JPEG
 
 
 def _encoded(image, image_format):
@@ -58,14 +58,14 @@ def _encoded(image, image_format):
     if isinstance(image, bytes):
         with Image.open(io.BytesIO(image)) as opened:
             if opened.format not in _EXTENSION_OF:
-                known = ", ".join(_EXTENSION_OF)
+                known = "JPEG, PNG, WEBP"
                 raise ValueError(f"cannot pack a {opened.format} file; convert it to one of {known}")
             return _EXTENSION_OF[opened.format], image, opened.size
     data = io.BytesIO()
     image.convert("RGB").save(data, format="JPEG" if image_format == "jpg" else image_format)
     return image_format, data.getvalue(), image.size
 
-# %% ../../nbs/21_data.packing.ipynb #d85062c2
+# %% ../../nbs/21_data.packing.ipynb #57755eec
 def _members(sample, image_format):
     extension, data, (width, height) = _encoded(sample["image"], image_format)
     metadata = {"original_width": width, "original_height": height, **sample.get("metadata", {})}
@@ -82,7 +82,7 @@ def write_shards(
 ) -> list[str]:
     "Writes image-text samples as webdataset tars and returns their paths; notes the images' sizes."
     if image_format not in _EXTENSION_OF.values():
-        raise ValueError(f"image_format={image_format!r} is none of {', '.join(_EXTENSION_OF.values())}")
+        raise ValueError(f"image_format={image_format!r} is none of jpg, png, webp")
     members = (_members(sample, image_format) for sample in samples)
     return write_tars(members, folder, prefix=prefix, samples_per_shard=samples_per_shard)
 
@@ -99,7 +99,7 @@ def plot_overhead(sizes: list[int], members: int = 3, block: int = 512):
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
-# %% ../../nbs/21_data.packing.ipynb #f1db4b18
+# %% ../../nbs/21_data.packing.ipynb #96a8f7ba
 @dataclass
 class PackReport:
     "What became of a folder's images."
@@ -110,11 +110,14 @@ class PackReport:
 
 
 def _caption_of(path):
-    "The caption beside an image, '' where there is none."
+    "The caption beside an image, '' where there is none that can be read."
     for extension in TEXT_EXTENSIONS:
         beside = path.with_suffix(f".{extension}")
         if beside.is_file():
-            return beside.read_text(encoding="utf-8").strip()
+            try:
+                return beside.read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError):
+                return ""
     return ""
 
 
@@ -122,16 +125,16 @@ def _readable(path):
     try:
         with Image.open(path) as image:
             image.load()
+            return image.format in _EXTENSION_OF
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return False
-    return True
 
 
 def _named(title, paths):
     shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
     return f"{len(paths)} {title}: {shown}" if paths else ""
 
-# %% ../../nbs/21_data.packing.ipynb #68c74867
+# %% ../../nbs/21_data.packing.ipynb #13c20e67
 def pack_folder(
     images_folder: str | Path,  # searched with its subfolders for jpg, jpeg, png and webp
     out_folder: str | Path,
@@ -156,10 +159,15 @@ def pack_folder(
             report.unreadable.append(name)
         else:
             good.append((path, caption, name))
-    problems = [_named("without a caption", report.missing_caption), _named("unreadable", report.unreadable)]
+    problems = [
+        _named("without a caption (a .txt beside it, in UTF-8)", report.missing_caption),
+        _named("unreadable", report.unreadable),
+    ]
     if any(problems) and (not skip_bad or not good):
-        listed = "; ".join(filter(None, problems))
-        raise ValueError(f"{root}: {listed}. Mend them, or pass skip_bad=True to leave them out")
+        listed, remedy = "; ".join(filter(None, problems)), "Mend them"
+        if good:
+            remedy += ", or leave them out: skip_bad=True, on the command line dataset.params.skip_bad=true"
+        raise ValueError(f"{root}: {listed}. {remedy}")
     samples = (
         dict(image=path.read_bytes(), text=text, metadata={"source": name}) for path, text, name in good
     )

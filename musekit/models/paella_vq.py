@@ -6,14 +6,13 @@
 __all__ = ['PaellaBlock', 'PaellaQuantizer', 'paella_down_blocks', 'paella_up_blocks', 'PaellaVQModel', 'receptive_field',
            'plot_receptive_fields']
 
-# %% ../../nbs/15_models.paella_vq.ipynb #2f5488f1
+# %% ../../nbs/15_models.paella_vq.ipynb #faf73972
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checkpoints import PretrainedModel
 from .layers import conv_channels_last, resolve_grid
-from .quantizers import VectorQuantizer
+from .quantizers import ImageTokenizer, VectorQuantizer
 
 # %% ../../nbs/15_models.paella_vq.ipynb #7ba51de9
 class PaellaBlock(nn.Module):
@@ -73,15 +72,13 @@ def paella_up_blocks(widths, c_latent, bottleneck_blocks):
         layers += [nn.ConvTranspose2d(coarser, finer, 4, stride=2, padding=1), PaellaBlock(finer)]
     return nn.Sequential(*layers)
 
-# %% ../../nbs/15_models.paella_vq.ipynb #0727692e
-class PaellaVQModel(PretrainedModel):
+# %% ../../nbs/15_models.paella_vq.ipynb #299d4359
+class PaellaVQModel(ImageTokenizer):
     """Paella's tokenizer (Rampas et al. 2022). Images are (B, 3, height, width) in [0, 1].
 
     `downsample_factor` is f, the number of pixels to a token along each side; N = (height / f) * (width / f).
     levels: f = 2^levels; c_hidden: width of the coarsest level; bottleneck_blocks: depth there, on the way up
     """
-
-    ignored_config = ("num_embeddings",)
 
     def __init__(self, levels=2, bottleneck_blocks=12, c_hidden=384, c_latent=4, codebook_size=8192,
                  scale_factor=0.3764):
@@ -95,7 +92,6 @@ class PaellaVQModel(PretrainedModel):
         self.vquantizer = PaellaQuantizer(codebook_size, c_latent)
         self.up_blocks = paella_up_blocks(widths, c_latent, bottleneck_blocks)
         self.out_block = nn.Sequential(nn.Conv2d(widths[0], 12, 1), nn.PixelShuffle(2))
-        self.note(num_embeddings=codebook_size)
 
     @property
     def quantize(self):
@@ -106,29 +102,14 @@ class PaellaVQModel(PretrainedModel):
         return 2 ** self.config.levels
 
     def latents(self, pixel_values):
-        """The vectors (B, c_latent, height/f, width/f) that are to be quantized.
-
-        Raises ValueError if a side of the images is no multiple of `downsample_factor`.
-        """
-        factor, (height, width) = self.downsample_factor, pixel_values.shape[-2:]
-        if height % factor or width % factor:
-            raise ValueError(f"images of {height}x{width} do not split into tokens of {factor}x{factor}; "
-                             f"resize or crop them to multiples of {factor}.")
+        """The vectors (B, c_latent, height/f, width/f) that are to be quantized."""
+        self.check_size(pixel_values)
         return self.down_blocks(self.in_block(pixel_values))
 
     def encode(self, pixel_values, return_loss=False):
         """(codes / scale_factor (B, c_latent, height/f, width/f), ids (B, N)[, the codebook's loss])."""
-        quantized, ids, loss = self.vquantizer(self.latents(pixel_values))
-        quantized = quantized / self.config.scale_factor
-        return (quantized, ids, loss) if return_loss else (quantized, ids)
-
-    def get_code(self, pixel_values):
-        """The ids (B, N) int64 of images, row by row."""
-        return self.encode(pixel_values)[1]
-
-    def get_soft_code(self, pixel_values, temp=1.0, stochastic=False, generator=None):
-        """softmax(-distance / temp) (B, N, codebook_size) and ids (B, N), drawn if `stochastic`."""
-        return self.vquantizer.soft_codes(self.latents(pixel_values), temp, stochastic, generator)
+        quantized, *rest = super().encode(pixel_values, return_loss)
+        return quantized / self.config.scale_factor, *rest
 
     def decode(self, quantized):
         """Images of what `encode` gives (B, c_latent, height/f, width/f), not clipped to [0, 1]."""
@@ -138,12 +119,6 @@ class PaellaVQModel(PretrainedModel):
         """Images of ids (B, N); grid: (height/f, width/f), a square if None (ValueError if N is none)."""
         codes = self.vquantizer.lookup(ids, resolve_grid(ids.shape[1], grid))
         return self.decode(codes / self.config.scale_factor)
-
-    def forward(self, pixel_values, return_loss=False):
-        """The reconstruction of images, and the codebook's loss if asked for."""
-        quantized, ids, loss = self.encode(pixel_values, return_loss=True)
-        images = self.decode(quantized)
-        return (images, loss) if return_loss else images
 
 # %% ../../nbs/15_models.paella_vq.ipynb #7643125a
 def receptive_field(model, side):

@@ -109,7 +109,7 @@ def plot_codebook(quantizer, vectors, ax=None, resolution=160):
     ax.set(xticks=[], yticks=[], title=f"{int(used.sum())} of {len(codes)} codes used")
     return ax
 
-# %% ../../nbs/13_models.quantizers.ipynb #dd8f69f7
+# %% ../../nbs/13_models.quantizers.ipynb #788ee964
 class ImageTokenizer(PretrainedModel):
     """Base of the image tokenizers. Images are (B, channels, height, width) in [0, 1].
 
@@ -117,6 +117,11 @@ class ImageTokenizer(PretrainedModel):
     `latents(pixel_values)`, which calls `check_size` and gives the vectors (B, C, height/f, width/f), and
     `decode(quantized)`, which gives images of codes of that shape.
     """
+
+    @property
+    def codebook_size(self):
+        """The number of codes, K."""
+        return self.quantize.embedding.num_embeddings
 
     def check_size(self, pixel_values):
         """Raises ValueError if a side of the images is no multiple of `downsample_factor`."""

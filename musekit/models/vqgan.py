@@ -190,7 +190,7 @@ class VQGANModel(ImageTokenizer):
         """Images of codes (B, quantized_embed_dim, height/f, width/f), not clipped to [0, 1]."""
         return self.decoder(self.post_quant_conv(quantized))
 
-# %% ../../nbs/14_models.vqgan.ipynb #53dcd8c8
+# %% ../../nbs/14_models.vqgan.ipynb #be249140
 def plot_reconstructions(model, pixel_values):
     """Draws images (B, C, h, w), their ids, and their reconstructions in three rows; returns the figure."""
     import matplotlib.pyplot as plt
@@ -203,7 +203,7 @@ def plot_reconstructions(model, pixel_values):
     fig, axes = plt.subplots(3, len(ids), figsize=(len(ids), 3.1), squeeze=False)
     for column, shown in zip(axes.T, zip(pixel_values, ids.view(-1, 1, height, width), images)):
         for ax, image, cmap in zip(column, shown, ("gray", "tab20", "gray")):
-            top = model.config.num_embeddings - 1 if cmap == "tab20" else 1
+            top = model.codebook_size - 1 if cmap == "tab20" else 1
             ax.imshow(image.permute(1, 2, 0), cmap=cmap, vmin=0, vmax=top)
             ax.set(xticks=[], yticks=[])
     for ax, label in zip(axes[:, 0], ("image", "ids", "decoded")):
