@@ -207,7 +207,8 @@ def train_clip(
             model = build_clip(tokenizer, pixels.shape[-1], config).train()
             optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=0.01)
             schedule = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.1
+                optimizer, config.learning_rate, total_steps=max(3, config.steps),
+                pct_start=max(0.1, 2 / max(3, config.steps)),  # one step at least goes up
             )
         input_ids = _token_ids(tokenizer, batch["text"])
         logits = model(input_ids=input_ids, pixel_values=pixels * 2 - 1).logits_per_image

@@ -54,7 +54,7 @@ def _read_note(folder):
     note = folder / NOTE
     return json.loads(note.read_text()) if note.is_file() else None
 
-# %% ../../nbs/39_training.once.ipynb #dd2f473f
+# %% ../../nbs/39_training.once.ipynb #fd486c19
 def plot_remakes(
     before: dict[str, dict],  # facts by stage
     changes: dict[str, dict[str, dict]],  # the same after each of some changes
@@ -63,7 +63,7 @@ def plot_remakes(
     import matplotlib.pyplot as plt
 
     again = [[facts[stage] != before[stage] for stage in before] for facts in changes.values()]
-    size = 1.2 + 0.9 * len(before), 0.9 + 0.26 * len(changes)
+    size = 0.07 * max(map(len, changes)) + 1.05 * len(before), 0.5 + 0.26 * len(changes)
     figure, ax = plt.subplots(figsize=size, layout="constrained")
     ax.imshow(again, cmap="Blues", vmin=0, vmax=1.6, aspect="auto")
     ax.set_xticks(range(len(before)), before)
@@ -91,6 +91,7 @@ def on_main_process(make: Callable):
         except (ValueError, OSError) as error:
             answer[1], failure = str(error), error
     distributed.broadcast_object_list(answer, src=0, group=group)
+    distributed.barrier(group=group)  # none closes the connection before all have read
     distributed.destroy_process_group(group)
     if answer[1] is not None:
         raise failure or ValueError(answer[1])
