@@ -32,5 +32,5 @@ test: $(STAMP) ## notebooks clean, package and README in sync, notebooks and tes
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS) --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests
 
-clean: ## remove the environment and what runs have left
-	rm -rf .venv runs build dist *.egg-info
+clean: ## remove the environment; runs/ stays
+	rm -rf .venv build dist *.egg-info

@@ -47,7 +47,7 @@ def _stopped(recipe, *command) -> int:
         print(f"musekit: {saved}; go on with: {shlex.join(['musekit', *command])}", file=sys.stderr)
     return 130
 
-# %% ../nbs/45_cli.ipynb #bcc100e1
+# %% ../nbs/45_cli.ipynb #60290caa
 def _demo(options):
     from musekit.demo import demo
 
@@ -62,9 +62,9 @@ def _add_demo(commands):
     parser = commands.add_parser(
         "demo", help="train on real handwriting, draw unseen prompts, score the result",
         description="Trains an image tokenizer, a text encoder and a masked generative transformer on 1,797 "
-        "real handwritten digits in many colours, draws held-out prompts, and has a classifier of real digits "
-        "judge them. About ten minutes on two cores; no network. A run that was stopped goes on when called "
-        "again.",
+        "real handwritten digits in many colours, draws held-out prompts, and has a classifier of real "
+        "digits judge them. About ten minutes on two cores; no network. A run that was stopped goes on when "
+        "called again.",
         epilog="Writes samples.png, decoding.png, training.png, stages.png, confusion.png, results.json and "
         "pipeline/ (for musekit generate) into the folder.",
     )
@@ -76,7 +76,7 @@ def _add_demo(commands):
         help="held-out prompts to draw and score, 1 to 400 (default: %(default)s)")
     parser.set_defaults(run=_demo)
 
-# %% ../nbs/45_cli.ipynb #57832a7f
+# %% ../nbs/45_cli.ipynb #87368c6d
 def _train(options):
     from musekit.train import configure, train
     from musekit.training.config import describe
@@ -114,8 +114,8 @@ def _add_train(commands):
         "  musekit train run.yaml training.batch_size=32   a configuration file and changes to it\n"
         "  musekit train run.yaml experiment.resume_from_checkpoint=latest\n"
         "  accelerate launch -m musekit train run.yaml     several processes or machines\n\n"
-        "Without a file, the small 32-pixel model of the demo is trained. --check lists every key, its value\n"
-        "and meaning.",
+        "Without a file, the small 32-pixel model of the demo is trained. --check lists every key, its\n"
+        "value and meaning.",
     )
     add = parser.add_argument
     add("arguments", nargs="*", metavar="CONFIG.yaml | KEY=VALUE", help="a configuration file, then settings")
@@ -145,11 +145,11 @@ def check_picture_file(path: str):
     except OSError as error:
         raise OSError(f"--out {path} cannot be written: {error.strerror}; choose another folder") from error
 
-# %% ../nbs/45_cli.ipynb #4d6390b8
+# %% ../nbs/45_cli.ipynb #e9f1c3de
 def _generate(options):
     check_picture_file(options.out)
     if options.model == DEMO_MODEL and not os.path.isdir(DEMO_MODEL):
-        raise FileNotFoundError(f"no model in {DEMO_MODEL} yet: run musekit demo first, or name one by --model")
+        raise FileNotFoundError(f"no model in {DEMO_MODEL} yet: run musekit demo first, or name a --model")
     from musekit.data.pictures import image_grid
     from musekit.pipeline import Pipeline
 

@@ -57,10 +57,11 @@ def draw_pictures(pipeline: Pipeline, prompts: list[str], folder: str | Path, se
     _, steps = pipeline(prompts[0], seed=seed, return_steps=True)
     plot_decoding(steps).save(Path(folder) / "decoding.png")
 
-# %% ../nbs/44_demo.ipynb #4bf71d11
+# %% ../nbs/44_demo.ipynb #b309e492
 def peak_memory_gb() -> float:
     "Largest memory of this process or of any of its finished children, in GB."
-    unit, processes = 1 if sys.platform == "darwin" else 1024, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    unit = 1 if sys.platform == "darwin" else 1024
+    processes = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
     return max(resource.getrusage(who).ru_maxrss for who in processes) * unit / 1e9
 
 # %% ../nbs/44_demo.ipynb #472b0905
@@ -87,7 +88,7 @@ def _plain(value):
         return [_plain(inner) for inner in value]
     return None if value != value else value
 
-# %% ../nbs/44_demo.ipynb #e4084bc5
+# %% ../nbs/44_demo.ipynb #51d206b3
 def report(folder: str | Path, results: dict) -> str:
     "What was measured, for people."
     tokenizer, judged = results["tokenizer"], results["classifier_accuracy"]
@@ -97,8 +98,8 @@ def report(folder: str | Path, results: dict) -> str:
         "", f"Right, in per cent, of {results['prompts']} prompts that training never saw:", "",
         format_score(results), "",
         f"For comparison: of real digits that it never saw, the classifier reads {judged:.1%} correctly.",
-        f"Where real digits have 1.00: variety of shapes {results['distinctness']:.2f}, distance to the nearest "
-        f"training digit {results['novelty']:.2f}.",
+        f"Where real digits have 1.00: variety of shapes {results['distinctness']:.2f}, distance to the "
+        f"nearest training digit {results['novelty']:.2f}.",
         f"Tokenizer on test pictures: squared error {tokenizer['mse']:.4f} ({tokenizer['psnr']:.1f} dB), "
         f"{used} of {known} codes used, perplexity {tokenizer['perplexity']:.0f}.",
         f"Time: {times}. Peak memory: {results['peak_memory_gb']:.1f} GB.", "",

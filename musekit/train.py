@@ -318,7 +318,7 @@ def _plain(settings):
     kept = {key: value for key, value in settings.items() if key.startswith(SAME_RUN)}
     return {key: value.rstrip("/") if isinstance(value, str) else value for key, value in kept.items()}
 
-# %% ../nbs/43_train.ipynb #b4a3f246
+# %% ../nbs/43_train.ipynb #c926ccb7
 STAGES = {
     "data": find_data, "image tokenizer": make_vq_model, "text encoder": make_text_encoder,
     "encoding": encode, "transformer": fit,

@@ -1,4 +1,5 @@
 """Checks that nbdev_clean and nbdev_export would change nothing and that README.md is the index notebook's; exits 1 otherwise."""
+import re
 import shutil
 import subprocess
 import sys
@@ -31,11 +32,18 @@ def changed_by(*commands: str) -> list[str]:
     return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
 
 
+def broken_links() -> list[str]:
+    """Relative links of README.md that lead nowhere."""
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    return [link for link in links if not (ROOT / link).exists()]
+
+
 def main() -> int:
     problems = [f"nbdev_clean would change {name}" for name in changed_by("nbdev_clean")]
     problems += [f"nbdev_export would change {name}" for name in changed_by("nbdev_export")]
     if (ROOT / "README.md").read_text(encoding="utf-8") != render():
         problems.append("README.md is not what nbs/index.ipynb gives: run `make readme`")
+    problems += [f"README.md links to {link}, which is not there" for link in broken_links()]
     print("\n".join(problems) or "notebooks clean, package and README in sync")
     return bool(problems)
 

@@ -76,7 +76,7 @@ def plot_remakes(
     plt.close(figure)
     return figure
 
-# %% ../../nbs/39_training.once.ipynb #dcaa2665
+# %% ../../nbs/39_training.once.ipynb #e133fb17
 _PATIENCE = timedelta(days=7)
 
 

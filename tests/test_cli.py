@@ -1,0 +1,222 @@
+"""The command line as people meet it: real processes, a folder of pictures, mistakes, interruptions, two processes."""
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples
+from musekit.data.packing import write_shards
+from musekit.training.history import read_log
+from musekit.training.resume import checkpoints
+from test_processes import free_port
+
+TINY = [
+    "model.vq_model.params.c_hidden=16", "model.vq_model.params.codebook_size=32", "model.vq_model.train.steps=10",
+    "model.text_encoder.train.steps=5", "model.text_encoder.train.layers=1", "model.transformer.hidden_size=32",
+    "model.transformer.num_hidden_layers=1", "model.transformer.intermediate_size=64", "training.max_train_steps=10",
+    "training.batch_size=8", "training.generation_timesteps=2", "lr_scheduler.params.warmup_steps=2",
+    "experiment.log_every=1",
+]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "110", "HF_HUB_OFFLINE": "1"}
+
+
+def musekit(folder, *arguments, **options):
+    """Runs a command in `folder`; gives the finished process."""
+    command = [sys.executable, "-m", "musekit", *map(str, arguments)]
+    options = {"cwd": folder, "env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 120} | options
+    return subprocess.run(command, **options)
+
+
+def assert_refused(process, *told):
+    """One line on standard error that says all of `told`, exit status 2."""
+    assert process.returncode == 2, process
+    assert process.stderr.startswith("musekit") and process.stderr.count("\n") == 1, process.stderr
+    for part in told:
+        assert part in process.stderr
+
+
+def some_digits(indices):
+    everything = set(range(len(WORDINGS)))
+    return make_samples(indices, 1, set(COMBINATIONS), lambda *combination: everything, seed=0)
+
+
+def make_photos(folder, count=40):
+    folder.mkdir(parents=True)
+    for number, sample in enumerate(some_digits(range(count))):
+        sample["image"].save(folder / f"{number:02d}.png")
+        (folder / f"{number:02d}.txt").write_text(sample["text"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A working folder with photos/ and a run of them in runs/small."""
+    folder = tmp_path_factory.mktemp("place")
+    make_photos(folder / "photos")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(place):
+    process = musekit(place, "train", "data=photos/", *TINY)
+    assert process.returncode == 0, process.stderr
+    return process
+
+
+@pytest.mark.parametrize("arguments, told", [
+    ([], "draw images from prompts"), (["demo"], "--prompts"), (["train"], "musekit train data=photos/"), (["generate"], "--negative-prompt"),
+])
+def test_help(tmp_path, arguments, told):
+    process = musekit(tmp_path, *arguments, "--help")
+    assert process.returncode == 0 and not process.stderr and told in process.stdout
+    assert max(map(len, process.stdout.splitlines())) <= 110
+
+
+def test_no_command_shows_the_help(tmp_path):
+    process = musekit(tmp_path)
+    assert process.returncode == 2 and "musekit demo" in process.stdout
+
+
+@pytest.mark.parametrize("arguments, told", [
+    (["paint"], "invalid choice"),
+    (["demo", "--prompts", "0"], "1 to 400"),
+    (["demo", "--prompts", "401"], "1 to 400"),
+    (["demo", "--seed", "one"], "--seed"),
+    (["generate"], "PROMPT"),
+    (["generate", "a two", "--num-images", "0"], "--num-images"),
+    (["generate", "a two", "--steps", "0"], "--steps"),
+    (["generate", "a two"], "musekit demo"),
+    (["generate", "a two", "--out", "two.mp5"], "--out two.mp5"),
+    (["generate", "a two", "--out", "/proc/no/two.png"], "cannot be written"),
+])
+def test_a_wrong_argument_is_found_at_once(tmp_path, arguments, told):
+    start = time.perf_counter()
+    assert_refused(musekit(tmp_path, *arguments), told)
+    assert time.perf_counter() - start < 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_settings(tmp_path):
+    assert_refused(musekit(tmp_path, "train", "data=digits", "training.max_train_steps=few"), "training.max_train_steps", "few")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_folders(tmp_path):
+    few = make_photos(tmp_path / "few", count=3)
+    assert_refused(musekit(tmp_path, "train", "data=few"), "3 images", "fewer than the tokenizer's 256 codes")
+    (few / "00.txt").unlink()
+    (few / "01.png").write_bytes(b"no picture")
+    process = musekit(tmp_path, "train", "data=few")
+    assert_refused(process, "00.png", "1 unreadable: 01.png", "dataset.params.skip_bad=true")
+    packed = tmp_path / "runs" / "small" / "data" / "train"
+    assert [path.name for path in packed.glob("*.tar")], "the shards that were packed before are still there"
+    assert [path.name for path in packed.parent.iterdir()] == ["train"]
+
+
+def test_a_folder_from_end_to_end(place, trained):
+    assert trained.stderr == "" and "musekit generate" in trained.stdout
+    command = shlex.split(trained.stdout.splitlines()[-1].split("draw with it: ")[1])
+    process = musekit(place, *command[1:], "--out", "new/drawn.png", "--num-images", "2")
+    assert (process.returncode, process.stderr, process.stdout) == (0, "", "new/drawn.png\n")
+    assert Image.open(place / "new" / "drawn.png").size == (210, Image.open(place / "new" / "drawn.png").height)
+
+
+def test_the_folder_of_a_run_belongs_to_it(place, trained):
+    run = place / "runs" / "small"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    assert_refused(musekit(place, "train", "data=photos", *TINY, "training.seed=1"), "training.seed: 0 -> 1")
+    extra = place / "photos" / "extra"
+    sample = next(iter(some_digits([50])))
+    sample["image"].save(extra.with_suffix(".png"))
+    extra.with_suffix(".txt").write_text(sample["text"])
+    process = musekit(place, "train", "data=photos", *TINY)
+    extra.with_suffix(".png").unlink()
+    extra.with_suffix(".txt").unlink()
+    assert_refused(process, "changed: files", "experiment.output_dir")
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
+
+
+def start_and_signal(folder, number, ready, *arguments):
+    """Starts a command, sends it a signal once `ready()`, and gives what it printed and its status."""
+    command = [sys.executable, "-m", "musekit", *map(str, arguments)]
+    process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    give_up = time.perf_counter() + 60
+    while not ready() and process.poll() is None and time.perf_counter() < give_up:
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, complaints = process.communicate(timeout=60)
+    return out, complaints, process.returncode
+
+
+def test_interrupted_run_goes_on(place, trained):
+    run = place / "runs" / "stopped"
+    arguments = ["train", "data=photos", f"experiment.output_dir={run}", *TINY, "training.max_train_steps=150"]
+    out, complaints, status = start_and_signal(place, signal.SIGINT, (run / "log.jsonl").is_file, *arguments)
+    assert status == 130 and complaints.count("\n") == 1 and "Traceback" not in complaints
+    saved = checkpoints(run)[-1]
+    assert saved.name in complaints and not (run / "pipeline").exists()
+    command = shlex.split(complaints.strip().split("go on with: ")[1])
+    process = musekit(place, *command[1:])
+    assert process.returncode == 0 and checkpoints(run)[-1].name == "checkpoint-150"
+    steps = [line["step"] for line in read_log(run) if "loss" in line]
+    assert steps == list(range(1, 151))
+
+
+def test_interrupted_stage_leaves_nothing_half_made(place, trained):
+    run = place / "runs" / "early"
+    arguments = ["train", "data=photos", f"experiment.output_dir={run}", *TINY, "model.vq_model.train.steps=100000"]
+    started = (run / "partial-vq_model" / "tokenizer_log.jsonl").is_file
+    out, complaints, status = start_and_signal(place, signal.SIGTERM, started, *arguments)
+    assert status == 130 and complaints.count("\n") == 1 and "interrupted" in complaints
+    assert [path.name for path in run.iterdir()] == ["data"]
+
+
+def launch(folder, *arguments):
+    """The same command in two processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
+    command = [*launcher, "-m", "musekit", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_two_processes_make_every_stage_once(place, trained):
+    process = launch(place, "train", "data=photos", "experiment.output_dir=runs/two", *TINY)
+    run = place / "runs" / "two"
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("transformer ...") == process.stdout.count("draw with it") == 1
+    assert json.loads((run / "checkpoint-10" / "trainer_state.json").read_text())["num_processes"] == 2
+    alone, together = ((place / "runs" / name / "vq_model" / "model.safetensors").read_bytes() for name in ("small", "two"))
+    assert alone == together
+    assert not list(run.glob("partial-*"))
+
+
+def test_two_processes_fail_together(tmp_path):
+    (make_photos(tmp_path / "photos", count=4) / "02.txt").unlink()
+    start = time.perf_counter()
+    process = launch(tmp_path, "train", "data=photos", *TINY)
+    assert time.perf_counter() - start < 50, "nobody waits for the one that failed"
+    assert process.returncode != 0
+    assert process.stderr.count("musekit: photos: 1 without a caption") == 1
+    assert process.stderr.count("(exitcode: 2)") + process.stderr.count("exitcode  : 2") >= 2
+
+
+def test_demo(tmp_path):
+    digits = tmp_path / "run" / "data" / "digits"
+    write_shards(some_digits(range(40)), digits / "train")
+    write_shards(some_digits(range(1000, 1010)), digits / "test")
+    (digits / "test_prompts.json").write_text("[]")  # the digits are there already, a handful of them
+    process = musekit(tmp_path, "demo", "--out", "run", "--prompts", "20", *TINY)
+    assert (process.returncode, process.stderr) == (0, "")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["overall"]["count"] == 20 and set(results["groups"]) == {"unseen combination", "unseen wording"}
+    assert {"mse", "psnr", "codes_used", "codebook_size", "perplexity"} == set(results["tokenizer"])
+    assert {"data", "transformer", "judging", "all"} <= set(results["seconds"]) and results["peak_memory_gb"] > 0.1
+    for name in ("samples.png", "decoding.png", "training.png", "stages.png", "confusion.png"):
+        Image.open(tmp_path / "run" / name).verify()
+    assert_refused(musekit(tmp_path, "demo", "--out", "run", "--seed", "1", *TINY), "holds another run (training.seed: 0 -> 1)")
