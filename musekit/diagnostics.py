@@ -94,7 +94,7 @@ def token_probability_histogram(logits: Tensor,  # (B, N, V), or the hidden rows
     counts = flat.bincount(minlength=NUM_BUCKETS * bins).view(NUM_BUCKETS, bins).float()
     return counts / counts.sum(-1, keepdim=True)
 
-# %% ../nbs/04_diagnostics.ipynb #8e0b3cdb
+# %% ../nbs/04_diagnostics.ipynb #f74b5e1f
 @torch.no_grad()
 def diagnose(logits: Tensor,  # (B, N, V), or the hidden rows (M, V)
              labels: Tensor,  # (B, N) int64; read where hidden
@@ -110,7 +110,7 @@ def diagnose(logits: Tensor,  # (B, N, V), or the hidden rows (M, V)
     buckets = mask_bucket(mask)
     return {name: mean_by_bucket(values, buckets) for name, values in per_image.items()}
 
-
+# %% ../nbs/04_diagnostics.ipynb #7c1db51b
 def plot_by_bucket(curves: dict[str, Tensor],  # names to (10,) values, as `diagnose` returns them
                    reference: float | None = None,  # a horizontal line, such as ln V
                    axis=None  # matplotlib axes to draw on; None: a new figure

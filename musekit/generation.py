@@ -6,19 +6,20 @@
 __all__ = ['refuse_unknown', 'GenerationConfig', 'prompt_conditions', 'negative_conditions', 'guided_logits', 'take_rows',
            'generate_guided']
 
-# %% ../nbs/05_generation.ipynb #7099501f
+# %% ../nbs/05_generation.ipynb #022cf8ef
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 import torch
 from torch import Tensor
 
+from .masking import NOISE_TYPES
 from .sampling import generate_ids, guidance_weights, guide, temperatures
 from .schedules import get_schedule
 
-# %% ../nbs/05_generation.ipynb #7314a6fc
+# %% ../nbs/05_generation.ipynb #00ec297f
 def refuse_unknown(options: dict, known: list[str]):
     "A ValueError for a name that is not known, with the nearest one that is."
     for name in options:
@@ -37,6 +38,8 @@ class GenerationConfig:
     temperature: float | tuple[float, float] = 2.0  # of re-masking: the start, falling to 0, or (start, end)
     sampling_temperature: float = 1.0  # above 0, divides the logits
     schedule: str = "cosine"  # of the share still hidden
+    schedule_params: dict = field(default_factory=dict)  # its parameters, such as start, end, tau of sigmoid
+    noise_type: str = "mask"  # what stands for a hidden token: "mask" or "random_replace", as in training
 
     def __post_init__(self):
         if isinstance(self.temperature, list):
@@ -46,18 +49,27 @@ class GenerationConfig:
         if self.guidance_scale < 0 or self.sampling_temperature <= 0:
             raise ValueError(f"guidance_scale {self.guidance_scale} must not be negative, "
                              f"sampling_temperature {self.sampling_temperature} must be above 0")
+        if self.noise_type not in NOISE_TYPES:
+            raise ValueError(f"noise_type must be one of {NOISE_TYPES}, got {self.noise_type!r}")
         self.guidance_weights()
         temperatures(self.temperature, self.steps)
-        get_schedule(self.schedule)
+        self.schedule_params = dict(self.schedule_params)
+        self.mask_schedule()(torch.tensor(0.5))
 
     def guidance_weights(self) -> list[float]:
         "The guidance of every step."
         return guidance_weights(self.guidance_scale, self.steps, self.guidance_schedule).tolist()
 
+    def mask_schedule(self) -> Callable[[Tensor], Tensor]:
+        "The share still hidden as a function of time."
+        return get_schedule(self.schedule, **self.schedule_params)
+
     def override(self, **options) -> "GenerationConfig":
-        "The same settings but for `options`; what is None stays as it is."
-        refuse_unknown(options, [field.name for field in dataclasses.fields(self)])
+        "The same settings but for `options`; None changes nothing, another schedule drops the parameters."
+        refuse_unknown(options, [known.name for known in dataclasses.fields(self)])
         given = {name: value for name, value in options.items() if value is not None}
+        if given.get("schedule", self.schedule) != self.schedule:
+            given.setdefault("schedule_params", {})
         return dataclasses.replace(self, **given)
 
 # %% ../nbs/05_generation.ipynb #ca3986d8
@@ -126,7 +138,7 @@ def guided_logits(
     with_prompt, without = forward(torch.cat([ids, ids]), both).chunk(2)
     return guide(with_prompt, without, weight)
 
-# %% ../nbs/05_generation.ipynb #204673e3
+# %% ../nbs/05_generation.ipynb #4cec9895
 def take_rows(
     conditions: dict[str, Tensor],  # each (P, ...), or (1, ...) for what all share
     rows: Tensor,  # (B,) int64, below P
@@ -167,7 +179,7 @@ def generate_guided(
     seed = int(torch.randint(2**62, ())) if seed is None else seed
     return generate_ids(
         logits_fn, input_ids, mask_token_id, steps=config.steps, temperature=config.temperature,
-        sampling_temperature=config.sampling_temperature, schedule=config.schedule,
+        sampling_temperature=config.sampling_temperature, schedule=config.mask_schedule(),
         generator=torch.Generator().manual_seed(seed), callback=callback, return_steps=return_steps,
-        codebook_size=codebook_size,
+        noise_type=config.noise_type, unknown=input_ids == mask_token_id, codebook_size=codebook_size,
     )

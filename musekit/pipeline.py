@@ -117,21 +117,21 @@ class TokenPipeline:
 def _rows(conditions):
     return max(len(value) for value in conditions.values())
 
-# %% ../nbs/40_pipeline.ipynb #da9cb34d
+# %% ../nbs/40_pipeline.ipynb #3fbcf047
 class ImagePipeline(TokenPipeline):
     "Text in, pictures out; `Pipeline` can be saved, too."
 
     def __init__(
         self,
         transformer: nn.Module,
-        vq_model: nn.Module,  # get_code(pixels), decode_code(ids, grid), downsample_factor
+        vq_model: nn.Module,  # get_code(pixels), decode_code(ids, grid), downsample_factor, codebook_size
         text_encoder: TextEncoder | None = None,
         *,
         micro_conds: tuple[float, ...] | None = None,  # None: (width, height, 0, 0, 5)
         **options,  # generation, grid, zero_uncond of `TokenPipeline`
     ):
         super().__init__(transformer, text_encoder, **options)
-        known, needed = vq_model.config.get("num_embeddings", np.inf), transformer.config.codebook_size
+        known, needed = getattr(vq_model, "codebook_size", np.inf), transformer.config.codebook_size
         if known < needed:
             raise ValueError(f"the transformer draws {needed} image ids, the tokenizer knows {known}; "
                              "they do not belong together")
@@ -212,9 +212,8 @@ class ImagePipeline(TokenPipeline):
     def _unfinished(self, record, grid, batch_size):
         "The guess of a step; hidden tokens faint."
         grid = tuple(grid or self.grid)
-        hidden = record["ids"] == self.mask_token_id
         guesses = self.decode(record["sampled"], grid, batch_size)
-        return [fade_tokens(guess, faint, grid) for guess, faint in zip(guesses, hidden)]
+        return [fade_tokens(guess, hidden, grid) for guess, hidden in zip(guesses, record["hidden"])]
 
     def _pixel_dtype(self):
         return next((p.dtype for p in self.vq_model.parameters() if p.is_floating_point()), torch.float32)

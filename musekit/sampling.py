@@ -94,7 +94,7 @@ def guidance_weights(scale: float,  # the weight of the last step, and of every 
         raise ValueError(f"unknown guidance schedule {kind!r}; known are {sorted(ramps)}")
     return scale * ramps[kind]
 
-# %% ../nbs/03_sampling.ipynb #d45447dd
+# %% ../nbs/03_sampling.ipynb #9ab0f208
 @torch.no_grad()
 def generate_ids(logits_fn: Callable[[Tensor, int], Tensor],  # (ids (B, N), step) -> logits (B, N, V)
                  input_ids: Tensor,  # (B, N) int64, the mask id where unknown
@@ -106,7 +106,7 @@ def generate_ids(logits_fn: Callable[[Tensor, int], Tensor],  # (ids (B, N), ste
                  schedule: str | Callable = "cosine",  # of the share still hidden
                  generator: torch.Generator | None = None,
                  callback: Callable[[int, dict], None] | None = None,  # gets (step, record) after each step
-                 return_steps: bool = False,  # also return the records: sampled, ids, confidence
+                 return_steps: bool = False,  # also return the records: sampled, ids, confidence, hidden
                  noise_type: str = "mask",  # or "random_replace", which needs the two arguments below
                  unknown: Tensor | None = None,  # (B, N) bool; None: where input_ids is the mask id
                  codebook_size: int | None = None  # image ids are below; needed where V exceeds mask_token_id
@@ -125,7 +125,7 @@ def generate_ids(logits_fn: Callable[[Tensor, int], Tensor],  # (ids (B, N), ste
         confidence = confidence.masked_fill(~hidden, float("inf"))
         hidden = remask(confidence, counts[step], remask_temperatures[step], generator)
         ids = hide_tokens(sampled, hidden, noise, generator)
-        record = {"sampled": sampled, "ids": ids, "confidence": confidence}
+        record = {"sampled": sampled, "ids": ids, "confidence": confidence, "hidden": hidden}
         if return_steps:
             records.append(record)
         if callback:

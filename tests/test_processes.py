@@ -1,13 +1,16 @@
-"""Two processes: they mask differently, average correctly, keep equal weights, and stop together."""
+"""Two processes: they mask differently, average correctly, keep equal weights, and stop and fail together."""
 import os
 import signal
 import socket
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
+from musekit.diagnostics import bucket_sums, image_entropy, mask_bucket, token_probability_histogram
 from musekit.masking import MaskedTokens
-from musekit.training.callbacks import Callback, Checkpoint, Evaluate, Log, read_log
+from musekit.training.callbacks import Callback, Checkpoint, Evaluate, Log, read_log, token_diagnostics
 from musekit.training.resume import checkpoints, latest_checkpoint
 from musekit.training.trainer import MicroBatch
 from toy_training import CHILDREN, all_weights, tiny_trainer, write_data
@@ -113,3 +116,58 @@ def test_processes_stop_and_resume_together(data, tmp_path):
     assert torch.equal(resumed[0]["weights"], calm[0]["weights"])
     assert checkpoints(tmp_path / "calm")[-1].name == "checkpoint-12"
     assert [line["eval_examples"] for line in read_log(tmp_path / "calm") if "eval_loss" in line] == [15, 15, 15]
+
+
+def broken_at_four(folder, data, rank):
+    trainer = tiny_trainer(folder, data, callbacks=[])
+    loss = trainer.loss
+    if rank == 1:
+        trainer.loss = lambda *given: loss(*given) * (float("nan") if trainer.step == 3 else 1)
+    try:
+        trainer.fit()
+    except ValueError as error:
+        return {"step": trainer.step, "weights": all_weights(trainer), "error": str(error)}
+    return {"step": trainer.step, "weights": all_weights(trainer), "error": ""}
+
+
+def test_a_loss_that_is_no_number_ends_all_processes(data, tmp_path):
+    fine, broken = launch(broken_at_four, tmp_path / "run", data)
+    assert fine["step"] == broken["step"] == 3
+    assert torch.equal(fine["weights"], broken["weights"]) and fine["weights"].isfinite().all()
+    assert "step 4 is not finite" in broken["error"] and "another process" not in broken["error"]
+    assert "step 4 is not finite" in fine["error"] and "in another process" in fine["error"]
+
+
+def diagnosed(folder, data, rank):
+    trainer = tiny_trainer(folder, data, callbacks=[])
+    trainer.train_step()
+    values = token_diagnostics(trainer, "image_entropy", "token_probabilities")
+    micro = trainer.last_micro
+    mask = micro.tokens.mask
+    with torch.no_grad():
+        logits = trainer.network.eval()(micro.tokens.input_ids, **micro.conditions, token_mask=mask)
+    return {
+        "values": values, "sums": bucket_sums(image_entropy(logits, mask), mask_bucket(mask)),
+        "histogram": token_probability_histogram(logits, mask), "hidden": bucket_sums(mask.sum(-1), mask_bucket(mask))[0],
+    }
+
+
+def test_diagnostics_cover_all_processes(data, tmp_path):
+    first, second = launch(diagnosed, tmp_path / "run", data)
+    assert first["values"] == second["values"]
+    assert not torch.equal(first["sums"], second["sums"])
+    sums, counts = first["sums"] + second["sums"]
+    table = torch.tensor(first["values"].pop("token_probabilities"))
+    told = {f"image_entropy/{tenth / 10:.1f}": mean for tenth, mean in enumerate((sums / counts).tolist()) if counts[tenth]}
+    assert first["values"] == pytest.approx(told)
+    weighted = [rank["histogram"].nan_to_num(0.0) * rank["hidden"][:, None] for rank in (first, second)]
+    expected = sum(weighted) / (first["hidden"] + second["hidden"])[:, None]
+    assert torch.allclose(table, expected.nan_to_num(0.0), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_pieces_of_a_model_are_refused(data, tmp_path, monkeypatch, kind):
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(accelerator.state, "distributed_type", kind)
+    with pytest.raises(ValueError, match="not supported in this version; use DDP: accelerate launch --multi_gpu"):
+        tiny_trainer(tmp_path, data, callbacks=[], accelerator=accelerator)

@@ -113,14 +113,14 @@ def learning_rates(config: Config) -> list[float]:
         scheduler.step()
     return rates
 
-# %% ../../nbs/32_training.optim.ipynb #9227c316
+# %% ../../nbs/32_training.optim.ipynb #76fd3045
 def plot_learning_rates(runs: dict[str, list[float]], ax=None):
     "Learning rates over the steps, one line for each named run of `learning_rates`."
     import matplotlib.pyplot as plt
 
-    ax = ax or plt.subplots(figsize=(6, 2.8), layout="constrained")[1]
+    ax = ax or plt.subplots(figsize=(7.4, 2.8), layout="constrained")[1]
     for name, rates in runs.items():
         ax.plot(rates, label=name)
     ax.set(xlabel="step", ylabel="learning rate")
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return ax

@@ -17,14 +17,14 @@ from omegaconf import MISSING
 
 from ..schedules import get_schedule
 
-# %% ../../nbs/30_training.schema.ipynb #04c5515d
+# %% ../../nbs/30_training.schema.ipynb #feb58583
 def _key(default, meaning, **limits):
-    "A field with its meaning and its limits: `low`, `high` (both included), `above` (excluded), `choices`."
+    "A field with its meaning and its limits: `low`, `high` (included), `above`, `below` (excluded), `choices`."
     make = {"default_factory": type(default)} if isinstance(default, (dict, list)) else {"default": default}
     return field(metadata={"meaning": meaning, **limits}, **make)
 
 
-def _fault(value, low=None, high=None, above=None, choices=None):
+def _fault(value, low=None, high=None, above=None, below=None, choices=None):
     "What is wrong with `value`, or nothing."
     if choices is not None and value not in choices:
         return f"choose one of {', '.join(map(repr, choices))}"
@@ -34,6 +34,8 @@ def _fault(value, low=None, high=None, above=None, choices=None):
         return f"it must be at most {high}"
     if above is not None and value <= above:
         return f"it must be above {above}"
+    if below is not None and value >= below:
+        return f"it must be below {below}"
 
 
 class Section:
@@ -133,7 +135,7 @@ class Model(Section):
                 f"vocab_size={vocabulary}; vocab_size must be at least {codebook + 1}."
             )
 
-# %% ../../nbs/30_training.schema.ipynb #c14384cf
+# %% ../../nbs/30_training.schema.ipynb #841ca0a1
 @dataclass
 class DatasetParams(Section):
     "Where the samples are and which of them count."
@@ -188,8 +190,8 @@ class OptimizerParams(Section):
     "The numbers of AdamW and its relatives (Loshchilov & Hutter 2019)."
     learning_rate: float = _key(1e-4, "step size after warm-up", low=0)
     scale_lr: bool = _key(False, "multiply it by batch size x processes x accumulation")
-    beta1: float = _key(0.9, "memory of the mean", low=0, high=1)
-    beta2: float = _key(0.999, "memory of the variance", low=0, high=1)
+    beta1: float = _key(0.9, "memory of the mean", low=0, below=1)
+    beta2: float = _key(0.999, "memory of the variance", low=0, below=1)
     weight_decay: float = _key(0.01, "pull towards zero, where a weight decays at all", low=0)
     epsilon: float = _key(1e-8, "added to the denominator", low=0)
 
@@ -230,7 +232,7 @@ class MaskSchedule(Section):
         super().check(path)
         get_schedule(self.schedule, **self.params)(torch.tensor(0.5))
 
-# %% ../../nbs/30_training.schema.ipynb #f83ec884
+# %% ../../nbs/30_training.schema.ipynb #d4e189cf
 @dataclass
 class Training(Section):
     "Batches, precision, EMA, masking and what the sample images use."
@@ -265,6 +267,10 @@ class Training(Section):
     generation_temperature: Any = _key(2.0, "their temperature, or a (start, end) pair", low=0)
 
     def check(self, path):
+        warmth = self.generation_temperature
+        numbers = all(isinstance(each, (int, float)) for each in _each(warmth))
+        if not numbers or (isinstance(warmth, (list, tuple)) and len(warmth) != 2):
+            raise ValueError(f"{path}.generation_temperature={warmth!r}: give a number or a (start, end) pair.")
         super().check(path)
         for key in ("use_soft_code_target", "use_stochastic_code"):
             if getattr(self, key) and self.pre_encode:
@@ -274,8 +280,6 @@ class Training(Section):
             raise ValueError(f"{path}.use_soft_code_target {told}.")
         if self.use_soft_code_target and self.label_smoothing:
             raise ValueError(f"{path}.label_smoothing must be 0 with {path}.use_soft_code_target.")
-        if len(_each(self.generation_temperature)) > 2:
-            raise ValueError(f"{path}.generation_temperature must be a number or a (start, end) pair.")
 
 
 @dataclass

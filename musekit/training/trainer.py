@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['make_accelerator', 'masking_config', 'MicroBatch', 'Trainer', 'make_ema', 'save_run', 'load_run']
 
-# %% ../../nbs/37_training.trainer.ipynb #b60a68c8
+# %% ../../nbs/37_training.trainer.ipynb #05adf844
 import itertools
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,22 +30,26 @@ from musekit.training.resume import (
     STATE_FILE, endless_batches, find_checkpoint, latest_checkpoint, step_seed, stop_on_signals,
 )
 
-# %% ../../nbs/37_training.trainer.ipynb #2cd0c585
+# %% ../../nbs/37_training.trainer.ipynb #85dc7604
+def _refuse_sharding(accelerator):
+    kind = accelerator.distributed_type.value
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ValueError(f"{kind} is not supported in this version; use DDP: accelerate launch --multi_gpu ...")
+
+
 def make_accelerator(config: Config) -> Accelerator:
-    "Accelerate for this configuration: precision, trackers, TF32, DeepSpeed's micro-batch size."
+    "Accelerate for this configuration: precision, trackers and TF32. One whole model in each process."
     training, experiment = config.training, config.experiment
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.enable_tf32
     accelerator = Accelerator(
         mixed_precision=training.mixed_precision, log_with=list(experiment.trackers) or None,
         project_dir=experiment.output_dir, step_scheduler_with_optimizer=False,
     )
+    _refuse_sharding(accelerator)
     there = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
     absent = set(experiment.trackers) - there
     if absent:
         raise ValueError(f"experiment.trackers names {sorted(absent)}, whose library is not installed here.")
-    deepspeed = accelerator.state.deepspeed_plugin
-    if deepspeed is not None:
-        deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = training.batch_size
     return accelerator
 
 
@@ -60,7 +65,7 @@ def masking_config(model: nn.Module, config: Config) -> MaskingConfig:
         mask_contiguous_region_prob=training.mask_contiguous_region_prob or 0.0,
     )
 
-# %% ../../nbs/37_training.trainer.ipynb #76a78530
+# %% ../../nbs/37_training.trainer.ipynb #0dde36e4
 @dataclass
 class MicroBatch:
     "A prepared and masked batch."
@@ -100,6 +105,7 @@ class Trainer:
         self.config, self.data, self.eval_batches = config, data, eval_batches
         self.prepare, self.callbacks = prepare or dict, list(callbacks)
         self.accelerator = accelerator or make_accelerator(config)
+        _refuse_sharding(self.accelerator)
         self.accelerator.step_scheduler_with_optimizer = False
         self.masking = masking_config(model, config)
         optimizer = make_optimizer(model, config, self.accelerator.num_processes)
@@ -163,8 +169,8 @@ class Trainer:
         self.optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
-        if self.ema:
-            self.ema.update()
+            if self.ema:
+                self.ema.update()
         self.step, self.last_micro = self.step + 1, micros[-1]
         self.metrics |= {name: batch[name] for name in ("skipped", "filtered") if name in batch}
         self.metrics |= {
@@ -208,7 +214,8 @@ class Trainer:
         return masked_cross_entropy(logits, labels, label_smoothing=label_smoothing, loss_weight=weight)
 
     def log(self, values: dict[str, float]):
-        "Appends a line to `log.jsonl` and tells the trackers."
+        "Appends a line to `log.jsonl` and tells the trackers; a number that is not finite is left out."
+        values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
         self.accelerator.log(values, step=self.step)
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -277,9 +284,12 @@ class Trainer:
         return weights * (self.accelerator.num_processes / total)
 
     def _refuse_nan(self, losses, micros):
-        finite = torch.isfinite(torch.stack(losses)).tolist()
-        if not all(finite):
-            keys = [micro.keys for micro, fine in zip(micros, finite) if not fine]
+        total = sum(losses)  # not finite where one of them is not; so is the sum over processes, which stop together
+        if self.accelerator.num_processes > 1:
+            total = self.accelerator.reduce(total, "sum")
+        if not torch.isfinite(total):
+            keys = [micro.keys for micro, loss in zip(micros, losses) if not torch.isfinite(loss)]
+            keys = keys or "in another process"
             raise ValueError(
                 f"The loss of step {self.step + 1} is not finite; the weights are still those before it. "
                 f"Batch keys: {keys}. Last good checkpoint: {latest_checkpoint(self.output_dir)}. "
