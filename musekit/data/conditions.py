@@ -6,7 +6,7 @@
 __all__ = ['train_tokenizer', 'TextEncoder', 'ClipTrainingConfig', 'build_clip', 'contrastive_loss', 'retrieval_accuracy',
            'text_tower', 'train_clip', 'plot_clip_training', 'plot_similarity']
 
-# %% ../../nbs/23_data.conditions.ipynb #c2f6c55e
+# %% ../../nbs/23_data.conditions.ipynb #a63cf216
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from accelerate import PartialState
 from tokenizers import pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -41,7 +42,7 @@ def train_tokenizer(
     merges = [tuple(pair) for pair in model["merges"]]
     return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=max_seq_length)
 
-# %% ../../nbs/23_data.conditions.ipynb #52121f7e
+# %% ../../nbs/23_data.conditions.ipynb #2039ab86
 _TEXT_MODELS = {
     ("clip", True): CLIPTextModelWithProjection,
     ("clip", False): CLIPTextModel,
@@ -58,8 +59,8 @@ def _find_text_model(path):
             return config.model_type, model_folder, tokenizer_folder
         except (OSError, ValueError) as error:
             problem = error
-    message = f"no text encoder in {path}: neither config.json nor text_encoder/config.json"
-    raise FileNotFoundError(message) from problem
+    message = f"no text encoder in {path}: neither config.json nor text_encoder/config.json could be read"
+    raise FileNotFoundError(f"{message} ({problem})") from problem
 
 
 def _token_ids(tokenizer, texts):
@@ -187,30 +188,31 @@ def text_tower(model: CLIPModel) -> CLIPTextModelWithProjection:
     text_model.load_state_dict({name: weights[name] for name in wanted})
     return text_model
 
-# %% ../../nbs/23_data.conditions.ipynb #86fe90d8
+# %% ../../nbs/23_data.conditions.ipynb #91bdb843
 def train_clip(
     batches: Iterable[dict],  # endless, with pixel_values (B, 3, R, R) and text, as `make_loader` gives them
     captions: Iterable[str],  # what the tokenizer is trained on
     out_folder: str | Path,
     config: ClipTrainingConfig | None = None,
     progress: bool | None = None,  # show a bar; None = only in a terminal
+    device: str | torch.device | None = None,  # None = the one that accelerate gives this process
 ) -> dict[str, list[float]]:
     "Trains and writes a small CLIP and its tokenizer; gives loss and retrieval accuracy of every step."
-    config = config or ClipTrainingConfig()
+    config, device = config or ClipTrainingConfig(), device or PartialState().device
     torch.manual_seed(config.seed)
     tokenizer = train_tokenizer(captions, config.vocab_size, config.max_seq_length)
     history, model = {"loss": [], "accuracy": []}, None
     bar = tqdm(range(config.steps), unit="step", disable=None if progress is None else not progress)
     for _, batch in zip(bar, batches):
-        pixels = batch["pixel_values"]
+        pixels = batch["pixel_values"].to(device)
         if model is None:
-            model = build_clip(tokenizer, pixels.shape[-1], config).train()
+            model = build_clip(tokenizer, pixels.shape[-1], config).to(device).train()
             optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=0.01)
             schedule = torch.optim.lr_scheduler.OneCycleLR(
                 optimizer, config.learning_rate, total_steps=max(3, config.steps),
                 pct_start=max(0.1, 2 / max(3, config.steps)),  # one step at least goes up
             )
-        input_ids = _token_ids(tokenizer, batch["text"])
+        input_ids = _token_ids(tokenizer, batch["text"]).to(device)
         logits = model(input_ids=input_ids, pixel_values=pixels * 2 - 1).logits_per_image
         loss = contrastive_loss(logits, input_ids)
         optimizer.zero_grad()
@@ -222,7 +224,7 @@ def train_clip(
         history["accuracy"].append(retrieval_accuracy(logits.detach(), input_ids))
     if model is None:
         raise ValueError("no batch to train on")
-    TextEncoder(text_tower(model), tokenizer, use_pooled=True).save_pretrained(out_folder)
+    TextEncoder(text_tower(model.cpu()), tokenizer, use_pooled=True).save_pretrained(out_folder)
     return history
 
 # %% ../../nbs/23_data.conditions.ipynb #a718e8a3

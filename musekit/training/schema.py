@@ -17,9 +17,9 @@ from omegaconf import MISSING
 
 from ..schedules import get_schedule
 
-# %% ../../nbs/30_training.schema.ipynb #feb58583
+# %% ../../nbs/30_training.schema.ipynb #956b1baa
 def _key(default, meaning, **limits):
-    "A field with its meaning and its limits: `low`, `high` (included), `above`, `below` (excluded), `choices`."
+    "A field, its meaning and its limits: `low`, `high` (included), `above`, `below` (excluded), `choices`."
     make = {"default_factory": type(default)} if isinstance(default, (dict, list)) else {"default": default}
     return field(metadata={"meaning": meaning, **limits}, **make)
 
@@ -232,7 +232,7 @@ class MaskSchedule(Section):
         super().check(path)
         get_schedule(self.schedule, **self.params)(torch.tensor(0.5))
 
-# %% ../../nbs/30_training.schema.ipynb #d4e189cf
+# %% ../../nbs/30_training.schema.ipynb #de9b62b9
 @dataclass
 class Training(Section):
     "Batches, precision, EMA, masking and what the sample images use."
@@ -270,7 +270,7 @@ class Training(Section):
         warmth = self.generation_temperature
         numbers = all(isinstance(each, (int, float)) for each in _each(warmth))
         if not numbers or (isinstance(warmth, (list, tuple)) and len(warmth) != 2):
-            raise ValueError(f"{path}.generation_temperature={warmth!r}: give a number or a (start, end) pair.")
+            raise ValueError(f"{path}.generation_temperature={warmth!r}: give a number or (start, end).")
         super().check(path)
         for key in ("use_soft_code_target", "use_stochastic_code"):
             if getattr(self, key) and self.pre_encode:

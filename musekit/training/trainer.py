@@ -30,11 +30,11 @@ from musekit.training.resume import (
     STATE_FILE, endless_batches, find_checkpoint, latest_checkpoint, step_seed, stop_on_signals,
 )
 
-# %% ../../nbs/37_training.trainer.ipynb #85dc7604
+# %% ../../nbs/37_training.trainer.ipynb #36c09e59
 def _refuse_sharding(accelerator):
-    kind = accelerator.distributed_type.value
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise ValueError(f"{kind} is not supported in this version; use DDP: accelerate launch --multi_gpu ...")
+    how = accelerator.distributed_type.value
+    if how in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ValueError(f"{how} is not supported in this version; use DDP: accelerate launch --multi_gpu")
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -46,8 +46,7 @@ def make_accelerator(config: Config) -> Accelerator:
         project_dir=experiment.output_dir, step_scheduler_with_optimizer=False,
     )
     _refuse_sharding(accelerator)
-    there = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
-    absent = set(experiment.trackers) - there
+    absent = set(experiment.trackers) - {str(getattr(t, "value", t)) for t in accelerator.log_with}
     if absent:
         raise ValueError(f"experiment.trackers names {sorted(absent)}, whose library is not installed here.")
     return accelerator
@@ -65,7 +64,7 @@ def masking_config(model: nn.Module, config: Config) -> MaskingConfig:
         mask_contiguous_region_prob=training.mask_contiguous_region_prob or 0.0,
     )
 
-# %% ../../nbs/37_training.trainer.ipynb #0dde36e4
+# %% ../../nbs/37_training.trainer.ipynb #8e13207b
 @dataclass
 class MicroBatch:
     "A prepared and masked batch."
@@ -284,16 +283,15 @@ class Trainer:
         return weights * (self.accelerator.num_processes / total)
 
     def _refuse_nan(self, losses, micros):
-        total = sum(losses)  # not finite where one of them is not; so is the sum over processes, which stop together
+        total = sum(losses)  # where one is not finite the sum is not either, also that over all processes
         if self.accelerator.num_processes > 1:
             total = self.accelerator.reduce(total, "sum")
-        if not torch.isfinite(total):
-            keys = [micro.keys for micro, loss in zip(micros, losses) if not torch.isfinite(loss)]
-            keys = keys or "in another process"
+        if not total.isfinite():
+            keys = [micro.keys for micro, loss in zip(micros, losses) if not loss.isfinite()]
             raise ValueError(
                 f"The loss of step {self.step + 1} is not finite; the weights are still those before it. "
-                f"Batch keys: {keys}. Last good checkpoint: {latest_checkpoint(self.output_dir)}. "
-                "Look at these examples, or lower the learning rate."
+                f"Batch keys: {keys or 'in another process'}. Last good checkpoint: "
+                f"{latest_checkpoint(self.output_dir)}. Look at these examples, or lower the learning rate."
             )
 
 
