@@ -76,7 +76,7 @@ def _add_demo(commands):
         help="held-out prompts to draw and score, 1 to 400 (default: %(default)s)")
     parser.set_defaults(run=_demo)
 
-# %% ../nbs/45_cli.ipynb #b8c41114
+# %% ../nbs/45_cli.ipynb #e31bc975
 def _train(options):
     from musekit.train import configure, train
     from musekit.training.config import describe
@@ -113,7 +113,7 @@ def _add_train(commands):
         "  musekit train 'data=shards/{00000..00099}.tar'  webdataset shards of image, text and json\n"
         "  musekit train run.yaml training.batch_size=32   a configuration file and changes to it\n"
         "  musekit train run.yaml experiment.resume_from_checkpoint=latest\n"
-        "  accelerate launch -m musekit train run.yaml     on every GPU of this machine (more: accelerate config)\n"
+        "  accelerate launch -m musekit train run.yaml     on every GPU of this machine\n"
         "  ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m musekit train run.yaml\n"
         "                                                  in two processes without a GPU\n\n"
         "Without a file, the small 32-pixel model of the demo is trained. --check lists every key, its\n"
