@@ -233,14 +233,14 @@ def _each(function, result):
         return _each(function, images), [_each(function, step) for step in steps]
     return [function(image) for image in result]
 
-# %% ../nbs/40_pipeline.ipynb #0a83e759
+# %% ../nbs/40_pipeline.ipynb #695b6238
 def find_model_class(name: str) -> type[PretrainedModel]:
     "The model class of that name, or with that name as an alias."
     for module in pkgutil.iter_modules(models.__path__):
         importlib.import_module(f"{models.__name__}.{module.name}")
     classes, waiting = {}, [PretrainedModel]
     while waiting:
-        cls = waiting.pop()
+        cls = waiting.pop(0)  # of two classes with one name, the one defined later counts
         waiting += cls.__subclasses__()
         classes |= {known: cls for known in (cls.__name__, *cls.class_aliases)}
     if name not in classes:
