@@ -10,7 +10,7 @@ __all__ = ['REPORT', 'VQ_MODELS', 'TRANSFORMERS', 'MOST_CODES', 'find_shards', '
 # %% ../nbs/42_stages.ipynb #33451bf8
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from difflib import get_close_matches
 from pathlib import Path
