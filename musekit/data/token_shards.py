@@ -10,7 +10,7 @@ import io
 import json
 import pickle
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
