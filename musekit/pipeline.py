@@ -12,7 +12,6 @@ import inspect
 import itertools
 import json
 import pkgutil
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,12 +25,13 @@ from .data.conditions import TextEncoder
 from musekit.data.pictures import (
     fade_tokens, image_grid, plot_decoding, read_mask, to_images, to_pixels, token_mask,
 )
+from .files import folder_aside
 from musekit.generation import (
     GenerationConfig, generate_guided, negative_conditions, prompt_conditions, refuse_unknown,
 )
 from .masking import random_mask
 from .models.checkpoints import PretrainedModel, find_folder
-from .training.resume import PARTIAL, publish, step_seed
+from .training.resume import step_seed
 
 # %% ../nbs/40_pipeline.ipynb #11c81a0c
 class TokenPipeline:
@@ -295,17 +295,12 @@ class Pipeline(ImagePipeline):
             "grid": self.grid, "micro_conds": self.micro_conds, "zero_uncond": self.zero_uncond,
             "generation": dataclasses.asdict(self.generation),
         }
-        aside = folder.with_name(PARTIAL + folder.name)
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
+        with folder_aside(folder) as aside:
             self.transformer.save_pretrained(aside / "transformer")
             self.vq_model.save_pretrained(aside / "vq_model")
             if self.text_encoder:
                 self.text_encoder.save_pretrained(aside)
             (aside / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
-            publish(aside, folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
 
     @classmethod
     def from_pretrained(

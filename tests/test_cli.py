@@ -17,8 +17,7 @@ from musekit import cli
 from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples
 from musekit.data.packing import write_shards
 from musekit.training.history import read_log
-from musekit.training.once import on_main_process
-from musekit.training.resume import checkpoints
+from musekit.training.resume import checkpoints, on_main_process
 from test_processes import free_port
 
 TINY = [

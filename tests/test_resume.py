@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 import musekit.training.callbacks as callbacks_module
 import musekit.training.trainer as trainer_module
 from musekit.training.callbacks import Callback, Checkpoint, Log, read_log
-from musekit.training.resume import PARTIAL, checkpoints
+from musekit.files import PARTIAL
+from musekit.training.resume import checkpoints
 from toy_training import CHILDREN, SAVE_EVERY, STEPS, tiny_trainer, write_data
 
 

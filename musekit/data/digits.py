@@ -10,7 +10,6 @@ __all__ = ['INKS', 'PAPERS', 'COMBINATIONS', 'DIGIT_NAMES', 'WORDINGS', 'enlarge
 # %% ../../nbs/25_data.digits.ipynb #11cef411
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from .packing import expand_urls, write_shards
+from ..files import write_aside
 
 # %% ../../nbs/25_data.digits.ipynb #98d126c0
 INKS = {
@@ -188,7 +188,6 @@ def make_digits(
         for split, samples in splits.items():
             shutil.rmtree(folder / split, ignore_errors=True)
             write_shards(samples(), folder / split, prefix="digits", samples_per_shard=samples_per_shard)
-        aside = folder / "test_prompts.partial"
-        aside.write_text(json.dumps(test_prompts(), indent=1), encoding="utf-8")
-        os.replace(aside, folder / "test_prompts.json")
+        with write_aside(folder / "test_prompts.json") as aside:
+            aside.write_text(json.dumps(test_prompts(), indent=1), encoding="utf-8")
     return {split: expand_urls(folder / split) for split in splits}

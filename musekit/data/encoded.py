@@ -10,7 +10,6 @@ import base64
 import json
 import math
 import mmap
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,6 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
+
+from ..files import write_aside
 
 # %% ../../nbs/24_data.encoded.ipynb #32808824
 def token_grid(height: int, width: int, num_tokens: int) -> tuple[int, int]:
@@ -143,9 +144,15 @@ def encode_dataset(
     state_dtype: str = "float16",  # or "bfloat16": how text states and pooled embeddings are kept
 ) -> "EncodedDataset":
     "Encodes every batch once into a Parquet file, which appears under its name only when complete."
-    path, writer, waiting = Path(path_out), None, []
+    path = Path(path_out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
+    with write_aside(path) as aside:
+        _encode_into(aside, loader, encoder, state_dtype)
+    return EncodedDataset(path)
+
+
+def _encode_into(path, loader, encoder, state_dtype):
+    writer, waiting = None, []
     for batch in loader:
         encoded = encoder(batch)
         if writer is None:
@@ -156,7 +163,7 @@ def encode_dataset(
             grid = token_grid(*batch["pixel_values"].shape[-2:], encoded["image_ids"].shape[1])
             empty = encoder.unconditional()
             empty = {name: _packed(row, columns[name]["dtype"]) for name, row in empty.items()}
-            writer = _writer(aside, columns, {"columns": columns, "grid": grid, "unconditional": empty})
+            writer = _writer(path, columns, {"columns": columns, "grid": grid, "unconditional": empty})
             row_bytes = sum(4 * math.prod(column["shape"]) for column in columns.values())
         arrays = []
         for name, tensor in encoded.items():
@@ -166,12 +173,10 @@ def encode_dataset(
         if sum(len(table) for table in waiting) * row_bytes >= _GROUP_BYTES:
             waiting = _write_group(writer, waiting)
     if writer is None:
-        raise ValueError(f"nothing to encode into {path}: the loader gave no batch")
+        raise ValueError("nothing to encode: the loader gave no batch")
     if waiting:
         _write_group(writer, waiting)
     writer.close()
-    os.replace(aside, path)
-    return EncodedDataset(path)
 
 # %% ../../nbs/24_data.encoded.ipynb #2e82a96b
 class EncodedDataset:

@@ -8,7 +8,6 @@ __all__ = ['write_tars', 'write_shards', 'plot_overhead', 'PackReport', 'pack_fo
 # %% ../../nbs/21_data.packing.ipynb #221e91db
 import io
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -22,6 +21,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from .metadata import IMAGE_EXTENSIONS, TEXT_EXTENSIONS
+from ..files import write_aside
 
 # %% ../../nbs/21_data.packing.ipynb #a7ebb3b1
 def write_tars(
@@ -41,11 +41,9 @@ def write_tars(
     urls = []
     for shard, rows in groupby(enumerate(samples), lambda numbered: numbered[0] // samples_per_shard):
         path = folder / f"{prefix}-{shard:06d}.tar"
-        aside = path.with_suffix(".partial")
-        with webdataset.TarWriter(str(aside), encoder=False, mtime=0) as writer:
+        with write_aside(path) as aside, webdataset.TarWriter(str(aside), encoder=False, mtime=0) as writer:
             for number, members in rows:
                 writer.write({"__key__": f"{number:09d}", **members})
-        os.replace(aside, path)
         urls.append(str(path))
     return urls
 

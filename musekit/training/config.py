@@ -14,6 +14,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..files import write_aside
 from .schema import Config, Section
 
 # %% ../../nbs/31_training.config.ipynb #e48361ba
@@ -180,9 +181,8 @@ def save_config(
     folder = Path(folder or config.experiment.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
-    aside = folder / ".config.yaml.partial"
-    OmegaConf.save(OmegaConf.structured(config), aside, resolve=True)
-    aside.replace(path)
+    with write_aside(path) as aside:
+        OmegaConf.save(OmegaConf.structured(config), aside, resolve=True)
     return path
 
 # %% ../../nbs/31_training.config.ipynb #6dad99c8

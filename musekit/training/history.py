@@ -9,6 +9,8 @@ __all__ = ['read_log', 'rewind_log', 'smooth', 'plot_run']
 import json
 from pathlib import Path
 
+from ..files import write_aside
+
 # %% ../../nbs/34_training.history.ipynb #932328ff
 def read_log(folder: str | Path) -> list[dict]:
     "The lines of a run's `log.jsonl`, oldest first; a last line that a kill cut off is left out."
@@ -26,9 +28,8 @@ def rewind_log(folder: str | Path, step: int):
     path = Path(folder) / "log.jsonl"
     if path.is_file():
         kept = [line for line in read_log(folder) if line["step"] <= step and step > 0]
-        aside = path.with_name(f".{path.name}.partial")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        aside.replace(path)
+        with write_aside(path) as aside:
+            aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
 # %% ../../nbs/34_training.history.ipynb #a95f2610
 def smooth(values: list[float], keep: float = 0.9) -> list[float]:
