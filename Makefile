@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 WORKERS ?= 2
 
-.PHONY: help setup demo test lab readme clean
+.PHONY: help setup demo test test-lab lab readme clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -31,6 +31,9 @@ test: $(STAMP) ## notebooks clean, package and README in sync, notebooks and tes
 	$(BIN)/python tests/in_sync.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS) --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests
+
+test-lab: $(STAMP) ## run every notebook in JupyterLab in a browser (needs chromium and chromium-driver)
+	$(BIN)/python tests/lab.py $(ARGS)
 
 clean: ## remove the environment; runs/ stays
 	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,142 @@
+"""Opens notebooks in a real JupyterLab in a real browser, runs all cells, and fails on any error.
+
+    python tests/lab.py                        every notebook
+    python tests/lab.py 03_sampling 40_pipeline  some of them
+
+Needs Chromium and its driver (Debian: apt install chromium chromium-driver) and selenium. The notebooks are run as copies;
+screenshots go to `screenshots/`, which git ignores.
+"""
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from selenium import webdriver
+from selenium.common.exceptions import TimeoutException
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.ui import WebDriverWait
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+SHOTS = ROOT / "screenshots"
+
+RUN_ALL = """
+const done = arguments[arguments.length - 1], app = window.jupyterapp;
+const wait = async (test) => { while (!test()) await new Promise(r => setTimeout(r, 100)); };
+(async () => {
+    await wait(() => app.shell.currentWidget && app.shell.currentWidget.context && app.shell.currentWidget.context.isReady);
+    const panel = app.shell.currentWidget;
+    await panel.sessionContext.ready;
+    await app.commands.execute('notebook:run-all-cells');
+    done('ran');
+})().catch(error => done('failed: ' + error));
+"""
+
+OUTPUTS = """
+const cells = window.jupyterapp.shell.currentWidget.content.model.cells, found = [];
+for (let i = 0; i < cells.length; i++) {
+    const cell = cells.get(i).toJSON();
+    if (cell.cell_type !== 'code') continue;
+    const kinds = cell.outputs.map(o => o.output_type === 'error' ? `${o.ename}: ${o.evalue}` : o.output_type);
+    found.push({number: i, ran: cell.execution_count !== null, kinds: kinds, head: cell.source.join ? cell.source.join('').slice(0, 80) : cell.source.slice(0, 80)});
+}
+return found;
+"""
+
+
+@contextmanager
+def jupyter(folder: Path):
+    """Yields the address of a JupyterLab that serves a folder, with its application open to scripts."""
+    command = [
+        sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--port=0", "--ip=127.0.0.1",
+        "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={folder}",
+        "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+    ]
+    with tempfile.TemporaryFile("w+") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+        try:
+            for _ in range(600):
+                log.seek(0)
+                address = re.search(r"http://127\.0\.0\.1:\d+", log.read())
+                if address or server.poll() is not None:
+                    break
+                time.sleep(0.1)
+            if not address:
+                log.seek(0)
+                raise RuntimeError(f"JupyterLab did not start:\n{log.read()[-2000:]}")
+            yield address[0]
+        finally:
+            server.terminate()
+            server.wait()
+
+
+@contextmanager
+def browser():
+    """Yields a headless Chromium."""
+    driver = shutil.which("chromedriver")
+    if not driver or not shutil.which("chromium"):
+        raise FileNotFoundError("chromium and chromedriver are not installed; apt install chromium chromium-driver")
+    options = Options()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1300,1600"):
+        options.add_argument(argument)
+    options.binary_location = shutil.which("chromium")
+    chromium = webdriver.Chrome(options=options, service=Service(driver))
+    try:
+        yield chromium
+    finally:
+        chromium.quit()
+
+
+def run_notebook(chromium, address: str, name: str, seconds: int) -> list[str]:
+    """What went wrong in a notebook whose cells were all run; empty if nothing did."""
+    chromium.get(f"{address}/lab/tree/{name}.ipynb?reset")
+    chromium.set_script_timeout(seconds)
+    WebDriverWait(chromium, 120).until(lambda c: c.execute_script("return Boolean(window.jupyterapp)"))
+    try:
+        said = chromium.execute_async_script(RUN_ALL)
+    except TimeoutException:
+        return [f"not done after {seconds} s"]
+    cells = chromium.execute_script(OUTPUTS)
+    chromium.save_screenshot(str(SHOTS / f"{name}.png"))
+    problems = [] if said == "ran" else [said]
+    problems += [f"cell {c['number']} ({c['head']!r}): {k}" for c in cells for k in c["kinds"] if ": " in k]
+    problems += [f"cell {c['number']} did not run" for c in cells if not c["ran"] and c["head"].strip()]
+    chromium.execute_async_script(
+        "const done = arguments[0]; window.jupyterapp.shell.currentWidget.sessionContext.shutdown().then(done, done);")
+    return problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="notebooks without .ipynb (default: all)")
+    parser.add_argument("--seconds", type=int, default=1200, help="longest time for a notebook (default: %(default)s)")
+    options = parser.parse_args()
+    names = options.names or sorted(path.stem for path in (ROOT / "nbs").glob("*.ipynb"))
+    SHOTS.mkdir(exist_ok=True)
+    os.environ.setdefault("MUSEKIT_GOLDEN", str(ROOT.parent / "shared" / "golden"))
+    failed = {}
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "project"
+        for part in ("nbs", "musekit"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("runs", "__pycache__"))
+        shutil.copy(ROOT / "settings.ini", copy)
+        with jupyter(copy / "nbs") as address, browser() as chromium:
+            for name in (bar := tqdm(names)):
+                bar.set_description(name)
+                started = time.perf_counter()
+                failed[name] = run_notebook(chromium, address, name, options.seconds)
+                tqdm.write(f"{name}: {'; '.join(failed[name]) or 'ok'} ({time.perf_counter() - started:.0f} s)")
+    wrong = [name for name in names if failed[name]]
+    print(f"{len(names) - len(wrong)} of {len(names)} notebooks ran without an error")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
