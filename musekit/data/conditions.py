@@ -52,11 +52,11 @@ _LONGEST = 4096  # T5 has no limit of its own, and its tokenizer may call 10^30 
 
 
 def _find_text_model(path):
-    "(model type, its subfolder, the tokenizer's): a pipeline has two folders, a text model all at its root."
+    "(configuration, its folder, the tokenizer's): a pipeline has two folders, a text model all at its root."
     for model_folder, tokenizer_folder in (("text_encoder", "tokenizer"), ("", "")):
         try:
             config = AutoConfig.from_pretrained(path, subfolder=model_folder)
-            return config.model_type, model_folder, tokenizer_folder
+            return config, model_folder, tokenizer_folder
         except (OSError, ValueError) as error:
             problem = error
     message = f"no text encoder in {path}: neither config.json nor text_encoder/config.json could be read"
@@ -96,11 +96,12 @@ class TextEncoder(nn.Module):
         if (kind, use_pooled) not in _TEXT_MODELS:
             asked = f"kind={kind!r} with use_pooled={use_pooled}"
             raise ValueError(f"{asked}: use 'clip', or 't5' without pooled embedding")
-        model_type, model_folder, tokenizer_folder = _find_text_model(path)
-        if kind not in model_type:
-            raise ValueError(f"{path} holds a {model_type!r} model, not a {kind!r} one")
+        config, model_folder, tokenizer_folder = _find_text_model(path)
+        if kind not in config.model_type:
+            raise ValueError(f"{path} holds a {config.model_type!r} model, not a {kind!r} one")
+        projected = use_pooled or "CLIPTextModelWithProjection" in (config.architectures or ())
         options = {} if dtype is None else {"dtype": dtype}
-        model = _TEXT_MODELS[kind, use_pooled].from_pretrained(path, subfolder=model_folder, **options)
+        model = _TEXT_MODELS[kind, projected].from_pretrained(path, subfolder=model_folder, **options)
         tokenizer = AutoTokenizer.from_pretrained(path, subfolder=tokenizer_folder)
         if pad_token_id is not None:
             tokenizer.pad_token_id = pad_token_id
