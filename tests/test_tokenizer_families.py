@@ -1,0 +1,67 @@
+"""Every family of tokenizers and every quantizer, trained on the spot by a run and given to another one."""
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples
+from musekit.data.packing import write_shards
+from musekit.train import Recipe, configure, find_data, make_vq_model
+
+SMALL = {"resolution": 16, "hidden_channels": 32, "channel_mult": [1, 1, 1], "num_res_blocks": 1, "z_channels": 32}
+FRESH = {
+    "vqgan": {"num_embeddings": 16, "quantized_embed_dim": 8},
+    "vqgan fsq": {"quantizer": "fsq", "quantizer_params": {"levels": [4, 4]}},
+    "vqgan lfq": {"quantizer": "lfq", "num_embeddings": 4096},
+    "maskgit_vqgan": {"num_embeddings": 16, "quantized_embed_dim": 32},
+    "movq": {"num_embeddings": 16, "quantized_embed_dim": 4, "attn_resolutions": []},
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    everything = set(range(len(WORDINGS)))
+    write_shards(make_samples(range(20), 1, set(COMBINATIONS), lambda *combination: everything, seed=0), folder)
+    return folder
+
+
+def recipe(folder, shards, name, **section):
+    "A run whose tokenizer is the one named, on small pictures."
+    vq_model = {"type": name.split()[0], **section}
+    text = {"type": "clip", "train": {"steps": 1, "hidden_size": 32, "layers": 1}}
+    transformer = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "in_channels": 16,
+        "block_out_channels": [16], "num_res_blocks": 1, "block_num_heads": 2,
+        "micro_cond_encode_dim": 4, "micro_cond_embed_dim": 20,
+    }
+    given = {
+        "experiment": {"output_dir": str(folder)}, "data": str(shards),
+        "dataset": {"preprocessing": {"resolution": 16, "max_seq_length": 20}, "params": {"min_size": 0}},
+        "model": {"vq_model": vq_model, "text_encoder": text, "architecture": "uvit", "transformer": transformer},
+        "training": {"max_train_steps": 1, "batch_size": 4, "encode_first": True},
+    }
+    OmegaConf.save(given, folder / "given.yaml")
+    made = Recipe(configure(folder / "given.yaml"), progress=False)
+    find_data(made)
+    make_vq_model(made)
+    return made
+
+
+@pytest.mark.parametrize("name", FRESH)
+def test_made_by_one_run_and_given_to_another(tmp_path, shards, name):
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    training = {"steps": 12, "log_every": 12}
+    first = recipe(tmp_path / "first", shards, name, params=SMALL | FRESH[name], train=training)
+    made = first.folder / "vq_model"
+    second = recipe(tmp_path / "second", shards, name, pretrained=str(made))
+    pixels = next(first.pool.batches(4))["pixel_values"]
+    ids = first.vq_model.get_code(pixels)
+    assert torch.equal(second.vq_model.get_code(pixels), ids) and not (second.folder / "vq_model").exists()
+    assert ids.shape == (4, 16) and 0 <= ids.min() and ids.max() < second.vq_model.codebook_size
+    assert first.vq_model.codebook_size == {"vqgan lfq": 4096}.get(name, 16)
+
+
+def test_of_a_table_there_must_be_fewer_codes_than_tokens(tmp_path, shards):
+    with pytest.raises(ValueError, match="fewer than the tokenizer's 4096 codes"):
+        recipe(tmp_path, shards, "movq", params=SMALL | {"num_embeddings": 4096}, train={"steps": 1})
