@@ -5,13 +5,11 @@
 # %% auto #0
 __all__ = ['SETTINGS_FILE', 'TokenPipeline', 'ImagePipeline', 'find_model_class', 'Pipeline']
 
-# %% ../nbs/40_pipeline.ipynb #1a41462d
+# %% ../nbs/40_pipeline.ipynb #4042ba60
 import dataclasses
-import importlib
 import inspect
 import itertools
 import json
-import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +18,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from . import models
 from .data.conditions import TextEncoder
 from musekit.data.pictures import (
     fade_tokens, image_grid, plot_decoding, read_mask, to_images, to_pixels, token_mask,
@@ -30,8 +27,10 @@ from musekit.generation import (
     GenerationConfig, generate_guided, negative_conditions, prompt_conditions, refuse_unknown,
 )
 from .masking import random_mask
-from .models.checkpoints import PretrainedModel, find_folder
+from .models.amused import MODEL_INDEX, read_amused, save_amused
+from .models.checkpoints import PretrainedModel, import_models
 from .training.resume import step_seed
+from .weights import find_folder, read_json
 
 # %% ../nbs/40_pipeline.ipynb #11c81a0c
 class TokenPipeline:
@@ -95,10 +94,22 @@ class TokenPipeline:
             conditions.setdefault("micro_conds", torch.tensor([self.micro_conds], dtype=torch.float32))
         model = self.transformer
         return generate_guided(
-            lambda ids, rows: model(ids, **rows, grid=grid).float(), input_ids, self.mask_token_id,
-            model.config.codebook_size, self._readable(conditions), self._readable(negative), how,
-            seed=seed, batch_size=batch_size, callback=callback, return_steps=return_steps,
+            self._forward(grid), input_ids, self.mask_token_id, model.config.codebook_size,
+            self._readable(conditions), self._readable(negative), how,
+            prepare=model.precompute if "precomputed" in self.reads else dict, seed=seed, batch_size=batch_size, callback=callback, return_steps=return_steps,
         )
+
+    def _forward(self, grid):
+        "The transformer as `generate_guided` asks it: only hidden tokens, only what changes from step to step."
+        model, reads = self.transformer, self.reads
+
+        def forward(ids, conditions, hidden):
+            conditions = {"precomputed": conditions} if "precomputed" in reads else conditions
+            if "token_mask" in reads:
+                return model(ids, **conditions, token_mask=hidden, grid=grid).float()
+            return model(ids, **conditions, grid=grid)[hidden].float()
+
+        return forward
 
     def _readable(self, conditions):
         "On the device, and only what the transformer reads: some read no pooled text or no micro-conditions."
@@ -233,11 +244,10 @@ def _each(function, result):
         return _each(function, images), [_each(function, step) for step in steps]
     return [function(image) for image in result]
 
-# %% ../nbs/40_pipeline.ipynb #695b6238
+# %% ../nbs/40_pipeline.ipynb #e1638224
 def find_model_class(name: str) -> type[PretrainedModel]:
     "The model class of that name, or with that name as an alias."
-    for module in pkgutil.iter_modules(models.__path__):
-        importlib.import_module(f"{models.__name__}.{module.name}")
+    import_models()
     classes, waiting = {}, [PretrainedModel]
     while waiting:
         cls = waiting.pop(0)  # of two classes with one name, the one defined later counts
@@ -248,7 +258,7 @@ def find_model_class(name: str) -> type[PretrainedModel]:
                          "Import the module that defines it first.")
     return classes[name]
 
-# %% ../nbs/40_pipeline.ipynb #5774a50c
+# %% ../nbs/40_pipeline.ipynb #1ce2e41e
 SETTINGS_FILE = "pipeline.json"
 _SETTINGS = ("transformer", "vq_model", "text_encoder", "grid", "micro_conds", "zero_uncond", "generation")
 
@@ -260,10 +270,7 @@ def _read_settings(folder):
         found = ", ".join(sorted(inner.name for inner in folder.iterdir())) or "nothing"
         raise FileNotFoundError(f"{folder} is no pipeline: looked for {SETTINGS_FILE}, transformer/ and "
                                 f"vq_model/, found {found}. Pipeline.save_pretrained writes one.")
-    try:
-        settings = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no valid JSON ({error}); save the pipeline again") from error
+    settings = read_json(path)
     unsaid = [name for name in _SETTINGS if name not in settings]
     if unsaid:
         raise ValueError(f"{path} does not say {', '.join(unsaid)}; save the pipeline again")
@@ -274,21 +281,26 @@ def _read_settings(folder):
     return settings
 
 
+def _check_free(folder, mark):
+    "Saving replaces a folder, which must be empty or hold a pipeline of the same kind."
+    if folder.exists() and any(folder.iterdir()) and not (folder / mark).is_file():
+        raise ValueError(f"{folder} holds something else than a pipeline, which saving would replace; "
+                         "name a new folder")
+
+
 def _text_settings(text_encoder):
     "The arguments of `TextEncoder.from_pretrained` that load it again."
     kind = "t5" if "t5" in text_encoder.model.config.model_type else "clip"
     return {"kind": kind} | {name: getattr(text_encoder, name) for name in ("max_seq_length", "use_pooled")}
 
-# %% ../nbs/40_pipeline.ipynb #3c393d14
+# %% ../nbs/40_pipeline.ipynb #68fd5794
 class Pipeline(ImagePipeline):
     "Text in, pictures out; saved and loaded as one folder."
 
     def save_pretrained(self, folder: str | Path):
         "Writes all models and settings; the folder is there completely or not at all."
         folder = Path(folder).absolute()
-        if folder.exists() and any(folder.iterdir()) and not (folder / SETTINGS_FILE).is_file():
-            raise ValueError(f"{folder} holds something else than a pipeline, which saving would replace; "
-                             "name a new folder")
+        _check_free(folder, SETTINGS_FILE)
         settings = {
             "transformer": type(self.transformer).__name__, "vq_model": type(self.vq_model).__name__,
             "text_encoder": _text_settings(self.text_encoder) if self.text_encoder else None,
@@ -302,20 +314,33 @@ class Pipeline(ImagePipeline):
                 self.text_encoder.save_pretrained(aside)
             (aside / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
+    def save_diffusers(self, folder: str | Path):
+        "Writes a folder for diffusers' AmusedPipeline, whose call takes steps, guidance, size and scores."
+        folder, text, how = Path(folder).absolute(), self.text_encoder, self.generation
+        _check_free(folder, MODEL_INDEX)
+        if text is None or not text.use_pooled or self.zero_uncond or how.noise_type != "mask":
+            raise ValueError("aMUSEd's pipeline has a CLIP with pooled embedding, the empty prompt in place "
+                             f"of none, and noise 'mask'; here use_pooled is {text and text.use_pooled}, "
+                             f"zero_uncond {self.zero_uncond}, noise_type {how.noise_type!r}")
+        with folder_aside(folder) as aside:
+            save_amused(aside, self.transformer, self.vq_model, how.schedule)
+            text.save_pretrained(aside)
+
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,  # a folder, or owner/name on the hub
+        path: str | Path,  # a folder, or owner/name on the hub; also of diffusers' aMUSEd
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,  # None: single precision
     ) -> "Pipeline":
-        "Reads what `save_pretrained` wrote."
-        folder = find_folder(path)
-        settings = _read_settings(folder)
-        load = lambda name: find_model_class(settings[name]).from_pretrained(folder / name)
+        "Reads what `save_pretrained` or `save_diffusers` wrote."
+        folder = find_folder(path, whole=True)
+        amused = (folder / MODEL_INDEX).is_file() and not (folder / SETTINGS_FILE).is_file()
+        settings = read_amused(folder) if amused else _read_settings(folder)
+        load = lambda name, inner: find_model_class(settings[name]).from_pretrained(folder / inner)
         text = settings["text_encoder"] and TextEncoder.from_pretrained(folder, **settings["text_encoder"])
         pipeline = cls(
-            load("transformer"), load("vq_model"), text,
+            load("transformer", "transformer"), load("vq_model", "vqvae" if amused else "vq_model"), text,
             generation=GenerationConfig().override(**settings["generation"]),
             **{name: settings[name] for name in ("grid", "micro_conds", "zero_uncond")},
         )
