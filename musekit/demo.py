@@ -16,12 +16,14 @@ from pathlib import Path
 from .data.digits import test_prompts
 from .data.pictures import image_grid, plot_decoding
 from .evaluation import DigitJudge, distinctness, format_score, novelty, plot_confusion, score
+from .hub import write_card
 from .pipeline import Pipeline
 from .stages import plot_stages
 from .train import Recipe, configure, train
 from .training.config import Config
 from .training.history import plot_run
-from .training.tokenizer import codebook_report
+from .training.resume import latest_checkpoint
+from .training.reconstruction import codebook_report
 
 # %% ../nbs/46_demo.ipynb #c4640cf1
 def judge_prompts(
@@ -129,6 +131,8 @@ def demo(
     start = time.perf_counter()
     config = configure(None, ["data=digits", f"experiment.output_dir={folder}", *overrides])
     check_demo(config, prompts)
+    last = latest_checkpoint(folder)
+    done = last is not None and last.name == f"checkpoint-{config.training.max_train_steps}"
     recipe = train(config, progress=progress)
     if recipe.trainer.stop or not recipe.accelerator.is_main_process:
         return recipe
@@ -139,15 +143,24 @@ def demo(
     with recipe.stage("pictures"):
         shown = [prompt["text"] for prompt in held_out[:: max(1, len(held_out) // 8)]][:8]
         draw_pictures(pipeline, shown, folder, config.training.seed)
-        _draw_figures(folder, results, recipe.seconds)
-    seconds = {**recipe.seconds, "all": time.perf_counter() - start}
-    recipe.results = results | {"seconds": seconds, "peak_memory_gb": peak_memory_gb()}
+        _draw_figures(folder, results, None if done else recipe.seconds)
+    spent = {"seconds": {**recipe.seconds, "all": time.perf_counter() - start}, "peak_memory_gb": peak_memory_gb()}
+    recipe.results = results | (_first_time(folder, spent) if done else spent)
     write_results(recipe.results, folder / "results.json")
+    write_card(folder / "pipeline")
     print(report(folder, recipe.results))
     return recipe
 
 
+def _first_time(folder, spent):
+    "What the run took when it was made, kept when a finished run is only judged again."
+    path = folder / "results.json"
+    known = json.loads(path.read_text()) if path.is_file() else spent
+    return {name: known.get(name, now) for name, now in spent.items()}
+
+
 def _draw_figures(folder, results, seconds):
     plot_run(folder).savefig(folder / "training.png", dpi=150)
-    plot_stages(seconds).savefig(folder / "stages.png", dpi=150)
+    if seconds:
+        plot_stages(seconds).savefig(folder / "stages.png", dpi=150)
     plot_confusion(results).savefig(folder / "confusion.png", dpi=150)

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['masked_cross_entropy', 'saved_bytes', 'plot_memory', 'soft_target_cross_entropy']
 
-# %% ../nbs/02_losses.ipynb #f42fa6a2
+# %% ../nbs/02_losses.ipynb #469a4307
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .masking import IGNORE_INDEX
 
-# %% ../nbs/02_losses.ipynb #4ba320bf
+# %% ../nbs/02_losses.ipynb #e4d22565
 def _labelled(logits: Tensor, labels: Tensor, *others: Tensor) -> list[Tensor]:
     "Of the labelled positions: logits as (M, V), labels and whatever has their shape as (M,)."
     if logits.shape[:-1] != labels.shape:
@@ -28,6 +29,33 @@ def _labelled(logits: Tensor, labels: Tensor, *others: Tensor) -> list[Tensor]:
     return [logits[keep], labels[keep], *(other[keep] for other in others)]
 
 
+class _CrossEntropy(torch.autograd.Function):
+    "Cross-entropy of rows (M, V), summed with shares (M,) that add up to 1. Its backward pass runs once."
+
+    @staticmethod
+    def forward(ctx, logits, labels, shares, label_smoothing):
+        keep, width = ctx.needs_input_grad[0], logits.shape[1]
+        grad, loss = torch.empty_like(logits) if keep else None, torch.zeros((), device=logits.device)
+        at_once = max(1, (2**19 if logits.device.type == "cpu" else 2**26) // width)
+        for first in range(0, len(logits), at_once):
+            some = slice(first, first + at_once)
+            label, share = labels[some, None], shares[some, None]
+            log_probs = logits[some].float().log_softmax(-1)
+            hit = log_probs.gather(1, label) * (1 - label_smoothing)
+            loss -= ((hit + log_probs.mean(1, keepdim=True) * label_smoothing) * share).sum()
+            if keep:
+                off = log_probs.exp_().sub_(label_smoothing / width)
+                off.scatter_add_(1, label, torch.full_like(hit, label_smoothing - 1))
+                grad[some] = off.mul_(share)
+        ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        return ctx.saved_tensors[0].mul_(grad_loss), None, None, None
+
+
 def masked_cross_entropy(logits: Tensor,  # (..., V), e.g. (B, N, V), or the labelled rows alone (M, V)
                          labels: Tensor,  # (...) int64, -100 where nothing is asked
                          *,
@@ -38,27 +66,26 @@ def masked_cross_entropy(logits: Tensor,  # (..., V), e.g. (B, N, V), or the lab
     if loss_weight is not None and loss_weight.shape != labels.shape:
         raise ValueError(f"loss_weight {tuple(loss_weight.shape)} must have the shape of the labels "
                          f"{tuple(labels.shape)}")
-    if loss_weight is None:
-        rows, targets = _labelled(logits, labels)
-        return F.cross_entropy(rows.float(), targets, label_smoothing=label_smoothing)
-    rows, targets, weight = _labelled(logits, labels, loss_weight)
-    losses = F.cross_entropy(rows.float(), targets, label_smoothing=label_smoothing, reduction="none")
-    return (losses * weight).sum() / weight.sum()
+    weight = torch.ones(labels.shape, device=labels.device) if loss_weight is None else loss_weight.float()
+    rows, targets, weight = _labelled(logits, labels, weight)
+    return _CrossEntropy.apply(rows, targets, weight / weight.sum(), label_smoothing)
 
-# %% ../nbs/02_losses.ipynb #c79fe673
-def saved_bytes(function  # called without arguments; what it computes requires gradients
+# %% ../nbs/02_losses.ipynb #f73cadf6
+def saved_bytes(function,  # called without arguments; what it computes requires gradients
+                known: list[Tensor] = ()  # what they occupy is there anyway, and is not counted
                ) -> int:  # distinct storage kept for the backward pass
     "Bytes that autograd keeps alive between the forward and the backward pass of `function`."
+    there = {tensor.untyped_storage()._cdata for tensor in known}
     storages = {}
 
     def note(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         result = function()
     del result
-    return sum(storages.values())
+    return sum(storage.nbytes() for place, storage in storages.items() if place not in there)
 
 # %% ../nbs/02_losses.ipynb #62d25149
 def plot_memory(shares: list[float],  # masked share of each measurement

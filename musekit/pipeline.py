@@ -26,6 +26,7 @@ from .files import folder_aside
 from musekit.generation import (
     GenerationConfig, generate_guided, negative_conditions, prompt_conditions, refuse_unknown,
 )
+from .hub import write_card
 from .masking import random_mask
 from .models.amused import MODEL_INDEX, read_amused, save_amused
 from .models.checkpoints import PretrainedModel, import_models
@@ -93,10 +94,11 @@ class TokenPipeline:
         if self.micro_conds is not None:
             conditions.setdefault("micro_conds", torch.tensor([self.micro_conds], dtype=torch.float32))
         model = self.transformer
+        prepare = (lambda rows: model.precompute(**rows)) if "precomputed" in self.reads else dict
         return generate_guided(
             self._forward(grid), input_ids, self.mask_token_id, model.config.codebook_size,
-            self._readable(conditions), self._readable(negative), how,
-            prepare=model.precompute if "precomputed" in self.reads else dict, seed=seed, batch_size=batch_size, callback=callback, return_steps=return_steps,
+            self._readable(conditions), self._readable(negative), how, prepare=prepare,
+            seed=seed, batch_size=batch_size, callback=callback, return_steps=return_steps,
         )
 
     def _forward(self, grid):
@@ -313,6 +315,7 @@ class Pipeline(ImagePipeline):
             if self.text_encoder:
                 self.text_encoder.save_pretrained(aside)
             (aside / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+            write_card(aside, {})
 
     def save_diffusers(self, folder: str | Path):
         "Writes a folder for diffusers' AmusedPipeline, whose call takes steps, guidance, size and scores."
@@ -335,6 +338,8 @@ class Pipeline(ImagePipeline):
     ) -> "Pipeline":
         "Reads what `save_pretrained` or `save_diffusers` wrote."
         folder = find_folder(path, whole=True)
+        if (folder / "pipeline" / SETTINGS_FILE).is_file():  # the folder of a run
+            folder = folder / "pipeline"
         amused = (folder / MODEL_INDEX).is_file() and not (folder / SETTINGS_FILE).is_file()
         settings = read_amused(folder) if amused else _read_settings(folder)
         load = lambda name, inner: find_model_class(settings[name]).from_pretrained(folder / inner)

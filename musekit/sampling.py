@@ -24,7 +24,7 @@ def gumbel_noise(shape: tuple[int, ...],  # of the result
     tiny = torch.finfo(torch.float32).tiny
     return -(-uniform_noise(shape, generator, device).clamp(min=tiny).log()).log()
 
-# %% ../nbs/03_sampling.ipynb #032f88dd
+# %% ../nbs/03_sampling.ipynb #ce5060e9
 def sample_tokens(logits: Tensor,  # (..., V)
                   sampling_temperature: float = 1.0,  # above 0, divides the logits
                   generator: torch.Generator | None = None
@@ -33,9 +33,22 @@ def sample_tokens(logits: Tensor,  # (..., V)
     if sampling_temperature <= 0:
         raise ValueError(f"sampling_temperature must be above 0, got {sampling_temperature}; "
                          "use a small one for near-greedy choices")
-    log_probs = (logits.float() / sampling_temperature).log_softmax(-1)
-    ids = (log_probs + gumbel_noise(logits.shape, generator, logits.device)).argmax(-1, keepdim=True)
-    return ids[..., 0], log_probs.gather(-1, ids)[..., 0].exp()
+    rows, device = logits.flatten(0, -2), logits.device
+    precision = torch.float32 if device.type == "mps" else torch.float64
+    home = device if generator is None else generator.device
+    noise = torch.rand(len(rows), 1, dtype=precision, generator=generator, device=home).to(device)
+    at_once = max(1, (2**19 if device.type == "cpu" else 2**26) // logits.shape[-1])
+    drawn = [_invert((some.float() / sampling_temperature).softmax(-1), u)
+             for some, u in zip(rows.split(at_once), noise.split(at_once))]
+    ids, confidence = (torch.cat(parts).view(logits.shape[:-1]) for parts in zip(*drawn))
+    return ids, confidence
+
+
+def _invert(probabilities, u):
+    "For each row the id on whose stretch of the unit line u (..., 1) falls, and its probability."
+    reached = probabilities.cumsum(-1, dtype=u.dtype)
+    ids = torch.searchsorted(reached, u * reached[:, -1:], right=True).clamp(max=probabilities.shape[-1] - 1)
+    return ids[:, 0], probabilities.gather(-1, ids)[:, 0]
 
 # %% ../nbs/03_sampling.ipynb #e6d79052
 def remaining_counts(unknown: Tensor,  # (B,) int64, hidden tokens at the start
@@ -74,13 +87,13 @@ def temperatures(temperature: float | tuple[float, float],  # the start, or (sta
         raise ValueError(f"temperatures must not be negative, got {temperature}")
     return torch.linspace(start, end, steps)
 
-# %% ../nbs/03_sampling.ipynb #b8aec784
+# %% ../nbs/03_sampling.ipynb #fb717050
 def guide(cond_logits: Tensor,  # (B, N, V) with the prompt
           uncond_logits: Tensor,  # (B, N, V) without it, or with a negative prompt
           scale: float | Tensor  # w; 0 unconditional, 1 conditional, above 1 guided
          ) -> Tensor:  # (B, N, V)
     "Classifier-free guidance, uncond + scale * (cond - uncond) (Ho & Salimans 2022)."
-    return uncond_logits + scale * (cond_logits - uncond_logits)
+    return torch.lerp(uncond_logits, cond_logits, scale)
 
 
 def guidance_weights(scale: float,  # the weight of the last step, and of every step if constant
@@ -94,9 +107,9 @@ def guidance_weights(scale: float,  # the weight of the last step, and of every 
         raise ValueError(f"unknown guidance schedule {kind!r}; known are {sorted(ramps)}")
     return scale * ramps[kind]
 
-# %% ../nbs/03_sampling.ipynb #9ab0f208
+# %% ../nbs/03_sampling.ipynb #4e7bb704
 @torch.no_grad()
-def generate_ids(logits_fn: Callable[[Tensor, int], Tensor],  # (ids (B, N), step) -> logits (B, N, V)
+def generate_ids(logits_fn: Callable[[Tensor, Tensor, int], Tensor],  # (ids, hidden, step) -> logits (M, V)
                  input_ids: Tensor,  # (B, N) int64, the mask id where unknown
                  mask_token_id: int,
                  *,
@@ -119,10 +132,11 @@ def generate_ids(logits_fn: Callable[[Tensor, int], Tensor],  # (ids (B, N), ste
     steps_needed = int(hidden.any()) + int(counts.any(-1).sum())
     ids, records = hide_tokens(input_ids, hidden, noise, generator), []
     for step in range(steps_needed):
-        logits = _image_logits(logits_fn(ids, step), mask_token_id, codebook_size)
-        sampled, confidence = sample_tokens(logits, sampling_temperature, generator)
-        sampled = torch.where(hidden, sampled, ids)
-        confidence = confidence.masked_fill(~hidden, float("inf"))
+        logits = _image_logits(logits_fn(ids, hidden, step), hidden, mask_token_id, codebook_size)
+        drawn, probability = sample_tokens(logits, sampling_temperature, generator)
+        sampled = ids.masked_scatter(hidden, drawn)
+        confidence = torch.full_like(ids, float("inf"), dtype=torch.float32)
+        confidence.masked_scatter_(hidden, probability)
         hidden = remask(confidence, counts[step], remask_temperatures[step], generator)
         ids = hide_tokens(sampled, hidden, noise, generator)
         record = {"sampled": sampled, "ids": ids, "confidence": confidence, "hidden": hidden}
@@ -146,7 +160,10 @@ def _unknown_tokens(input_ids: Tensor, mask_token_id: int, noise_type: str, unkn
     return unknown
 
 
-def _image_logits(logits: Tensor, mask_token_id: int, codebook_size: int | None) -> Tensor:
+def _image_logits(logits: Tensor, hidden: Tensor, mask_token_id: int, codebook_size: int | None) -> Tensor:
+    if logits.dim() != 2 or len(logits) != int(hidden.sum()):
+        raise ValueError(f"logits_fn gave {tuple(logits.shape)}, but is asked for (M, V), the logits of the "
+                         f"M = {int(hidden.sum())} hidden positions; of logits (B, N, V) these are logits[hidden]")
     if codebook_size is None and logits.shape[-1] > mask_token_id:
         raise ValueError(f"logits of width {logits.shape[-1]} reach the mask id {mask_token_id}, which must "
                          "not be sampled; pass codebook_size, the number of image ids")

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['REPORT', 'VQ_MODELS', 'TRANSFORMERS', 'MOST_CODES', 'find_shards', 'image_text_config', 'SamplePool', 'vq_training',
-           'clip_training', 'build_transformer', 'make_transformer', 'check_networks', 'check_codes', 'stage_facts',
-           'generation_config', 'plot_stages']
+           'clip_training', 'build_transformer', 'make_transformer', 'reads_pooled', 'only_read', 'check_networks',
+           'check_codes', 'stage_facts', 'generation_config', 'plot_stages']
 
-# %% ../nbs/44_stages.ipynb #33451bf8
+# %% ../nbs/44_stages.ipynb #8ce1fee8
+import hashlib
+import inspect
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -26,8 +28,12 @@ from .data.image_text import ImageTextConfig
 from .data.metadata import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, MetadataFilter
 from .data.packing import expand_urls, pack_folder
 from .files import make_once
+from .finetune import load_pretrained
 from .generation import GenerationConfig
+from .models.maskgit_vqgan import MaskGitVQGAN
+from .models.movq import MOVQ
 from .models.paella_vq import PaellaVQModel
+from .models.transformer import MaskGitTransformer
 from .models.uvit import MaskGiTUViT
 from .models.vqgan import VQGANModel
 from .training.config import Config
@@ -35,9 +41,20 @@ from .training.tokenizer import VQTrainingConfig
 
 # %% ../nbs/44_stages.ipynb #ec43a550
 def _file_facts(folder, extensions=(*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS)):
-    "Names, sizes and times of a folder's files of some kinds."
+    "Names and digests of a folder's files of some kinds."
     files = [path for path in sorted(folder.rglob("*")) if path.suffix[1:].lower() in extensions]
-    return [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return [[str(path.relative_to(folder)), *_digest(path)] for path in files]
+
+
+def _digest(path, pieces=16, width=1 << 16):
+    "Size of a file and a digest of pieces spread over it, which are the whole of a small one."
+    size, digest = path.stat().st_size, hashlib.blake2b(digest_size=16)
+    step = max(width, (size - width) // (pieces - 1))
+    with open(path, "rb") as file:
+        for piece in range(pieces):
+            file.seek(piece * step)
+            digest.update(file.read(width))
+    return size, digest.hexdigest()
 
 
 REPORT = "packed.json"
@@ -156,9 +173,9 @@ def clip_training(config: Config) -> ClipTrainingConfig:
                          f"{pixels.resolution} pixels; it must be at most that.")
     return options
 
-# %% ../nbs/44_stages.ipynb #7a3fb28c
-VQ_MODELS = {"vqgan": VQGANModel, "paella_vq": PaellaVQModel}
-TRANSFORMERS = {"uvit": MaskGiTUViT}
+# %% ../nbs/44_stages.ipynb #37c13481
+VQ_MODELS = {"vqgan": VQGANModel, "maskgit_vqgan": MaskGitVQGAN, "movq": MOVQ, "paella_vq": PaellaVQModel}
+TRANSFORMERS = {"uvit": MaskGiTUViT, "transformer": MaskGitTransformer}
 
 
 def build_transformer(
@@ -166,22 +183,29 @@ def build_transformer(
     codes: int,  # of the tokenizer
     text_width: int,  # of the text states
     pooled_width: int | None = None,  # of the pooled text, where there is any
+    num_tokens: int = 256,  # of a picture
 ) -> nn.Module:
     "An untrained transformer that fits these sizes."
     sizes = {"codebook_size": codes, "vocab_size": codes + 1, "encoder_hidden_size": text_width}
-    sizes |= {} if pooled_width is None else {"cond_embed_dim": pooled_width}
+    if config.model.architecture == "transformer":
+        sizes |= {"num_vq_tokens": num_tokens, "max_position_embeddings": num_tokens,
+                  "add_cross_attention": True, "use_codebook_size_for_output": True}
+    elif pooled_width is not None:
+        sizes["cond_embed_dim"] = pooled_width
     return TRANSFORMERS[config.model.architecture].from_config({**sizes, **config.model.transformer})
 
 
 def make_transformer(config: Config, vq_model: nn.Module, text_encoder: nn.Module) -> nn.Module:
     "The transformer of a configuration, loaded or fresh, that fits the tokenizer and the text encoder."
-    codes, path = vq_model.quantize.embedding.num_embeddings, config.model.pretrained_model_path
-    if path:
-        model = TRANSFORMERS[config.model.architecture].from_pretrained(path)
+    codes = vq_model.codebook_size
+    torch.manual_seed(config.training.seed)
+    if config.model.pretrained_model_path:
+        model = load_pretrained(TRANSFORMERS[config.model.architecture], config.model)
     else:
-        torch.manual_seed(config.training.seed)
         widths = {name: row.shape[-1] for name, row in text_encoder.unconditional().items()}
-        model = build_transformer(config, codes, widths["encoder_hidden_states"], widths.get("cond_embeds"))
+        num_tokens = (config.dataset.preprocessing.resolution // vq_model.downsample_factor) ** 2
+        text_widths = widths["encoder_hidden_states"], widths.get("cond_embeds")
+        model = build_transformer(config, codes, *text_widths, num_tokens)
     if model.config.codebook_size != codes:
         raise ValueError(
             f"The transformer knows {model.config.codebook_size} codes and the tokenizer has {codes}; "
@@ -190,7 +214,21 @@ def make_transformer(config: Config, vq_model: nn.Module, text_encoder: nn.Modul
     model.gradient_checkpointing = config.model.gradient_checkpointing
     return model
 
-# %% ../nbs/44_stages.ipynb #ec440159
+# %% ../nbs/44_stages.ipynb #10ed15ff
+_CONDITIONS = ("encoder_hidden_states", "encoder_attention_mask", "cond_embeds", "micro_conds", "class_ids")
+
+
+def reads_pooled(config: Config) -> bool:
+    "Whether the transformer of a configuration reads a pooled text."
+    return config.model.architecture == "uvit" and config.model.transformer.get("add_cond_embeds", True)
+
+
+def only_read(model: nn.Module, batch: dict) -> dict:
+    "A batch without the conditions that the model has no argument for."
+    unread = set(_CONDITIONS) - set(inspect.signature(model.forward).parameters)
+    return {name: value for name, value in batch.items() if name not in unread}
+
+# %% ../nbs/44_stages.ipynb #4aa6f34d
 MOST_CODES = 1 << 16
 _IMPOSSIBLE = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError)
 
@@ -220,7 +258,7 @@ def check_networks(config: Config):
 
 def check_codes(config: Config, vq_model: nn.Module) -> int:
     "The number of a tokenizer's codes; raises ValueError where encoded ids cannot tell them apart."
-    codes = vq_model.quantize.embedding.num_embeddings
+    codes = vq_model.codebook_size
     if config.training.encode_first and codes > MOST_CODES:
         raise ValueError(f"training.encode_first keeps 16 bits an id, for at most {MOST_CODES:,} codes, and "
                          f"the tokenizer has {codes:,}; set training.encode_first=false.")
@@ -229,18 +267,20 @@ def check_codes(config: Config, vq_model: nn.Module) -> int:
 
 def _try_transformer(config, codes, side):
     text = clip_training(config)
-    model = build_transformer(config, codes, text.hidden_size, text.projection_dim)
-    rows = torch.zeros(1, text.max_seq_length, text.hidden_size), torch.zeros(1, text.projection_dim)
-    model(torch.zeros(1, side * side, dtype=torch.long), *rows, torch.zeros(1, 5), grid=(side, side))
+    model = build_transformer(config, codes, text.hidden_size, text.projection_dim, side * side)
+    states = torch.zeros(1, text.max_seq_length, text.hidden_size)
+    pooled, micro_conds = torch.zeros(1, text.projection_dim), torch.zeros(1, 5)
+    rows = {"encoder_hidden_states": states, "cond_embeds": pooled, "micro_conds": micro_conds}
+    model(torch.zeros(1, side * side, dtype=torch.long), **only_read(model, rows), grid=(side, side))
 
-# %% ../nbs/44_stages.ipynb #7a311827
+# %% ../nbs/44_stages.ipynb #2b42e8bd
 def _shard_facts(urls):
-    "Name, size and time of a file; an address as it is."
+    "Name and digest of a file; an address as it is."
     return [_shard_fact(Path(url)) if os.path.isfile(url) else url for url in urls]
 
 
 def _shard_fact(path):
-    return [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+    return [path.name, *_digest(path)]
 
 
 def _network_facts(section, made):
@@ -262,7 +302,7 @@ def stage_facts(config: Config, train_urls: list[str], eval_urls: list[str] = ()
     text_facts = {"type": text.type} | _network_facts(
         text, {**data, "train": text.pretrained or asdict(clip_training(config))})
     read = {"max_seq_length": config.dataset.preprocessing.max_seq_length, "pad_token_id": text.pad_token_id,
-            "pooled": config.model.transformer.get("add_cond_embeds", True),
+            "pooled": reads_pooled(config),
             "precision": config.training.mixed_precision}
     encoded = {"vq_model": vq_facts, "text_encoder": text_facts, "read": read, **kept}
     return {

@@ -154,6 +154,7 @@ def test_a_truncated_file_is_named(tmp_path):
 
 SAVE_AND_DIE = """
 import os, sys
+import musekit.weights
 import musekit.models.checkpoints as checkpoints
 
 class Marker(checkpoints.PretrainedModel):
@@ -165,7 +166,7 @@ def dies(tensors, path, metadata=None):
     open(path, "wb").write(b"half a file")
     os._exit(9)
 
-checkpoints.save_file = dies
+musekit.weights.save_file = dies
 Marker().save_pretrained(sys.argv[1])
 """
 

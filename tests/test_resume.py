@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import musekit.training.callbacks as callbacks_module
-import musekit.training.trainer as trainer_module
+import musekit.training.resume as resume_module
 from musekit.training.callbacks import Callback, Checkpoint, Log, read_log
 from musekit.files import PARTIAL
 from musekit.training.resume import checkpoints
@@ -54,7 +54,7 @@ def live(folder, data, moment):
     elif kind == "slow":
         usual.append(Slow())
     elif kind == "while-writing":
-        die_instead_of(trainer_module, "save_ema")
+        die_instead_of(resume_module, "save_ema")
     elif kind == "before-rename":
         die_instead_of(callbacks_module, "publish")
     elif kind == "before-removal":

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TokenEmbedding', 'ResBlock', 'AttentionBlock', 'Stage', 'TransformerLayer', 'TokenHead', 'MaskGiTUViT']
 
-# %% ../../nbs/12_models.uvit.ipynb #89627b0e
+# %% ../../nbs/12_models.uvit.ipynb #b01df462
 import math
 from functools import partial
 
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .checkpoints import PretrainedModel
 from musekit.models.layers import (
     AdaLNModulation, Attention, GLU, GlobalResponseNorm, PointwiseConv, conv_channels_last, key_mask,
-    make_norm, resolve_grid, sinusoidal_code,
+    make_norm, modulate, resolve_grid, response_linear, sinusoidal_code,
 )
 
 # %% ../../nbs/12_models.uvit.ipynb #b76b7551
@@ -44,9 +44,9 @@ class TokenEmbedding(nn.Module):
     def forward(self, input_ids, grid):
         return self.conv(self.layer_norm(self.embeddings(input_ids))).unflatten(1, grid)
 
-# %% ../../nbs/12_models.uvit.ipynb #55d44499
+# %% ../../nbs/12_models.uvit.ipynb #5cfeb0b5
 class ResBlock(nn.Module):
-    """ConvNeXt V2 block (Woo et al. 2023) with adaLN; x (B, H, W, dim), cond (B, cond_dim) to x's shape."""
+    """ConvNeXt V2 block (Woo et al. 2023) with adaLN on (B, H, W, dim), given what `read` made of cond."""
 
     def __init__(self, dim, cond_dim, norm, use_bias, dropout):
         super().__init__()
@@ -58,15 +58,20 @@ class ResBlock(nn.Module):
         )
         self.adaLN_modulation = AdaLNModulation(cond_dim, dim, use_bias)
 
-    def forward(self, x, cond):
-        x = x + self.channelwise(self.norm(conv_channels_last(self.depthwise, x)))
-        return self.adaLN_modulation(x, cond)
+    def read(self, cond):
+        return [self.adaLN_modulation(cond)]
 
-# %% ../../nbs/12_models.uvit.ipynb #53ba6906
+    def forward(self, x, modulation):
+        widen, _, *narrow = self.channelwise
+        hidden = widen(self.norm(conv_channels_last(self.depthwise, x)))
+        return modulate(x + response_linear(hidden, *narrow), modulation)
+
+# %% ../../nbs/12_models.uvit.ipynb #0d02cf36
 class AttentionBlock(nn.Module):
     """Two attentions in a row from the image to the text, each with a norm before and a residual around it.
 
-    x: (B, H, W, dim); text: (B, L, text_dim); text_mask: see `key_mask`; returns x's shape
+    x: (B, H, W, dim); read: the keys and values (B, L, dim) of both attentions, which `read` makes of the text
+    (B, L, text_dim); text_mask: see `key_mask`; returns x's shape
     """
 
     def __init__(self, dim, num_heads, text_dim, norm, use_bias, dropout):
@@ -77,20 +82,24 @@ class AttentionBlock(nn.Module):
         self.crossattn_layer_norm = norm(dim)
         self.crossattention = Attention(dim, num_heads, use_bias=use_bias, dropout=dropout)
 
-    def forward(self, x, text, text_mask=None):
-        grid, x = x.shape[1:3], x.flatten(1, 2)
+    def read(self, text):
         if self.kv_mapper is not None:
             text = self.kv_mapper(F.silu(text))
-        x = x + self.attention(self.attn_layer_norm(x), text, text_mask)
-        x = x + self.crossattention(self.crossattn_layer_norm(x), text, text_mask)
+        return self.attention.keys_values(text) + self.crossattention.keys_values(text)
+
+    def forward(self, x, read, text_mask=None):
+        grid, x = x.shape[1:3], x.flatten(1, 2)
+        x = x + self.attention(self.attn_layer_norm(x), read[:2], text_mask)
+        x = x + self.crossattention(self.crossattn_layer_norm(x), read[2:], text_mask)
         return x.unflatten(1, grid)
 
-# %% ../../nbs/12_models.uvit.ipynb #4e9c469f
+# %% ../../nbs/12_models.uvit.ipynb #c1356f20
 class Stage(nn.Module):
     """Pairs of residual and attention blocks on (B, H, W, dim), with an optional change of resolution.
 
     res_block, attention_block: functions that make one
     downsample, upsample: nn.Sequential of a norm and a strided convolution, or None
+    reads: for every pair what its blocks read of cond and text; gradient_checkpointing: see `MaskGiTUViT`
     """
 
     def __init__(self, num_blocks, res_block, attention_block, downsample=None, upsample=None):
@@ -99,23 +108,35 @@ class Stage(nn.Module):
         self.res_blocks = nn.ModuleList(res_block() for _ in range(num_blocks))
         self.attention_blocks = nn.ModuleList(attention_block() for _ in range(num_blocks))
 
-    def forward(self, x, cond, text, text_mask=None):
+    def read(self, cond, text):
+        pairs = zip(self.res_blocks, self.attention_blocks)
+        return [res_block.read(cond) + attention_block.read(text) for res_block, attention_block in pairs]
+
+    def forward(self, x, reads, text_mask=None, gradient_checkpointing=False):
         if self.downsample is not None:
             x = _resample(self.downsample, x)
-        for res_block, attention_block in zip(self.res_blocks, self.attention_blocks):
-            x = attention_block(res_block(x, cond), text, text_mask)
+        for res_block, attention_block, read in zip(self.res_blocks, self.attention_blocks, reads):
+            x = _run(res_block, gradient_checkpointing, x, read[0])
+            x = _run(attention_block, gradient_checkpointing, x, read[1:], text_mask)
         return x if self.upsample is None else _resample(self.upsample, x)
+
+
+def _run(block, gradient_checkpointing, *inputs):
+    if gradient_checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
 
 
 def _resample(modules, x):
     norm, conv = modules
     return conv_channels_last(conv, norm(x))
 
-# %% ../../nbs/12_models.uvit.ipynb #068f38a9
+# %% ../../nbs/12_models.uvit.ipynb #99897b3b
 class TransformerLayer(nn.Module):
     """Self-attention, cross-attention to the text and a feed-forward layer, all conditioned.
 
-    x: (B, N, dim); cond: (B, dim); text: (B, L, dim); text_mask: see `key_mask`; returns (B, N, dim)
+    x: (B, N, dim); read: three modulations (B, 2 * dim), a key and a value (B, L, dim), which `read` makes of
+    cond (B, dim) and text (B, L, dim); text_mask: see `key_mask`; returns (B, N, dim)
     """
 
     def __init__(self, dim, num_heads, ffn, norm, use_bias, dropout):
@@ -128,11 +149,15 @@ class TransformerLayer(nn.Module):
         self.cross_attn_adaLN_modulation = AdaLNModulation(dim, dim, use_bias)
         self.ffn = ffn
 
-    def forward(self, x, cond, text, text_mask=None):
-        x = x + self.attention(self.self_attn_adaLN_modulation(self.attn_layer_norm(x), cond))
-        normed = self.cross_attn_adaLN_modulation(self.crossattn_layer_norm(x), cond)
-        x = x + self.crossattention(normed, text, text_mask)
-        return x + self.ffn(x, cond)
+    def read(self, cond, text):
+        maps = self.self_attn_adaLN_modulation, self.cross_attn_adaLN_modulation, self.ffn.adaLN_modulation
+        return [modulation(cond) for modulation in maps] + self.crossattention.keys_values(text)
+
+    def forward(self, x, read, text_mask=None):
+        at_self, at_text, at_ffn, *keys_values = read
+        x = x + self.attention(self.attn_layer_norm(x, at_self))
+        x = x + self.crossattention(self.crossattn_layer_norm(x, at_text), keys_values, text_mask)
+        return x + self.ffn(x, at_ffn)
 
 # %% ../../nbs/12_models.uvit.ipynb #95c83440
 class TokenHead(nn.Module):
@@ -162,7 +187,7 @@ def _check_width(name, tensor, width, setting):
     if tensor.shape[-1] != width:
         raise ValueError(f"{name} has width {tensor.shape[-1]}, but the model reads {width} ({setting}).")
 
-# %% ../../nbs/12_models.uvit.ipynb #4167c741
+# %% ../../nbs/12_models.uvit.ipynb #692bf691
 class MaskGiTUViT(PretrainedModel):
     """U-ViT that predicts masked image tokens from text (Patil et al. 2024); MaskGiTUViT_v2 in old files.
 
@@ -247,8 +272,35 @@ class MaskGiTUViT(PretrainedModel):
             parts.append(sinusoidal_code(micro_conds, config.micro_cond_encode_dim))
         return self.cond_embed(torch.cat([part.to(self.dtype) for part in parts], -1))
 
-    def forward(self, input_ids, encoder_hidden_states, cond_embeds=None, micro_conds=None, *,
-                token_mask=None, grid=None, encoder_attention_mask=None):
+    def read(self, encoder_hidden_states, cond_embeds=None, micro_conds=None):
+        """What stages and layers need of the conditions: a list (modulations, keys, values) for every block."""
+        text_width = self.config.encoder_hidden_size
+        _check_width("encoder_hidden_states", encoder_hidden_states, text_width, "encoder_hidden_size")
+        text = self.encoder_proj_layer_norm(self.encoder_proj(encoder_hidden_states.to(self.dtype)))
+        cond = self.condition(cond_embeds, micro_conds)
+        outer = [self.down_blocks[0].read(cond, text), self.up_blocks[0].read(cond, text)]
+        return *outer, [layer.read(cond, text) for layer in self.transformer_layers]
+
+    def precompute(self, encoder_hidden_states, cond_embeds=None, micro_conds=None,
+                   encoder_attention_mask=None):
+        """All that the model reads of the conditions, for `forward(ids, precomputed=...)`; it does not change
+        while an image is decoded. A dictionary of tensors (B, ...), R = num_res_blocks, K = layers:
+
+        stage_modulations (B, 2R, 1, 2C), stage_text (B, 2R, 4, L, C), layer_modulations (B, K, 3, 2D),
+        layer_text (B, K, 2, L, D), and encoder_attention_mask if given
+        """
+        down, up, layers = self.read(encoder_hidden_states, cond_embeds, micro_conds)
+        join = lambda reads, part: torch.stack([torch.stack(read[part], 1) for read in reads], 1)
+        of_stages, of_layers = slice(None, 1), slice(None, 3)
+        given = {
+            "stage_modulations": join(down + up, of_stages), "stage_text": join(down + up, slice(1, None)),
+            "layer_modulations": join(layers, of_layers), "layer_text": join(layers, slice(3, None)),
+        }
+        mask = encoder_attention_mask
+        return given if mask is None else {**given, "encoder_attention_mask": mask}
+
+    def forward(self, input_ids, encoder_hidden_states=None, cond_embeds=None, micro_conds=None, *,
+                token_mask=None, grid=None, encoder_attention_mask=None, precomputed=None):
         """Logits (B, N, codebook_size), or (M, codebook_size) for the M positions of `token_mask`, by rows.
 
         input_ids: (B, N) int64; masked positions hold `config.mask_token_id`
@@ -259,20 +311,22 @@ class MaskGiTUViT(PretrainedModel):
         token_mask: (B, N) bool
         grid: (height, width); without it `default_shape` if that holds N tokens, else a square
         encoder_attention_mask: (B, L), nonzero for real text
+        precomputed: instead of all conditions, what `precompute` made of them
         Raises ValueError for a missing or wrongly sized condition and for a grid that does not fit.
         """
-        text_width = self.config.encoder_hidden_size
-        _check_width("encoder_hidden_states", encoder_hidden_states, text_width, "encoder_hidden_size")
         grid = self._grid(input_ids.shape[1], grid)
-        text = self.encoder_proj_layer_norm(self.encoder_proj(encoder_hidden_states.to(self.dtype)))
-        text_mask = key_mask(encoder_attention_mask)
-        cond = self.condition(cond_embeds, micro_conds)
-        x = self.down_blocks[0](self.embed(input_ids, grid), cond, text, text_mask)
+        if precomputed is None:
+            down, up, layers = self.read(encoder_hidden_states, cond_embeds, micro_conds)
+        else:
+            down, up, layers = _unjoin(precomputed)
+            encoder_attention_mask = precomputed.get("encoder_attention_mask")
+        text_mask, careful = key_mask(encoder_attention_mask), self.gradient_checkpointing
+        x = self.down_blocks[0](self.embed(input_ids, grid), down, text_mask, careful)
         inner, x = x.shape[1:3], self.project_to_hidden(self.project_to_hidden_norm(x)).flatten(1, 2)
-        for layer in self.transformer_layers:
-            x = self._run(layer, x, cond, text, text_mask)
+        for layer, read in zip(self.transformer_layers, layers):
+            x = _run(layer, careful, x, read, text_mask)
         x = self.project_from_hidden(self.project_from_hidden_norm(x)).unflatten(1, inner)
-        x = self.up_blocks[0](x, cond, text, text_mask).flatten(1, 2)
+        x = self.up_blocks[0](x, up, text_mask, careful).flatten(1, 2)
         return self.mlm_layer(x if token_mask is None else x[token_mask])
 
     def _grid(self, num_tokens, grid):
@@ -283,7 +337,12 @@ class MaskGiTUViT(PretrainedModel):
             raise ValueError(f"this model halves its grid and cannot take {height}x{width}; use even sides.")
         return height, width
 
-    def _run(self, layer, *inputs):
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False)
-        return layer(*inputs)
+
+def _unjoin(precomputed):
+    """The three lists that `precompute` joined: of the first stage, the last stage and the layers."""
+    unbind = lambda name: [tensors.unbind(1) for tensors in precomputed[name].unbind(1)]
+    stages, layers = (
+        [(*modulations, *text) for modulations, text in zip(unbind(f"{of}_modulations"), unbind(f"{of}_text"))]
+        for of in ("stage", "layer")
+    )
+    return stages[: len(stages) // 2], stages[len(stages) // 2 :], layers

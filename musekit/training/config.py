@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OLD_KEYS', 'NOT_YET', 'known_keys', 'load_config', 'save_config', 'flatten', 'describe', 'plot_sections']
 
-# %% ../../nbs/31_training.config.ipynb #b2475185
+# %% ../../nbs/31_training.config.ipynb #f554ca37
 import dataclasses
 import difflib
 import warnings
@@ -13,11 +13,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ..files import write_aside
 from .schema import Config, Section
 
-# %% ../../nbs/31_training.config.ipynb #e48361ba
+# %% ../../nbs/31_training.config.ipynb #01795371
 def known_keys(section=Config, path: str = "") -> list[str]:
     "Every key of a section as a dotted path; a free dictionary counts as one key."
     names = []
@@ -28,26 +29,26 @@ def known_keys(section=Config, path: str = "") -> list[str]:
     return names
 
 
-def _nearest(path):
-    names = known_keys()
+def _nearest(path, schema=Config):
+    names = known_keys(schema)
     same_name = [name for name in names if name.split(".")[-1] == path.split(".")[-1]]
     return (same_name or difflib.get_close_matches(path, names, n=1, cutoff=0.0))[0]
 
 
-def _refuse_unknown(given, section=Config, path=""):
+def _refuse_unknown(given, schema=Config, section=None, path=""):
     "Raises at the first key of the plain dict `given` that no section has."
-    types = {key.name: key.type for key in dataclasses.fields(section)}
+    types = {key.name: key.type for key in dataclasses.fields(section or schema)}
     for name, value in given.items():
         full = f"{path}.{name}".lstrip(".")
         if name not in types:
-            raise ValueError(f"Unknown key {full!r}; the nearest known key is {_nearest(full)!r}.")
+            raise ValueError(f"Unknown key {full!r}; the nearest known key is {_nearest(full, schema)!r}.")
         if dataclasses.is_dataclass(types[name]):
             if not isinstance(value, dict):
                 key = known_keys(types[name], full)[0]
                 raise ValueError(f"{full}={value!r} is a section; give its keys, such as {key}=...")
-            _refuse_unknown(value, types[name], full)
+            _refuse_unknown(value, schema, types[name], full)
 
-# %% ../../nbs/31_training.config.ipynb #515a0a8a
+# %% ../../nbs/31_training.config.ipynb #76eed87f
 OLD_KEYS = {  # without effect -> what counts instead
     "dataset.params.batch_size": "training.batch_size",
     "dataset.params.resolution": "dataset.preprocessing.resolution",
@@ -59,10 +60,10 @@ OLD_KEYS = {  # without effect -> what counts instead
 }
 
 
-def _modernise(given: dict):
+def _modernise(given: dict, schema=Config):
     "Moves what moved, in the plain dict of what a user gave."
-    _move(given, "training.mask_schedule", "mask_schedule.schedule")
-    _move(given, "data", "dataset.params.train_shards_path_or_url")
+    for old, new in schema.MOVED.items():
+        _move(given, old, new)
 
 
 def _drop_old(full: dict):
@@ -90,10 +91,8 @@ def _move(given, old, new):
         raise ValueError(f"{old}={value!r} and {new}={given[key]!r} contradict each other; keep one.")
     given[key] = value
 
-# %% ../../nbs/31_training.config.ipynb #ee14b545
+# %% ../../nbs/31_training.config.ipynb #07e1a73f
 NOT_YET = {  # key -> the values that work
-    "model.architecture": ("uvit",),
-    "model.vq_model.type": ("vqgan", "paella_vq"),
     "training.pre_encode": (False,),
     "dataset.type": ("text2image",),
     "dataset.params.is_sdxl_synthetic_dataset": (False,),
@@ -112,40 +111,47 @@ def _refuse_not_yet(config):
             allowed = " or ".join(repr(v) for v in works)
             raise ValueError(f"{name}={value!r} is not implemented in this version; set {name} to {allowed}.")
 
-# %% ../../nbs/31_training.config.ipynb #4a3a0737
+# %% ../../nbs/31_training.config.ipynb #f611832d
 def load_config(
-    path: str | Path | None = None,  # a YAML file; None = defaults alone
+    path: str | Path | list | None = None,  # a YAML file, or several, later ones over earlier
     overrides: list[str] = (),  # such as "training.batch_size=8" or "data=digits"
-) -> Config:
-    "Merges defaults, a YAML file and overrides; a `ValueError` names the key of whatever cannot be."
+    schema: type[Section] = Config,  # the tree of sections to fill
+) -> Section:  # a `schema`
+    "Merges defaults, YAML files and overrides; a `ValueError` names the key of whatever cannot be."
+    paths = path if isinstance(path, list) else [path]
     try:
-        config = _merge(_read_yaml(path), _read_overrides(overrides))
+        config = _merge(schema, *map(_read_yaml, paths), _read_overrides(overrides))
+    except YAMLError as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"{path or 'an override'} is no valid YAML: {told}") from error
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
         raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
     config.experiment.name = config.experiment.name or Path(config.experiment.output_dir).resolve().name
     config.experiment.resume_from_checkpoint = config.experiment.resume_from_checkpoint or None
     config.check("")
-    _refuse_not_yet(config)
+    if schema is Config:
+        _refuse_not_yet(config)
     return config
 
 
-def _merge(*layers):
-    schema = OmegaConf.structured(Config)
-    given = _without_empty(OmegaConf.to_container(OmegaConf.merge(*layers)))
-    _modernise(given)
-    defaults = OmegaConf.create(OmegaConf.to_container(schema))
+def _merge(schema, *layers):
+    typed = OmegaConf.structured(schema)
+    given = _without_empty(OmegaConf.to_container(OmegaConf.merge(*layers)), schema)
+    _modernise(given, schema)
+    defaults = OmegaConf.create(OmegaConf.to_container(typed))
     full = OmegaConf.to_container(OmegaConf.merge(defaults, given), resolve=True)
     _drop_old(full)
-    _refuse_unknown(full)
-    merged = OmegaConf.merge(schema, full)
+    _refuse_unknown(full, schema)
+    merged = OmegaConf.merge(typed, full)
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
-        raise ValueError(f"Required, not given: {', '.join(missing)}; set them in the file or by key=value.")
+        raise ValueError(f"Required, not given: {', '.join(missing)}; set them in the file or by "
+                         "key=value, or lay the file over the kit's small model: musekit train small FILE.")
     return OmegaConf.to_object(merged)
 
 
-def _without_empty(given, section=Config):
+def _without_empty(given, section):
     "Leaves out sections that a file names and leaves empty."
     inner = {key.name: key.type for key in dataclasses.fields(section) if dataclasses.is_dataclass(key.type)}
     kept = {name: value for name, value in given.items() if value is not None or name not in inner}
@@ -172,9 +178,9 @@ def _read_overrides(overrides):
             raise ValueError(f"The override {override!r} has no '='; write it like training.batch_size=8.")
     return OmegaConf.from_dotlist(list(overrides))
 
-# %% ../../nbs/31_training.config.ipynb #bbce0a2c
+# %% ../../nbs/31_training.config.ipynb #73eb70ef
 def save_config(
-    config: Config,
+    config: Section,
     folder: str | Path | None = None,  # None = experiment.output_dir
 ) -> Path:
     "Writes the resolved configuration as `config.yaml`."
@@ -185,7 +191,7 @@ def save_config(
         OmegaConf.save(OmegaConf.structured(config), aside, resolve=True)
     return path
 
-# %% ../../nbs/31_training.config.ipynb #6dad99c8
+# %% ../../nbs/31_training.config.ipynb #98a27989
 def _rows(section, default, path=""):
     for key in dataclasses.fields(section):
         name, value = f"{path}.{key.name}".lstrip("."), getattr(section, key.name)
@@ -196,32 +202,32 @@ def _rows(section, default, path=""):
             yield "*" if value != usual else " ", name, value, key.metadata["meaning"]
 
 
-def flatten(config: Config) -> dict:
+def flatten(config: Section) -> dict:
     "Every setting by its dotted path."
-    return {name: value for _, name, value, _ in _rows(config, Config())}
+    return {name: value for _, name, value, _ in _rows(config, type(config)())}
 
 
 def describe(
-    config: Config,
+    config: Section,
     section: str = "",  # only keys that start so, such as "training"
 ) -> str:
     "A table of keys, values and meanings; a star marks what differs from the default."
-    rows = [(mark, name, str(value), meaning) for mark, name, value, meaning in _rows(config, Config())]
+    rows = [(mark, name, str(value), meaning) for mark, name, value, meaning in _rows(config, type(config)())]
     rows = [row for row in rows if row[1].startswith(section)]
     if not rows:
-        names = ", ".join(key.name for key in dataclasses.fields(Config))
+        names = ", ".join(key.name for key in dataclasses.fields(config))
         raise ValueError(f"No key starts with {section!r}; sections are {names}.")
     wide, room = max(len(r[1]) for r in rows), min(24, max(len(r[2]) for r in rows))
     return "\n".join(f"{mark} {name:<{wide}}  {value:<{room}}  {says}" for mark, name, value, says in rows)
 
-# %% ../../nbs/31_training.config.ipynb #839e08cd
-def plot_sections(config: Config, ax=None):
+# %% ../../nbs/31_training.config.ipynb #eed2393f
+def plot_sections(config: Section, ax=None):
     "Bars of the number of keys by section, those that differ from the default in front."
     import matplotlib.pyplot as plt
 
     ax = ax or plt.subplots(figsize=(6, 2.6), layout="constrained")[1]
-    rows = list(_rows(config, Config()))
-    names = [key.name for key in dataclasses.fields(Config)][::-1]
+    rows = list(_rows(config, type(config)()))
+    names = [key.name for key in dataclasses.fields(config)][::-1]
     for label, color, marks in (("all keys", "0.85", "* "), ("changed here", "C0", "*")):
         counts = [sum(r[0] in marks and r[1].startswith(n + ".") for r in rows) for n in names]
         ax.barh(names, counts, color=color, label=label)

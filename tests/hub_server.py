@@ -1,0 +1,120 @@
+"""A small hub on this machine: the part of the Hugging Face Hub's protocol that downloads and uploads use."""
+import base64
+import hashlib
+import json
+import re
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+
+class Hub(ThreadingHTTPServer):
+    "Repositories as {id: {revision: {path: bytes}}}; `asked` lists the requests."
+
+    def __init__(self, repositories):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repositories, self.asked = repositories, []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *told):
+        self.server.asked.append(f"{self.command} {unquote(self.path)}")
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path)
+        listed = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
+        wanted = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        if listed:
+            files = self.find(listed[1], listed[3] or "main")
+            if files is not None:
+                whole = listed[2] != "tree"
+                self.answer(describe(listed[1], files) if whole else [describe_file(name, files[name]) for name in files])
+        elif wanted:
+            self.send_file(wanted[1], wanted[2], wanted[3])
+        else:
+            self.fail("EntryNotFound")
+
+    def do_POST(self):
+        path, body = unquote(self.path), self.rfile.read(int(self.headers["Content-Length"]))
+        upload = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/([^/?]+)", urlsplit(path).path)
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            if name.startswith("locked/"):
+                return self.answer({"error": "you may not create this"}, 403)
+            self.server.repositories.setdefault(name, {"main": {}})
+            self.answer({"name": name, "url": f"{self.server.url}/{name}"})
+        elif path == "/api/validate-yaml":
+            self.answer({"errors": [], "warnings": []})
+        elif upload and upload[2] == "preupload":
+            modes = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+            self.answer({"files": modes})
+        elif upload:
+            files = self.server.repositories[upload[1]].setdefault(upload[3], {})
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            commit = sha(files)
+            self.answer({"success": True, "commitOid": commit, "commitUrl": f"{self.server.url}/{upload[1]}/commit/{commit}"})
+        else:
+            self.fail("EntryNotFound")
+
+    def find(self, repository, revision):
+        revisions = self.server.repositories.get(repository)
+        if revisions is None:
+            return self.fail("RepoNotFound")
+        known = revisions | {sha(files): files for files in revisions.values()}
+        return known[revision] if revision in known else self.fail("RevisionNotFound")
+
+    def send_file(self, repository, revision, name):
+        files = self.find(repository, revision)
+        if files is None:
+            return
+        if name not in files:
+            return self.fail("EntryNotFound", sha(files))
+        headers = {"X-Repo-Commit": sha(files), "ETag": f'"{hashlib.sha1(files[name]).hexdigest()}"'}
+        self.answer(files[name], **headers)
+
+    def answer(self, content, status=200, **headers):
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": len(content), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def fail(self, code, commit=None):
+        self.answer({"error": code}, 404, **{"X-Error-Code": code} | ({"X-Repo-Commit": commit} if commit else {}))
+
+
+def sha(files):
+    return hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
+
+
+def describe_file(name, content):
+    return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+
+
+def describe(name, files):
+    return {"id": name, "modelId": name, "sha": sha(files), "private": False, "tags": [], "downloads": 0, "likes": 0,
+            "siblings": [{"rfilename": file} for file in files]}
+
+
+@contextmanager
+def serving(repositories):
+    "A running hub; it stops at the end of the block."
+    hub = Hub(repositories)
+    thread = threading.Thread(target=hub.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        hub.shutdown()
+        hub.server_close()
+        thread.join()

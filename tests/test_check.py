@@ -1,0 +1,182 @@
+"""What `musekit check` tells is what happens: saved tensors, memory of a process, files in the published style."""
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT
+from musekit import cli
+from musekit.check import Batch, activation_bytes, find_networks, peak_bytes, training_memory, weight_memory, without_memory
+from musekit.finetune import add_lora
+from musekit.inspection import num_parameters
+from musekit.losses import masked_cross_entropy, saved_bytes
+from musekit.models.transformer import MaskGitTransformer
+from musekit.models.uvit import MaskGiTUViT
+from musekit.train import configure
+
+PUBLISHED = ROOT / "tests" / "published"
+SIZES = dict(vocab_size=65, codebook_size=64, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, encoder_hidden_size=24)
+UVIT = dict(in_channels=32, block_out_channels=(32,), num_res_blocks=1, block_num_heads=2, cond_embed_dim=24, micro_cond_encode_dim=8,
+            micro_cond_embed_dim=40, default_shape=(8, 8))
+PLAIN = dict(hidden_dropout=0.0, attention_dropout=0.0, num_vq_tokens=64, max_position_embeddings=65)
+BUILD = {
+    "uvit": lambda: MaskGiTUViT(**SIZES, **UVIT),
+    "uvit, halved": lambda: MaskGiTUViT(**SIZES, **UVIT, force_down_up_sample=True, norm_type="layernorm", use_bias=True),
+    "text": lambda: MaskGitTransformer(**SIZES, **PLAIN, add_cross_attention=True, project_encoder_hidden_states=True),
+    "class": lambda: MaskGitTransformer(**SIZES | {"vocab_size": 75}, **PLAIN, num_classes=10),
+    "updates": lambda: add_lora(MaskGiTUViT(**SIZES, **UVIT), rank=4),
+}
+
+
+def on_meta(build):
+    with torch.device("meta"):
+        return build()
+
+
+def measured(model, batch, precision, checkpointing):
+    "Bytes that the real model keeps."
+    model.train().gradient_checkpointing = checkpointing
+    ids, conditions = batch.inputs(model)
+    given = [value for value in conditions.values() if isinstance(value, torch.Tensor)]
+
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(ids, **conditions)
+        return masked_cross_entropy(logits, ids)
+
+    return saved_bytes(loss, [*model.parameters(), ids, *given])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("name", BUILD)
+def test_activations_are_those_of_the_real_model(name, precision, checkpointing):
+    batch = Batch(3, (8, 8), 7)
+    told = activation_bytes(on_meta(BUILD[name]), batch, precision, checkpointing)
+    kept = measured(BUILD[name](), batch, precision, checkpointing)
+    assert told == pytest.approx(kept, rel=1e-5 if precision == "no" else 2e-3)
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_checkpointing_keeps_less(name):
+    model, batch = on_meta(BUILD[name]), Batch(3, (8, 8), 7)
+    assert activation_bytes(model, batch, checkpointing=True) < 0.8 * activation_bytes(model, batch)
+
+
+def test_a_run_with_all_tokens_masked_keeps_what_was_told():
+    "The trainer asks for the logits of masked tokens alone, which takes a copy of their states."
+    model, batch = BUILD["uvit"](), Batch(3, (8, 8), 7)
+    ids, conditions = batch.inputs(model)
+    everywhere = torch.ones_like(ids, dtype=torch.bool)
+    loss = lambda: masked_cross_entropy(model(ids, **conditions, token_mask=everywhere), ids[everywhere])
+    kept = saved_bytes(loss, [*model.train().parameters(), ids])
+    assert kept == pytest.approx(activation_bytes(on_meta(BUILD["uvit"]), batch), rel=0.05)
+
+
+def test_drawing_peak_is_that_of_the_real_model():
+    batch, build = Batch(4, (8, 8), 7), BUILD["uvit"]
+    real = build().eval()
+    ids, conditions = batch.inputs(real)
+    happened = peak_bytes(lambda: real(ids, **conditions), real.parameters())
+    with without_memory(on_meta(build).eval()) as model:
+        ids, conditions = batch.inputs(model)
+        assert peak_bytes(lambda: model(ids, **conditions), model.parameters()) == pytest.approx(happened, rel=0.02)
+
+
+def test_updates_take_gradients_and_optimizer_for_themselves_alone():
+    whole, adapted = weight_memory(on_meta(BUILD["uvit"]), use_ema=True), weight_memory(on_meta(BUILD["updates"]), use_ema=True)
+    for part in ("gradients", "optimizer", "average"):
+        assert adapted[part] < 0.2 * whole[part]
+    assert whole["weights"] < adapted["weights"] < 1.2 * whole["weights"]
+
+
+STEP = """
+import resource, sys, torch
+from musekit.check import Batch, activation_bytes, weight_memory
+from musekit.losses import masked_cross_entropy
+from musekit.models.uvit import MaskGiTUViT
+
+torch.set_num_threads(1)
+build = lambda: MaskGiTUViT(
+    vocab_size=2049, codebook_size=2048, hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1024,
+    encoder_hidden_size=64, in_channels=128, block_out_channels=(128,), num_res_blocks=1, block_num_heads=2, cond_embed_dim=64,
+    micro_cond_encode_dim=8, micro_cond_embed_dim=40)
+batch = Batch(4, (16, 16), 20)
+with torch.device("meta"):
+    model = build()
+activations = activation_bytes(model, batch)
+weights = weight_memory(model)
+torch.ones(10, 10) @ torch.ones(10, 10)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = build().train()
+optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+ids, conditions = batch.inputs(model)
+for _ in range(3):
+    optimizer.zero_grad()
+    masked_cross_entropy(model(ids, **conditions), ids).backward()
+    optimizer.step()
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+print(grown / (sum(weights.values()) + activations), activations / grown)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts memory as Linux does")
+def test_the_memory_of_a_process():
+    "Peak of a process, beyond what the libraries take, over what the table says."
+    done = subprocess.run([sys.executable, "-c", STEP], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    ratio, share = map(float, done.stdout.split())
+    assert 0.7 < ratio < 1.3 and share > 0.2, done.stdout
+
+
+LARGE = """
+import resource
+from musekit.check import memory_report
+from musekit.train import configure
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+overrides = ["model.transformer.hidden_size=8192", "model.transformer.num_hidden_layers=2", "model.transformer.intermediate_size=22528"]
+report = memory_report(configure("tests/published/text_uvit.yaml", overrides))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6)
+print(report)
+"""
+
+
+def test_a_large_model_is_told_without_building_it():
+    done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    grown, *report = done.stdout.splitlines()
+    parameters = int(next(line for line in report if line.startswith("transformer")).split()[2].replace(",", ""))
+    assert parameters > 2e9 and float(grown) < 1.0, "a gigabyte at most, for one that takes eight"
+
+
+@pytest.mark.filterwarnings("ignore:Old keys without effect")
+@pytest.mark.parametrize("name, told", [
+    ("text_uvit", ["603,537,664", "not on this machine", "16x16 tokens", "MaskGiTUViT"]),
+    ("text_transformer", ["MaskGitTransformer", "* model.transformer", "16x16 tokens"]),
+])
+def test_files_in_the_published_style(name, told, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
+    assert cli.main(["check", str(PUBLISHED / f"{name}.yaml"), "training.batch_size=2"]) == 0
+    out, complaints = capfd.readouterr()
+    assert not complaints and all(part in out for part in told)
+    assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+def test_train_with_check_tells_the_same(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    told = []
+    for command in (["check", "data=photos/"], ["train", "data=photos/", "--check"]):
+        assert cli.main(command) == 0
+        told.append(capfd.readouterr().out)
+    assert told[0] == told[1] and "together, at most" in told[0] and not list(tmp_path.iterdir())
+
+
+def test_old_keys_are_told_once():
+    with pytest.warns(UserWarning, match="dataset.params.batch_size .training.batch_size counts."):
+        config = configure(PUBLISHED / "text_uvit.yaml")
+    assert config.mask_schedule.schedule == "cosine" and config.optimizer.params.learning_rate == 1e-4
+    networks = find_networks(config)
+    assert networks.vq_model is networks.text_encoder is None
+    assert training_memory(networks, config)["weights"] == 4 * num_parameters(networks.transformer)

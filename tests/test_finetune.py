@@ -1,0 +1,222 @@
+"""Fine-tuning as people do it: from a pipeline, by low-rank updates or whole, checkpointed, resumed, drawn with."""
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from musekit import cli
+from musekit.finetune import add_lora, load_lora, lora_parameters, lora_targets, merge_lora, save_lora
+from musekit.losses import masked_cross_entropy, saved_bytes
+from musekit.models.paella_vq import PaellaVQModel
+from musekit.models.transformer import MaskGitTransformer
+from musekit.models.uvit import MaskGiTUViT
+from musekit.pipeline import Pipeline
+from musekit.training.history import read_log
+from test_cli import TINY, make_photos
+
+SIZES = dict(vocab_size=17, codebook_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, encoder_hidden_size=12)
+UVIT = dict(in_channels=16, block_out_channels=(16,), num_res_blocks=1, block_num_heads=2, cond_embed_dim=12, micro_cond_encode_dim=8,
+            micro_cond_embed_dim=40, default_shape=(4, 4))
+PLAIN = dict(num_vq_tokens=16, max_position_embeddings=17, hidden_dropout=0.0, attention_dropout=0.0)
+BUILD = {
+    "uvit": lambda: MaskGiTUViT(**SIZES, **UVIT),
+    "uvit with biases": lambda: MaskGiTUViT(**SIZES, **UVIT, use_bias=True, norm_type="layernorm"),
+    "text": lambda: MaskGitTransformer(**SIZES, **PLAIN, add_cross_attention=True, project_encoder_hidden_states=True),
+    "class": lambda: MaskGitTransformer(**SIZES | {"vocab_size": 27}, **PLAIN, num_classes=10),
+}
+
+
+def build(name):
+    "A model whose layers of zeros are filled, so that everything counts."
+    torch.manual_seed(0)
+    model = BUILD[name]()
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def inputs(name, rows=3):
+    torch.manual_seed(1)
+    text = {"encoder_hidden_states": torch.randn(rows, 5, 12)}
+    given = {"uvit": text | {"cond_embeds": torch.randn(rows, 12), "micro_conds": torch.rand(rows, 5)}, "text": text,
+             "class": {"class_ids": torch.arange(rows)}}
+    return torch.randint(17, (rows, 16)), given[name.split()[0]]
+
+
+def disturb(model):
+    torch.manual_seed(2)
+    for parameter in lora_parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_updates_on_every_family(name, tmp_path):
+    model, (ids, given) = build(name).eval(), inputs(name)
+    adapted = add_lora(build(name).eval(), rank=3)
+    assert torch.equal(adapted(ids, **given), model(ids, **given)), "the same at first"
+    targets = lora_targets(model)
+    assert len(targets) == 2 * (7 if name == "class" else 11) and len(lora_parameters(adapted)) == 2 * len(targets)
+    disturb(adapted)
+    learned = adapted(ids, **given)
+    assert (learned - model(ids, **given)).abs().max() > 0.05
+    merged = merge_lora(load_lora(build(name).eval(), save_lora(adapted, tmp_path / "update") or tmp_path / "update"))
+    assert torch.allclose(merged(ids, **given), learned, atol=1e-4)
+    adapted.save_pretrained(tmp_path / "whole", max_shard_size="20KB")
+    loaded = type(model).from_pretrained(tmp_path / "whole")
+    assert torch.allclose(loaded(ids, **given), learned, atol=1e-4) and loaded.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_every_update_gets_a_gradient_and_nothing_else(name):
+    model, (ids, given) = disturb(add_lora(build(name).train(), rank=2)), inputs(name)
+    masked_cross_entropy(model(ids, **given)[:, -16:, :16].contiguous(), ids.clamp(max=15)).backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (".lora_" in parameter_name), parameter_name
+        assert parameter.grad is None or parameter.grad.abs().max() > 0, parameter_name
+
+
+def test_a_pipeline_draws_with_updates_as_with_the_folded_model():
+    "What the transformer makes of the text once for all steps is made with the updates, too."
+    adapted = disturb(add_lora(build("uvit"), rank=3))
+    rows = {"encoder_hidden_states": torch.randn(2, 5, 12), "cond_embeds": torch.randn(2, 12)}
+    none = {"encoder_hidden_states": torch.zeros(1, 5, 12), "cond_embeds": torch.zeros(1, 12)}
+    draw = lambda model: Pipeline(model, PaellaVQModel(levels=2, c_hidden=16, codebook_size=16)).ids(
+        conditions=rows, negative_prompt=none, seed=0, steps=4, guidance_scale=3.0, temperature=0.5)
+    before = draw(adapted)
+    assert torch.equal(draw(merge_lora(adapted)), before) and not torch.equal(draw(build("uvit")), before)
+
+
+@pytest.mark.parametrize("name", BUILD)
+@pytest.mark.parametrize("adapted", [False, True], ids=["all weights", "updates"])
+def test_checkpointing_changes_memory_and_nothing_else(name, adapted):
+    ids, given = inputs(name)
+    grads, kept = {}, {}
+    for checkpointing in (False, True):
+        model = build(name).train()
+        model = disturb(add_lora(model, rank=2)) if adapted else model
+        model.gradient_checkpointing = checkpointing
+        loss = lambda: masked_cross_entropy(model(ids, **given)[:, -16:, :16].contiguous(), ids.clamp(max=15))
+        kept[checkpointing] = saved_bytes(loss, list(model.parameters()))
+        loss().backward()
+        grads[checkpointing] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert grads[True].keys() == grads[False].keys()
+    assert all(torch.equal(grads[True][name], grads[False][name]) for name in grads[True])
+    assert kept[True] < 0.75 * kept[False]
+
+
+# through the command line
+
+FAST = ["training.max_train_steps=6", "lr_scheduler.params.warmup_steps=1", "training.generation_timesteps=2", "experiment.log_every=1",
+        "experiment.save_every=3", "training.batch_size=8"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    "A working folder with photos/ and runs/first, a small run on them."
+    folder = tmp_path_factory.mktemp("finetune")
+    make_photos(folder / "photos")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert cli.main(["train", "data=photos", "experiment.output_dir=runs/first", *TINY]) == 0
+    return folder
+
+
+@pytest.fixture
+def train(place, monkeypatch, capfd):
+    monkeypatch.chdir(place)
+
+    def run(*settings):
+        capfd.readouterr()
+        status = cli.main(["train", "data=photos", *settings])
+        return status, *capfd.readouterr()
+
+    return run
+
+
+FROM_PIPELINE = "model.pretrained_model_path=runs/first/pipeline"
+
+
+@pytest.mark.filterwarnings("ignore:model.transformer differs")
+def test_updates_from_a_pipeline(place, train):
+    status, out, complaints = train("experiment.output_dir=runs/lora", FROM_PIPELINE, "model.lora.rank=2", "model.gradient_checkpointing=true", *FAST)
+    assert status == 0, complaints
+    run, first = place / "runs" / "lora", place / "runs" / "first"
+    assert not (run / "vq_model").exists() and not (run / "clip").exists(), "nothing was made anew"
+    for part in ("vq_model", "text_encoder"):
+        assert (run / "pipeline" / part / "model.safetensors").read_bytes() == (first / "pipeline" / part / "model.safetensors").read_bytes()
+    update = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert len(update) == 22 and (run / "adapter" / "adapter_model.safetensors").stat().st_size < 20_000
+    old, new = (load_file(each / "pipeline" / "transformer" / "model.safetensors") for each in (first, run))
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert old.keys() == new.keys() and changed == {name for name in old if name.removesuffix(".weight") in targets(old)}
+    card = (run / "pipeline" / "README.md").read_text()
+    assert "| started from | transformer |" in card and "| rank of low-rank updates | 2 |" in card and "after 6 steps" in card
+    model = MaskGiTUViT.from_pretrained(first / "pipeline" / "transformer")
+    merged = merge_lora(load_lora(model, run / "adapter")).state_dict()
+    assert all(torch.allclose(merged[name], new[name], atol=1e-6) for name in new)
+    assert cli.main(["generate", "a two", "--model", "runs/lora/pipeline", "--out", "two.png", "--num-images", "1"]) == 0
+
+
+def targets(names):
+    kinds = ("query", "key", "value", "out", "wi_0", "wi_1", "wo")
+    return {name.removesuffix(".weight") for name in names if "transformer_layers" in name and name.split(".")[-2] in kinds}
+
+
+@pytest.mark.filterwarnings("ignore:model.transformer differs")
+def test_a_stopped_run_of_updates_goes_on_to_the_same_end(place, train):
+    settings = [FROM_PIPELINE, "model.lora.rank=2", "model.lora.dropout=0.1", *FAST]
+    for folder in ("whole", "again"):
+        assert train(f"experiment.output_dir=runs/{folder}", *settings)[0] == 0
+    again = place / "runs" / "again"
+    shutil.rmtree(again / "checkpoint-6")
+    shutil.rmtree(again / "pipeline")
+    status, _, complaints = train("experiment.output_dir=runs/again", *settings, "experiment.resume_from_checkpoint=latest")
+    assert status == 0, complaints
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors", "pipeline/transformer/model.safetensors"):
+        ends = [load_file(place / "runs" / folder / name) for folder in ("whole", "again")]
+        assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0]), name
+    assert [line["step"] for line in read_log(again) if "loss" in line] == list(range(1, 7))
+    told = train("experiment.output_dir=runs/again", FROM_PIPELINE, "model.lora.rank=3", *FAST, "experiment.resume_from_checkpoint=latest")
+    assert told[0] == 2 and "model.lora.rank: 2 -> 3" in told[2]
+
+
+def test_all_weights_from_a_transformer(place, train):
+    first = place / "runs" / "first"
+    paths = [f"model.pretrained_model_path={first}/pipeline/transformer", f"model.vq_model.pretrained={first}/vq_model",
+             f"model.text_encoder.pretrained={first}/clip"]
+    with pytest.warns(UserWarning, match="hidden_size=128 .there 32."):
+        status, _, complaints = train("experiment.output_dir=runs/all", *paths, "optimizer.params.learning_rate=0", "training.use_ema=false", *FAST)
+    assert status == 0, complaints
+    old, new = (load_file(place / "runs" / name / "pipeline" / "transformer" / "model.safetensors") for name in ("first", "all"))
+    assert all(torch.equal(old[name], new[name]) for name in old), "a learning rate of zero changes nothing"
+
+
+@pytest.mark.parametrize("settings, told", [
+    (["model.lora.rank=2"], "set model.pretrained_model_path"),
+    (["model.lora.rank=0"], "at least 1"),
+    (["model.lora.rank=two"], "model.lora.rank"),
+    (["model.lora.ranks=2"], "nearest known key is 'model.lora.rank'"),
+    ([FROM_PIPELINE, "model.lora.rank=2", "model.lora.target=[querry]"], "nearest is 'query'"),
+    (["model.pretrained_model_path=runs/first/pipeline/transformer"], "set model.vq_model.pretrained to that one"),
+    (["model.pretrained_model_path=./runs/none"], "is no folder here"),
+])
+@pytest.mark.filterwarnings("ignore:model.transformer differs")
+def test_what_does_not_go_together_is_told(train, settings, told):
+    status, _, complaints = train("experiment.output_dir=runs/never", *settings)
+    assert status == 2 and told in complaints and complaints.count("\n") == 1, complaints
+
+
+@pytest.mark.filterwarnings("ignore:model.transformer differs")
+def test_check_counts_the_updates(place, monkeypatch, capfd):
+    monkeypatch.chdir(place)
+    capfd.readouterr()
+    assert cli.main(["check", "data=photos", FROM_PIPELINE, "model.lora.rank=2"]) == 0
+    out = capfd.readouterr().out
+    rows = {line.split()[0]: line.split() for line in out[out.index("network"):].splitlines() if line}
+    settings = json.loads((place / "runs/first/pipeline/transformer/config.json").read_text())
+    assert settings["num_hidden_layers"] == 1 and int(rows["transformer"][3].replace(",", "")) == 2 * (8 * 64 + 3 * 96)
+    assert "CLIPTextModelWithProjection" in out and "not on this machine" not in out

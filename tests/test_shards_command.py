@@ -1,0 +1,423 @@
+"""The shard converter as a whole: killed, short of room, run twice, given bad files and bad options."""
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from moody_server import serving
+from musekit.shards.catalog import Dataset, local_dataset
+from musekit.shards.command import main
+from musekit.shards.convert import Options, convert
+from musekit.shards.download import Connection
+from musekit.shards.rechunk import VALIDATION_SHARD, Layout
+from musekit.shards.store import Cache, list_backups, list_shards, read_manifest, verify_shards
+
+SMALL = Layout(rows_per_shard=200, rows_per_group=50, num_shards=4)
+CHILDREN = multiprocessing.get_context("forkserver")
+CHILDREN.set_forkserver_preload(["musekit.shards.command"])
+
+
+def texts(seed, count):
+    """Documents of some hundred characters that do not compress well."""
+    chance = random.Random(seed)
+    return [f"{seed} {row} " + chance.randbytes(chance.randint(20, 500)).hex() for row in range(count)]
+
+
+def write_source(path, rows, **columns):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"text": rows, **columns}), path, row_group_size=100, compression="zstd")
+    return path
+
+
+@pytest.fixture(scope="module")
+def hub_files(tmp_path_factory):
+    """Three files of 420 rows under the address of a dataset on the hub."""
+    folder = tmp_path_factory.mktemp("hub")
+    paths = {f"datasets/me/words/resolve/main/part-{i}.parquet": write_source(folder / str(i), texts(i, 420)) for i in range(3)}
+    return {address: path.read_bytes() for address, path in paths.items()}
+
+
+@pytest.fixture
+def server(hub_files):
+    with serving(hub_files) as server:
+        yield server
+
+
+WORDS = Dataset("words", "me/words", pattern="part-{0..2}.parquet")
+
+
+@pytest.fixture(scope="module")
+def first_set(tmp_path_factory):
+    """A cache folder with the data and the tokenizer of the original, as the trainer's preparation leaves them."""
+    folder = tmp_path_factory.mktemp("first")
+    source = write_source(folder / "source.parquet", texts("original", 1_050))
+    convert(local_dataset(str(source)), Options(folder / "cache", quiet=True), SMALL)
+    (folder / "cache" / "data" / "manifest.json").unlink()
+    return folder / "cache" / "data"
+
+
+def new_cache(first_set, folder):
+    """A cache whose shards are copies, so that no test changes another's."""
+    cache = Cache(folder)
+    shutil.copytree(first_set, cache.data)
+    cache.tokenizer.mkdir()
+    (cache.tokenizer / "tokenizer.pkl").write_text("of the original")
+    return cache
+
+
+@pytest.fixture
+def cache(first_set, tmp_path):
+    return new_cache(first_set, tmp_path / "cache")
+
+
+def digests(folder):
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in list_shards(folder)}
+
+
+def run_convert(url, folder, layout, result=None, limit=None):
+    """What a child process does."""
+    if limit:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    options = Options(folder, quiet=True, connection=Connection(endpoint=url))
+    try:
+        convert(WORDS, options, layout)
+    except (ValueError, OSError) as error:
+        result.send(str(error))
+        sys.exit(1)
+
+
+def finish(server, cache, **options):
+    """Runs a conversion to its end in a child; gives its error, None if it succeeded."""
+    here, there = CHILDREN.Pipe()
+    child = CHILDREN.Process(target=run_convert, args=(server.url, str(cache.folder), SMALL, there), kwargs=options)
+    child.start()
+    child.join(60)
+    assert child.exitcode is not None
+    return here.recv() if here.poll() else None
+
+
+def test_killed_at_thirty_moments(server, first_set, tmp_path):
+    old, chance = digests(first_set), random.Random(0)
+    server.pause = 0.01
+    for attempt in ("warm", "whole"):
+        cache, start = new_cache(first_set, tmp_path / attempt), time.perf_counter()
+        assert finish(server, cache) is None
+    whole, new = time.perf_counter() - start, digests(cache.data)
+    found, phases = {"old": 0, "new": 0}, {}
+    for trial in range(30):
+        cache = new_cache(first_set, tmp_path / str(trial))
+        child = CHILDREN.Process(target=run_convert, args=(server.url, str(cache.folder), SMALL))
+        child.start()
+        wait_for = MILESTONES[trial % len(MILESTONES)]
+        while child.is_alive() and not wait_for(cache.folder):
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.3) * whole)
+        child.kill()
+        child.join()
+        now = digests(cache.data)
+        assert now in (old, new), f"trial {trial}: neither the old set nor the new one is whole"
+        verify_shards(cache.data, SMALL)
+        found["old" if now == old else "new"] += 1
+        phase = phase_of(cache, now == new)
+        phases[phase] = phases.get(phase, 0) + 1
+        assert now == old or not cache.tokenizer.exists(), "the old tokenizer stands beside the new data"
+        for backup in list_backups(cache.folder):
+            assert not backup.problem and digests(backup.path / "data") == old
+        assert finish(server, cache) is None
+        assert digests(cache.data) == new and not cache.tokenizer.exists()
+        assert not [path.name for path in cache.folder.iterdir() if path.name.startswith(("partial", "next"))]
+        assert digests(cache.backup("climbmix") / "data") == old
+        assert (cache.backup("climbmix") / "tokenizer" / "tokenizer.pkl").read_text() == "of the original"
+        shutil.rmtree(cache.folder)
+    print(f"a whole run: {whole:.2f} s; after 30 kills: {found}; {phases}; then every next run finished")
+
+
+MILESTONES = (  # each kill comes some time after one of these
+    lambda folder: True,
+    lambda folder: list(folder.glob("raw_words/*.part")),
+    lambda folder: len(list(folder.glob("raw_words/*.parquet"))) == 3,
+    lambda folder: (folder / "partial-next" / "data").exists(),
+    lambda folder: list(folder.glob("partial-next/data/*.parquet")) or (folder / "next").exists(),
+    lambda folder: (folder / "partial-next" / "data" / "manifest.json").exists() or (folder / "next").exists(),
+)
+
+
+def phase_of(cache, new):
+    """How far a killed run had come."""
+    if new:
+        return "exchanged"
+    staged = cache.folder / "partial-next" / "data"
+    if (staged / "manifest.json").exists() or cache.next.exists():
+        return "exchanging"
+    if staged.exists():
+        return "verifying" if list_shards(staged) else "cutting"
+    return "downloading" if list(cache.folder.glob("raw_words/*.parquet*")) else "beginning"
+
+
+@pytest.mark.parametrize("validation", ["last", "first"])
+def test_the_result_is_what_was_asked_for(server, cache, hub_files, validation):
+    layout = Layout(rows_per_shard=200, rows_per_group=50, num_shards=4, validation=validation)
+    manifest = convert(WORDS, Options(cache.folder, quiet=True, connection=Connection(endpoint=server.url)), layout)
+    kept = [text for part in range(3) for text in texts(part, 420) if len(text) >= 50][:1_000]
+    names = list_shards(cache.data)[:-1]
+    order = [VALIDATION_SHARD, *names] if validation == "first" else [*names, VALIDATION_SHARD]
+    assert [text for name in order for text in pq.read_table(cache.data / name).column("text").to_pylist()] == kept
+    assert manifest == read_manifest(cache.data) and manifest["kept"] == 1_000
+    assert {shard["name"]: shard["sha256"] for shard in manifest["shards"]} == digests(cache.data)
+    assert [source["bytes"] for source in manifest["sources"]] == [len(content) for content in hub_files.values()]
+
+
+def test_only_what_was_asked_for_is_converted(server, cache):
+    raw = cache.folder / "raw_words"
+    write_source(raw / "another.parquet", texts("another", 500))
+    options = Options(cache.folder, num_source=1, quiet=True, connection=Connection(endpoint=server.url))
+    manifest = convert(WORDS, options, SMALL)
+    assert manifest["kept"] == 420 - manifest["dropped"].get("too short", 0) and len(server.asked) == 1
+
+
+def test_engines_give_the_same_bytes(server, cache):
+    shards = []
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for changes in ({}, {"remote": True}, {"executor": pool}):
+            options = Options(cache.folder, quiet=True, connection=Connection(endpoint=server.url), **changes)
+            shards.append(convert(WORDS, options, SMALL)["shards"])
+    assert shards[0] == shards[1] == shards[2]
+
+
+def test_the_second_of_two_runs_is_refused(server, cache):
+    server.pause = 0.05
+    child = CHILDREN.Process(target=run_convert, args=(server.url, str(cache.folder), SMALL))
+    child.start()
+    while not server.asked:
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match=f"in use by process {child.pid}"):
+        convert(WORDS, Options(cache.folder, quiet=True, connection=Connection(endpoint=server.url)), SMALL)
+    child.join(30)
+    assert child.exitcode == 0 and read_manifest(cache.data)["dataset"] == "words"
+
+
+@contextmanager
+def small_disk(folder, size, options=""):
+    """A file system of so many bytes; the test is skipped where nobody may mount one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}{options}", "tmpfs", folder], capture_output=True)
+    if done.returncode:
+        pytest.skip("no right to mount a small disk")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_anywhere_loses_nothing(server, first_set, tmp_path):
+    old, failures = digests(first_set), {"download": 0, "asked beforehand": 0, "new set": 0, "none": 0}
+    on_disk = lambda files: sum(-(-size // 4096) * 4096 for size in files)
+    here, sources = on_disk(path.stat().st_size for path in first_set.iterdir()), on_disk(map(len, server.files.values()))
+    sizes = [here + sources // 3, here + sources - 50_000]
+    sizes += [here + sources + extra for extra in (50_000, *range(int(0.75 * sources), int(1.2 * sources), 16_384))]
+    for size in sizes:
+        with small_disk(tmp_path / "disk", size) as disk:
+            cache = new_cache(first_set, disk / "cache")
+            error = finish(server, cache)
+            if error:
+                assert digests(cache.data) == old and (cache.tokenizer / "tokenizer.pkl").exists(), size
+                assert "No space left" in error or "GB are free" in error, error
+                assert not (cache.folder / "next").exists()
+            else:
+                assert read_manifest(cache.data)["dataset"] == "words"
+            verify_shards(cache.data, SMALL)
+            assert {backup.name for backup in list_backups(cache.folder) if not backup.problem} <= {"climbmix"}
+            fetched = len(list((cache.folder / "raw_words").glob("*.parquet"))) == 3
+            kind = "asked beforehand" if "are free" in (error or "") else "new set" if fetched else "download"
+            failures[kind if error else "none"] += 1
+    print(f"disk full: {failures}")
+    assert all(failures.values()), failures
+
+
+@pytest.mark.parametrize("limit, told", [(90_000, "too large"), (20_000, "too large")])
+def test_files_that_may_not_grow(server, cache, limit, told):
+    old = digests(cache.data)
+    error = finish(server, cache, limit=limit)
+    assert told in error and digests(cache.data) == old and cache.tokenizer.exists()
+
+
+def test_a_quota_while_cutting(server, cache):
+    old = digests(cache.data)
+    assert finish(server, cache) is None
+    shutil.rmtree(cache.data)
+    shutil.copytree(cache.backup("climbmix") / "data", cache.data)
+    assert "too large" in finish(server, cache, limit=20_000)
+    assert digests(cache.data) == old and not (cache.folder / "partial-next").exists()
+    assert finish(server, cache) is None and len(list_shards(cache.data)) == 5
+
+
+def test_a_cache_that_cannot_be_written(server, first_set, tmp_path, capsys):
+    with small_disk(tmp_path / "disk", 10_000_000) as disk:
+        cache = new_cache(first_set, disk / "cache")
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        old = digests(cache.data)
+        assert main(["fineweb-edu", "--cache-dir", str(cache.folder)]) == 1
+        assert_one_line(capsys, "Read-only file system")
+        assert main(["--list-backups", "--cache-dir", str(cache.folder)]) == 0
+        assert digests(cache.data) == old
+
+
+def assert_one_line(capsys, *told):
+    said = capsys.readouterr().err
+    assert said.startswith("musekit-shards: ") and said.count("\n") == 1 and all(part in said for part in told), said
+
+
+def corrupt_page(path):
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 2000] = bytes(2000)
+    path.write_bytes(content)
+
+
+LONG = "a text of more than fifty characters, as every text should be that is kept"
+
+
+@pytest.mark.parametrize("make, arguments, told", [
+    (lambda path: pq.write_table(pa.table({"body": [LONG] * 9}), path), [], "no column 'text'"),
+    (lambda path: pq.write_table(pa.table({"text": [1, 2, 3]}), path), [], "not text"),
+    (lambda path: pq.write_table(pa.table({"text": [b"bytes"]}), path), [], "not text"),
+    (lambda path: pq.write_table(pa.table({"text": pa.array([None] * 5, pa.string())}), path), [], "5 no text"),
+    (lambda path: pq.write_table(pa.table({"text": ["short"] * 5}), path), [], "5 too short"),
+    (lambda path: pq.write_table(pa.table({"text": pa.array([], pa.string())}), path), [], "0 rows"),
+    (lambda path: write_source(path, [LONG] * 9, score=["high"] * 9), ["--score-column", "score", "--min-score", "1"], "number"),
+    (lambda path: write_source(path, [LONG] * 9, score=[1] * 9), ["--score-column", "score", "--min-score", "3"], "9 low score"),
+    (lambda path: write_source(path, [LONG] * 9), ["--score-column", "score", "--min-score", "3"], "no column 'score'"),
+    (lambda path: corrupt_page(write_source(path, texts("corrupt", 900))), [], "source.parquet"),
+    (lambda path: path.write_bytes(write_source(path, [LONG] * 9).read_bytes()[:-20]), [], "source.parquet"),
+    (lambda path: path.write_text("<!DOCTYPE html>"), [], "source.parquet"),
+    (lambda path: path.write_bytes(b""), [], "source.parquet"),
+])
+def test_bad_sources(cache, tmp_path, capsys, make, arguments, told):
+    source, old = tmp_path / "source.parquet", digests(cache.data)
+    make(source)
+    assert main(["--from", str(source), "--cache-dir", str(cache.folder), "--quiet", *arguments]) == 1
+    assert_one_line(capsys, told)
+    assert digests(cache.data) == old and (cache.tokenizer / "tokenizer.pkl").exists()
+    assert {path.name for path in cache.folder.iterdir()} == {".lock", "data", "tokenizer", "backup_climbmix"}
+
+
+@pytest.mark.parametrize("arguments, status, told", [
+    (["fineweb-edo"], 1, "Did you mean 'fineweb-edu'"), (["--num-shards", "-1"], 2, "'-1'"), (["x", "--num-source", "0"], 2, "'0'"),
+    (["x", "--workers", "many"], 2, "'many'"), (["x", "--min-characters", "-5"], 2, "'-5'"), (["x", "--codec", "gzip"], 2, "gzip"),
+    (["x", "--min-score", "-1"], 2, "'-1'"), (["x", "--validation", "middle"], 2, "middle"), (["x", "--no-such"], 2, "no-such"),
+    (["--from", "nothing/*.parquet"], 1, "nothing/*.parquet"), (["--repo", "me/words"], 1, "pattern"),
+    (["x", "--datasets", "nothing.yaml"], 1, "nothing.yaml"), (["fineweb", "--score-column", "s"], 1, "min_score"),
+    (["--restore", "--cache-dir", "nowhere"], 1, "does not exist"), (["a/b", "--from", __file__], 1, "a/b"),
+    (["fineweb", "--num-shards", "7000"], 1, "7000"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, status, told):
+    monkeypatch.chdir(tmp_path)
+    arguments = arguments if "--cache-dir" in arguments else [*arguments, "--cache-dir", "cache"]
+    try:
+        assert main(arguments) == status
+    except SystemExit as end:
+        assert end.code == status
+    assert_one_line(capsys, told)
+
+
+def test_no_name_is_help_and_exit_2(capsys):
+    assert main([]) == 2
+    said = capsys.readouterr().out
+    for option in ("--num-shards", "--num-source", "--download-dir", "--dry-run", "--restore", "--list-backups", "--skip-backup", "--workers", "--cache-dir"):
+        assert option in said
+    assert "fineweb-edu-high" in said and "--from" in said
+
+
+@pytest.mark.parametrize("name", ["fineweb-edu-high", "climbmix"])
+def test_a_dry_run_needs_no_network_and_writes_nothing(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert main([name, "--dry-run", "--num-source", "2", "--cache-dir", str(tmp_path / "cache")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("http://127.0.0.1:9/datasets/") == 2 and "GB" in said and "10 + 1 shards" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_there_and_back_on_the_command_line(server, cache, monkeypatch, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    old, place = digests(cache.data), ["--cache-dir", str(cache.folder)]
+    own = cache.folder.parent / "own.yaml"
+    own.write_text("words: {repo: me/words, pattern: 'part-{0..2}.parquet'}\n")
+    assert main(["words", "--datasets", str(own), "--codec", "snappy", *place]) == 0
+    said = capsys.readouterr().out
+    assert "uv run prepare.py --num-shards 1" in said and "warning" in said and "1,260 read" in said
+    assert pq.read_metadata(cache.data / VALIDATION_SHARD).row_group(0).column(0).compression == "SNAPPY"
+    assert main(["--repo", "me/words", "--pattern", "part-{0..1}.parquet", "--quiet", *place]) == 0
+    assert capsys.readouterr().out == "" and read_manifest(cache.data)["rows"] == 840
+    assert main(["--list-backups", *place]) == 0
+    assert re.search(r"climbmix +climbmix +5 .*\nwords +words +2 ", capsys.readouterr().out)
+    assert main(["--restore", *place]) == 0
+    assert digests(cache.data) == old and (cache.tokenizer / "tokenizer.pkl").read_text() == "of the original"
+    assert main(["--restore", "words", *place]) == 0
+    assert read_manifest(cache.data)["dataset"] == "words" and not cache.tokenizer.exists()
+    assert main(["--restore", "wrods", *place]) == 1
+    assert_one_line(capsys, "Did you mean 'words'")
+
+
+def test_no_cache_folder_is_an_empty_list(tmp_path, capsys):
+    assert main(["--list-backups", "--cache-dir", str(tmp_path / "none")]) == 0
+    assert capsys.readouterr().out == "no backups\n" and not (tmp_path / "none").exists()
+
+
+def test_skip_backup_and_a_missing_file(server, cache, monkeypatch, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    old, place = digests(cache.data), ["--cache-dir", str(cache.folder), "--skip-backup", "--quiet"]
+    assert main(["--repo", "me/words", "--pattern", "part-{7..8}.parquet", *place]) == 1
+    assert_one_line(capsys, "404", "check the repository")
+    assert digests(cache.data) == old
+    assert main(["--repo", "me/words", "--pattern", "part-{0..1}.parquet", *place]) == 0
+    assert list_backups(cache.folder) == []
+
+
+def test_ctrl_c_is_one_line(server, cache):
+    server.pause, old = 0.3, digests(cache.data)
+    command = [sys.executable, "-m", "musekit.shards", "--repo", "me/words", "--pattern", "part-{0..2}.parquet", "--cache-dir", cache.folder]
+    with subprocess.Popen(command, env=os.environ | {"HF_ENDPOINT": server.url}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not server.asked:
+            time.sleep(0.02)
+        time.sleep(0.3)
+        stopped = time.perf_counter()
+        process.send_signal(signal.SIGINT)
+        said = process.communicate()[1]
+        assert time.perf_counter() - stopped < 5
+    assert process.returncode == 130 and said.count("\n") == 1 and "stopped" in said, said
+    assert digests(cache.data) == old and list((cache.folder / "raw_words").glob("*.part"))
+
+
+def test_the_download_folder_may_not_be_the_trainers(server, cache):
+    for place in (cache.data, cache.data / "raw", cache.folder):
+        with pytest.raises(ValueError, match="choose another"):
+            options = Options(cache.folder, download_dir=place, quiet=True, connection=Connection(endpoint=server.url))
+            convert(WORDS, options, SMALL)
+
+
+def test_the_import_is_light_and_quick():
+    code = "import time; start = time.process_time(); import musekit.shards.command, sys; print(time.process_time() - start, 'torch' in sys.modules)"
+    times = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() for _ in range(3)]
+    assert min(float(seconds) for seconds, _ in times) < 0.5 and {torch for _, torch in times} == {"False"}
+
+
+def test_a_manifest_can_be_read_by_anyone(server, cache):
+    convert(WORDS, Options(cache.folder, quiet=True, connection=Connection(endpoint=server.url)), SMALL)
+    manifest = json.loads((cache.data / "manifest.json").read_text())
+    assert manifest["dataset"] == "words" and manifest["backup"] == "backup_climbmix"
+    assert {"sources", "selection", "layout", "rows", "kept", "dropped", "shards", "made_by", "date"} <= manifest.keys()

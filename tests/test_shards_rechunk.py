@@ -1,0 +1,362 @@
+"""Shards: the same rows and the same bytes by every way, from sources of every kind, near and far, whole and damaged."""
+import itertools
+import subprocess
+import sys
+import sysconfig
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from musekit.shards.catalog import chunk_ranges
+from musekit.shards.plan import make_plan, run_plan, tasks_of, write_shard
+from musekit.shards.rechunk import VALIDATION_SHARD, Layout, file_sha256, rechunk, shard_bounds
+from musekit.shards.sources import Selection, check_source
+
+GOOD = Selection(score_column="int_score", min_score=3)
+SMALL = Layout(rows_per_shard=700, rows_per_group=128, num_shards=4)
+
+
+def make_table(rows: int, seed: int = 0) -> pa.Table:
+    """Texts of log-normal length in several alphabets, some missing, some short, with scores, some missing."""
+    random = np.random.default_rng(seed)
+    alphabets = ["etaoin shrdlu", "äöü éè", "漢字 かな", "🎼🎻 a"]
+    lengths = np.minimum(random.lognormal(4.6, 1.2, rows).astype(int), 4000)
+    texts = ["".join(random.choice(list(alphabets[random.integers(4)]), length)) for length in lengths]
+    texts = [None if drawn < 0.03 else text for text, drawn in zip(texts, random.random(rows))]
+    scores = [None if drawn < 0.03 else int(drawn * 6) for drawn in random.random(rows)]
+    return pa.table({"id": pa.array(range(rows)), "text": texts, "url": [f"http://example.org/{row}" for row in range(rows)],
+                     "int_score": pa.array(scores, pa.int64())})
+
+
+def obvious(sources, selection=GOOD, layout=SMALL) -> dict[str, list[str]]:
+    """The definition: a loop over rows, and the shards' bounds."""
+    kept = []
+    for source in sources:
+        for row in pq.read_table(source).to_pylist():
+            text = row[selection.text_column]
+            score = row[selection.score_column] if selection.score_column else None
+            if text is None or len(text) < selection.min_characters:
+                continue
+            if selection.score_column and (score is None or not score >= selection.min_score):
+                continue
+            kept.append(text)
+    kept = kept[: layout.rows]
+    return {name: kept[start:stop] for name, start, stop in shard_bounds(len(kept), layout)}
+
+
+def contents(folder) -> dict[str, list[str]]:
+    """What lies in a folder of shards."""
+    return {path.name: pq.read_table(path)["text"].to_pylist() for path in Path(folder).iterdir()}
+
+
+@pytest.fixture(scope="module")
+def table():
+    return make_table(9000)
+
+
+@pytest.fixture
+def sources(table, tmp_path):
+    pq.write_table(table[:4000], tmp_path / "a.parquet", row_group_size=1000)
+    pq.write_table(table[4000:], tmp_path / "b.parquet", row_group_size=333, compression="zstd")
+    return [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+
+
+# ---- the rows, whatever the way ----
+
+@pytest.mark.parametrize("layout", [
+    SMALL, Layout(700, 128, "snappy", 4), Layout(700, 128, num_shards=4, validation="first"), Layout(500, 500, num_shards=1),
+    Layout(1000, 300, num_shards=100), Layout(86_016, 1024), Layout(86_016, 1024, validation="first"), Layout(7, 3, num_shards=20),
+])
+def test_rows_are_those_of_the_loop_over_rows(sources, tmp_path, layout):
+    report = rechunk(sources, tmp_path / "out", GOOD, layout)
+    assert contents(tmp_path / "out") == obvious(sources, GOOD, layout)
+    assert report.kept == sum(shard.rows for shard in report.shards) == report.rows - sum(report.dropped.values())
+    for shard in report.shards:
+        metadata = pq.read_metadata(tmp_path / "out" / shard.name)
+        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        assert set(sizes[:-1]) <= {layout.rows_per_group} and sizes[-1] <= layout.rows_per_group
+        chunk = metadata.row_group(0).column(0)
+        assert chunk.compression == layout.codec.upper() and "RLE_DICTIONARY" not in chunk.encodings
+        assert metadata.schema.to_arrow_schema().equals(pa.schema([("text", pa.string())]))
+        assert (shard.rows, shard.bytes) == (metadata.num_rows, (tmp_path / "out" / shard.name).stat().st_size)
+        assert shard.sha256 == file_sha256(tmp_path / "out" / shard.name)
+    assert run_plan(make_plan(sources, GOOD, layout), tmp_path / "planned") == report
+
+
+def test_reasons_are_counted(tmp_path):
+    texts = [None, "short", "x" * 60, "y" * 60, "z" * 60, "é" * 49, "é" * 50, None]
+    scores = [5.0, 5.0, None, float("nan"), 2.9, 3.0, 3.0, None]
+    pq.write_table(pa.table({"text": texts * 2, "int_score": scores * 2}), tmp_path / "a.parquet")
+    report = rechunk([tmp_path / "a.parquet"], tmp_path / "out", GOOD, Layout(1000))
+    assert report.dropped == {"no text": 4, "no score": 4, "low score": 2, "too short": 4} and report.kept == 2
+
+
+def test_engines_change_no_byte(sources, tmp_path):
+    streamed = rechunk(sources, tmp_path / "streamed", GOOD, SMALL)
+    assert len({shard.sha256 for shard in streamed.shards}) == 5
+    for workers in (1, 2, 4):
+        with ProcessPoolExecutor(workers) as executor:
+            plan = make_plan(sources, GOOD, SMALL, executor, groups_per_task=2)
+            assert run_plan(plan, tmp_path / f"{workers}", executor) == streamed
+    for shard, task in reversed(list(zip(streamed.shards, tasks_of(plan)))):
+        assert write_shard(task, tmp_path) == write_shard(task, tmp_path) == shard
+
+
+def test_a_dask_cluster_changes_no_byte(sources, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    streamed = rechunk(sources, tmp_path / "streamed", GOOD, SMALL)
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None, "local_directory": str(tmp_path / "dask")}
+    with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
+        executor = client.get_executor()
+        assert run_plan(make_plan(sources, GOOD, SMALL, executor, groups_per_task=2), tmp_path / "dasked", executor) == streamed
+    assert contents(tmp_path / "dasked") == obvious(sources)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+@pytest.mark.parametrize("group", [13, 57, 10**6])
+def test_the_layout_of_the_source_changes_no_byte(table, tmp_path, kind, group):
+    part = table[:600]
+    pq.write_table(part, tmp_path / "plain.parquet")
+    other = part.set_column(1, "text", part["text"].combine_chunks().cast(kind))
+    pq.write_table(other, tmp_path / "other.parquet", row_group_size=group, compression="zstd", data_page_size=2000)
+    layout = Layout(100, 30, num_shards=2)
+    reports = [rechunk([tmp_path / f"{name}.parquet"], tmp_path / name, GOOD, layout) for name in ("plain", "other")]
+    assert reports[0] == reports[1] and len(reports[0].shards) == 3
+
+
+@pytest.mark.parametrize("score", [pa.int8(), pa.uint16(), pa.float32(), pa.decimal128(21, 2)], ids=str)
+def test_scores_of_every_number_type(table, tmp_path, score):
+    pq.write_table(table, tmp_path / "a.parquet")
+    pq.write_table(table.set_column(3, "int_score", table["int_score"].cast(score)), tmp_path / "b.parquet")
+    assert rechunk([tmp_path / "a.parquet"], tmp_path / "a", GOOD, SMALL) == rechunk([tmp_path / "b.parquet"], tmp_path / "b", GOOD, SMALL)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 99, 100, 101, 199, 200, 201, 300, 301])
+@pytest.mark.parametrize("validation", ["last", "first"])
+def test_there_is_always_a_training_and_a_validation_shard(tmp_path, rows, validation):
+    pq.write_table(pa.table({"text": [f"row {row} " * 20 for row in range(rows)]}), tmp_path / "a.parquet", row_group_size=13)
+    layout = Layout(100, 30, num_shards=2, validation=validation)
+    report = rechunk([tmp_path / "a.parquet"], tmp_path / "out", Selection(), layout)
+    assert contents(tmp_path / "out") == obvious([tmp_path / "a.parquet"], Selection(), layout)
+    names = [shard.name for shard in report.shards]
+    assert len(names) >= 2 and names.index(VALIDATION_SHARD) == (0 if validation == "first" else len(names) - 1)
+    assert sum(shard.rows for shard in report.shards) == min(rows, 300)
+    assert run_plan(make_plan([tmp_path / "a.parquet"], Selection(), layout), tmp_path / "planned") == report
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_too_few_rows_is_an_error(tmp_path, rows):
+    pq.write_table(pa.table({"text": ["x" * 60] * rows + ["short", None]}), tmp_path / "a.parquet")
+    for way in (lambda: rechunk([tmp_path / "a.parquet"], tmp_path / "out"),
+                lambda: run_plan(make_plan([tmp_path / "a.parquet"]), tmp_path / "out")):
+        with pytest.raises(ValueError, match=f"{rows} kept.*1 no text, 1 too short|{rows} kept.*1 too short, 1 no text"):
+            way()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+# ---- damage ----
+
+def damage(path, group, column="text"):
+    """Overwrites the middle of a column in a row group."""
+    (start, stop), = chunk_ranges(pq.read_metadata(path), [column], [group])
+    data = bytearray(path.read_bytes())
+    data[(start + stop) // 2 : (start + stop) // 2 + 300] = bytes(300)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("group", [0, 7, 15])
+def test_a_damaged_page_is_told_with_file_and_row_group(sources, tmp_path, group):
+    damage(sources[1], group)
+    for way in (lambda: rechunk(sources, tmp_path / "out", GOOD, Layout(1000)), lambda: make_plan(sources, GOOD, Layout(1000))):
+        with pytest.raises(ValueError, match=f"b.parquet, row group {group} "):
+            way()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_bytes_that_are_no_text_are_told_with_file_and_row_group(tmp_path):
+    texts = [b"a text that is long enough to be kept, as all the others are"] * 300
+    texts[250] = b"\xff\xfe" * 100
+    pq.write_table(pa.table({"text": pa.array(texts, pa.binary()).view(pa.string())}), tmp_path / "a.parquet", row_group_size=100)
+    with pytest.raises(ValueError, match="a.parquet, row group 2 .*UTF8"):
+        rechunk([tmp_path / "a.parquet"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("columns, message", [
+    ({"body": ["x"], "int_score": [1]}, "no column 'text'; it has body, int_score"),
+    ({"text": ["x"]}, "no column 'int_score'"),
+    ({"text": [b"x"], "int_score": [1]}, "'text' holds binary"),
+    ({"text": [["x"]], "int_score": [1]}, "'text' holds list"),
+    ({"text": ["x"], "int_score": ["1"]}, "'int_score' holds string"),
+    ({"text": ["x"], "int_score": [True]}, "'int_score' holds bool"),
+])
+def test_columns_are_checked_before_anything_is_read(sources, tmp_path, columns, message):
+    pq.write_table(pa.table(columns), tmp_path / "c.parquet")
+    for way in (lambda: check_source(tmp_path / "c.parquet", GOOD),
+                lambda: rechunk([*sources, tmp_path / "c.parquet"], tmp_path / "out", GOOD, SMALL)):
+        with pytest.raises(ValueError, match=f"c.parquet.*{message}"):
+            way()
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"<html>log in</html>" * 100, b"PAR1" + b"x" * 5000, None])
+def test_what_is_no_parquet_is_told(sources, tmp_path, content):
+    path = tmp_path / "c.parquet"
+    path.write_bytes(sources[0].read_bytes()[:-1000] if content is None else content)
+    with pytest.raises(ValueError, match="c.parquet is not a whole Parquet file"):
+        check_source(path, GOOD)
+    with pytest.raises(FileNotFoundError):
+        check_source(tmp_path / "absent.parquet", GOOD)
+
+
+def test_a_failing_writer_lets_its_reader_go(sources, tmp_path):
+    def full(read, written):
+        if written > 1000:
+            raise OSError(28, "No space left on device")
+
+    before = threading.active_count()
+    for _ in range(5):
+        with pytest.raises(OSError, match="No space left"):
+            rechunk(sources, tmp_path / "out", GOOD, SMALL, progress=full)
+    assert threading.active_count() == before and list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_disk_that_is_full_leaves_nothing_half_made(sources, tmp_path, monkeypatch):
+    folder, calls, real = tmp_path / "out", itertools.count(), pq.ParquetWriter.write_batch
+
+    def write_batch(*arguments, **options):
+        if next(calls) == 9:
+            raise OSError(28, "No space left on device")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_batch", write_batch)
+    with pytest.raises(OSError, match="No space left"):
+        rechunk(sources, folder, GOOD, SMALL)
+    assert list(folder.iterdir()) == []
+    rechunk(sources, folder, GOOD, SMALL)
+    assert contents(folder) == obvious(sources)
+
+
+def test_shards_are_not_mixed_with_what_is_there(sources, tmp_path):
+    rechunk(sources, tmp_path / "out", GOOD, SMALL)
+    for way in (lambda: rechunk(sources, tmp_path / "out", GOOD, SMALL),
+                lambda: run_plan(make_plan(sources, GOOD, SMALL), tmp_path / "out")):
+        with pytest.raises(ValueError, match="already holds shard_00000.parquet"):
+            way()
+
+
+# ---- memory, imports ----
+
+def peak_of(path, folder) -> int:
+    """Peak memory in MB of a process that cuts one source."""
+    code = """
+import sys
+from musekit.shards.rechunk import Layout, Selection, rechunk
+rechunk(sys.argv[1:2], sys.argv[2], Selection(), Layout(2000, 1024, num_shards=100))
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) // 1024)
+"""
+    return int(subprocess.run([sys.executable, "-c", code, path, folder], capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_grows_neither_with_the_source_nor_with_its_row_groups(tmp_path):
+    random = np.random.default_rng(0)
+    words = np.array(["".join(random.choice(list("etaoinshrdlu"), random.integers(2, 9))) for _ in range(2000)], object)
+    part = pa.table({"text": [" ".join(random.choice(words, 500)) for _ in range(2000)]})
+    sizes = {"small": (6, 1000), "large": (24, 1000), "giant": (24, 10**9)}
+    for name, (times, group) in sizes.items():
+        pq.write_table(pa.concat_tables([part] * times), tmp_path / f"{name}.parquet", row_group_size=group)
+    peaks = {name: peak_of(tmp_path / f"{name}.parquet", tmp_path / name) for name in sizes}
+    assert peaks["large"] < peaks["small"] + 20 and peaks["giant"] < peaks["small"] + 20, peaks
+    assert contents(tmp_path / "large") == contents(tmp_path / "giant")
+
+
+def test_no_torch_is_imported():
+    code = "import sys, musekit.shards.plan; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False False\n"
+
+
+# ---- far away ----
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_GET(self):
+        path, wanted = self.server.folder / self.path.lstrip("/"), self.headers["Range"]
+        first, last = map(int, wanted.removeprefix("bytes=").split("-"))
+        with path.open("rb") as file:
+            file.seek(first)
+            part = file.read(last + 1 - first)
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{path.stat().st_size}")
+        self.end_headers()
+        self.server.sent.append(len(part))
+        self.wfile.write(part)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path):
+    server = ThreadingHTTPServer(("localhost", 0), Handler)
+    server.folder, server.sent = tmp_path, []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def test_from_a_web_server_only_what_the_rows_need_travels(server, tmp_path):
+    random = np.random.default_rng(0)
+    rows, selection, layout = 12_000, Selection(score_column="int_score", min_score=3), Layout(2000, 1000, num_shards=2)
+    noise = {name: random.bytes(rows * 500).hex() for name in ("text", "other")}
+    pq.write_table(pa.table({
+        "text": [noise["text"][row * 1000 : row * 1000 + 1000] for row in range(rows)],
+        "other": [noise["other"][row * 1000 : row * 1000 + 1000] for row in range(rows)],
+        "int_score": [2 + row % 4 for row in range(rows)],
+    }), tmp_path / "a.parquet", row_group_size=100, write_statistics=False)
+    near = rechunk([tmp_path / "a.parquet"], tmp_path / "near", selection, layout)
+    address = f"http://localhost:{server.server_port}/a.parquet"
+    assert rechunk([address], tmp_path / "far", selection, layout) == near
+    metadata = pq.read_metadata(tmp_path / "a.parquet")
+    groups = range(-(-near.rows // 100))
+    needed = sum(stop - start for start, stop in chunk_ranges(metadata, ["text", "int_score"], groups))
+    fetched, whole = sum(server.sent), (tmp_path / "a.parquet").stat().st_size
+    assert fetched <= 1.05 * needed < 0.5 * whole, (fetched / needed, fetched / whole)
+    assert run_plan(make_plan([address], selection, layout), tmp_path / "planned") == near
+
+
+# ---- the consumer ----
+
+def test_a_tokenizer_is_trained_on_the_shards(tmp_path):
+    rustbpe, tiktoken = pytest.importorskip("rustbpe"), pytest.importorskip("tiktoken")
+    library = Path(sysconfig.get_paths()["stdlib"])
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(library.glob("*.py"))]
+    pq.write_table(pa.table({"text": [part for text in texts for part in text.split("\n\n")]}), tmp_path / "a.parquet")
+    report = rechunk([tmp_path / "a.parquet"], tmp_path / "data", layout=Layout(1000, 128, num_shards=3))
+    shards = sorted(path for path in (tmp_path / "data").iterdir() if path.suffix == ".parquet")
+    assert [path.name for path in shards] == ["shard_00000.parquet", "shard_00001.parquet", "shard_00002.parquet", VALIDATION_SHARD]
+
+    def training_texts():
+        for path in shards:
+            if path.name != VALIDATION_SHARD:
+                parquet = pq.ParquetFile(path)
+                for group in range(parquet.num_row_groups):
+                    yield from parquet.read_row_group(group).column("text").to_pylist()
+
+    tokenizer = rustbpe.Tokenizer()
+    pattern = r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
+    tokenizer.train_from_iterator(training_texts(), 512, pattern=pattern)
+    ranks = {bytes(token): rank for token, rank in tokenizer.get_mergeable_ranks()}
+    encoding = tiktoken.Encoding("shards", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|bos|>": len(ranks)})
+    held_out = pq.read_table(tmp_path / "data" / VALIDATION_SHARD)["text"].to_pylist()
+    tokens = [encoding.encode_ordinary(text) for text in held_out]
+    assert len(ranks) == 512 and [encoding.decode(ids) for ids in tokens] == held_out
+    assert sum(map(len, tokens)) < 0.6 * sum(len(text.encode()) for text in held_out)
+    assert sum(1 for _ in training_texts()) == sum(shard.rows for shard in report.shards[:-1]) == 3000
