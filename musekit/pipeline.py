@@ -256,8 +256,7 @@ def find_model_class(name: str) -> type[PretrainedModel]:
         waiting += cls.__subclasses__()
         classes |= {known: cls for known in (cls.__name__, *cls.class_aliases)}
     if name not in classes:
-        raise ValueError(f"unknown model class {name!r}; known are {', '.join(sorted(classes))}. "
-                         "Import the module that defines it first.")
+        raise ValueError(f"unknown model class {name!r}, not imported; known: {', '.join(sorted(classes))}")
     return classes[name]
 
 # %% ../nbs/40_pipeline.ipynb #1ce2e41e
@@ -286,8 +285,7 @@ def _read_settings(folder):
 def _check_free(folder, mark):
     "Saving replaces a folder, which must be empty or hold a pipeline of the same kind."
     if folder.exists() and any(folder.iterdir()) and not (folder / mark).is_file():
-        raise ValueError(f"{folder} holds something else than a pipeline, which saving would replace; "
-                         "name a new folder")
+        raise ValueError(f"{folder} holds something else than a pipeline; name a new folder")
 
 
 def _text_settings(text_encoder):

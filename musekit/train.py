@@ -54,8 +54,7 @@ def check_recipe(config: Config):
     for name in ("vq_model", "text_encoder"):
         section = getattr(config.model, name)
         if start and not section.pretrained:
-            raise ValueError(f"model.pretrained_model_path={start} goes on with a transformer that was trained "
-                             f"together with other networks; set model.{name}.pretrained to that one.")
+            raise ValueError(f"the transformer {start} belongs to another model.{name}; set its .pretrained, too")
         _check_folder(f"model.{name}.pretrained", section.pretrained)
         if not section.pretrained and section.train is None:
             raise ValueError(
@@ -275,8 +274,8 @@ def _tell_left_out(recipe, split, urls):
     for last in recipe.everything(urls):
         used += len(last["text"])
         yield last
-    if last["skipped"]:
-        told = f"{last['skipped']} of {used + last['skipped']} samples; the last: {last['last_problem']}"
+    if bad := last["skipped"]:
+        told = f"{bad} of {used + bad} samples; the last: {last['last_problem']}"
         recipe.accelerator.print(f"left out of the {split} shards: {told}")
 
 
@@ -294,14 +293,14 @@ def fit(recipe: Recipe):
     recipe.micro_conds = first["micro_conds"].median(0).values.tolist()
     prompts = sample_prompts(config, first["text"])
     draw = lambda model, step: image_grid(recipe.pipeline(model)(prompts, seed=seed), prompts)
-    evaluation = recipe.eval_batches is not None
     _tell_progress(recipe)
     transformer = make_transformer(config, recipe.vq_model, recipe.text_encoder)
     prepare = lambda batch: only_read(transformer, recipe.prepare(batch) if recipe.prepare else batch)
+    options = {"sample": draw, "evaluation": recipe.eval_batches is not None, "progress": recipe.progress}
     recipe.trainer = Trainer(
         transformer, recipe.train_batches, config, prepare=prepare, unconditional=recipe.unconditional,
         eval_batches=recipe.eval_batches, accelerator=recipe.accelerator,
-        callbacks=standard_callbacks(config, sample=draw, evaluation=evaluation, progress=recipe.progress),
+        callbacks=standard_callbacks(config, **options),
     ).fit()
     if not recipe.trainer.stop and recipe.accelerator.is_main_process:
         trained = type(transformer).from_pretrained(recipe.folder).to(recipe.accelerator.device)
@@ -311,13 +310,12 @@ def fit(recipe: Recipe):
 
 def _tell_progress(recipe):
     "Says where a run goes on, or that it is already done."
-    experiment, steps = recipe.config.experiment, recipe.config.training.max_train_steps
-    found = find_checkpoint(recipe.folder, experiment.resume_from_checkpoint)
+    steps = recipe.config.training.max_train_steps
+    found = find_checkpoint(recipe.folder, recipe.config.experiment.resume_from_checkpoint)
     done = int(found.name.split("-")[1]) if found and found.name.startswith("checkpoint-") else 0
-    if done >= steps:
-        recipe.accelerator.print(f"  already trained for {done} steps (training.max_train_steps={steps})")
-    elif done:
-        recipe.accelerator.print(f"  going on after step {done} of {steps}")
+    if done:
+        told = "already trained," if done >= steps else "going on"
+        recipe.accelerator.print(f"  {told} after step {done} of {steps}")
 
 
 def sample_prompts(config: Config, texts: list[str]) -> list[str]:
@@ -325,8 +323,7 @@ def sample_prompts(config: Config, texts: list[str]) -> list[str]:
     path = config.dataset.params.validation_prompts_file
     if path is not None:
         return read_prompts(path)
-    different = sorted(set(texts))
-    return different[:: max(1, len(different) // 8)][:8]
+    return (different := sorted(set(texts)))[:: max(1, len(different) // 8)][:8]
 
 # %% ../nbs/45_train.ipynb #c926ccb7
 STAGES = {

@@ -95,7 +95,7 @@ def backups_table(folder: str | Path) -> str:
         lines.append(f"{backup.name:20} {what}")
     return "\n".join(lines)
 
-# %% ../../nbs/57_shards.command.ipynb #ef64abf1
+# %% ../../nbs/57_shards.command.ipynb #937ec27b
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -152,7 +152,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--restore", nargs="?", const="", metavar="BACKUP",
         help="bring a backup back (default: the original data, else the newest)")
     add("--list-backups", action="store_true", help="list the backups and stop")
-    add("--remote", action="store_true", 
+    add("--remote", action="store_true",
         help="read only the columns and rows that are needed, straight from the server; keep no source files")
     add("--processes", type=whole, default=1, metavar="N", help="write shards in N processes (default: 1)")
     add("--quiet", action="store_true", help="say nothing unless something fails")
@@ -162,7 +162,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_own(group):
     add = group.add_argument
-    add("--from", nargs="+", dest="files", metavar="FILE", 
+    add("--from", nargs="+", dest="files", metavar="FILE",
         help="local Parquet files or patterns; all of them are used")
     add("--repo", metavar="OWNER/NAME", help="a dataset repository on the hub")
     add("--pattern", metavar="PATHS", help="its Parquet files, in braces: 'data/{0..3}.parquet'")
