@@ -203,7 +203,7 @@ def load_lora(
     _peft().set_peft_model_state_dict(model, found)
     return model
 
-# %% ../nbs/42_finetune.ipynb #bbae8215
+# %% ../nbs/42_finetune.ipynb #904ac435
 def _family(families, class_name):
     found = [name for name, cls in families.items() if class_name in (cls.__name__, *cls.class_aliases)]
     if not found:
@@ -212,19 +212,30 @@ def _family(families, class_name):
     return found[0]
 
 
+def _refuse_alone(model):
+    "A transformer without the networks that it was trained with."
+    for name in ("vq_model", "text_encoder"):
+        if model.pretrained_model_path and not getattr(model, name).pretrained:
+            raise ValueError(f"model.pretrained_model_path={model.pretrained_model_path} goes on with a transformer "
+                             f"that was trained with other networks; set model.{name}.pretrained to that one.")
+
+
 def adopt_pipeline(
     model: Model,  # a configuration's section, which is changed
     transformers: dict[str, type],  # classes by the names that `architecture` has for them
     vq_models: dict[str, type],
 ):
-    "Where `pretrained_model_path` is a pipeline's folder, its networks are used where no others are named."
+    """Where `pretrained_model_path` is a pipeline's folder, its networks are used where no others are named.
+
+    Raises ValueError where it is a transformer alone, and a network that belongs to it is not named.
+    """
     folder, text = Path(model.pretrained_model_path or "no path").expanduser(), model.text_encoder
     if (folder / SETTINGS_FILE).is_file():
         made_of, inner = read_json(folder / SETTINGS_FILE), "vq_model"
     elif (folder / MODEL_INDEX).is_file():  # as diffusers saves aMUSEd
         made_of, inner = read_amused(folder), "vqvae"
     else:
-        return
+        return _refuse_alone(model)
     model.pretrained_model_path = str(folder / "transformer")
     model.architecture = _family(transformers, made_of["transformer"])
     if not model.vq_model.pretrained:

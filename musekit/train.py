@@ -49,12 +49,9 @@ def read_prompts(path: str | Path) -> list[str]:
 # %% ../nbs/45_train.ipynb #3933a003
 def check_recipe(config: Config):
     "Refuses what the recipe cannot do, before anything is read or built."
-    start = config.model.pretrained_model_path
-    _check_folder("model.pretrained_model_path", start)
+    _check_folder("model.pretrained_model_path", config.model.pretrained_model_path)
     for name in ("vq_model", "text_encoder"):
         section = getattr(config.model, name)
-        if start and not section.pretrained:
-            raise ValueError(f"the transformer {start} belongs to another model.{name}; set its .pretrained, too")
         _check_folder(f"model.{name}.pretrained", section.pretrained)
         if not section.pretrained and section.train is None:
             raise ValueError(

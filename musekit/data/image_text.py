@@ -30,12 +30,12 @@ from musekit.data.metadata import (
 )
 from .packing import expand_urls, pack_folder, write_shards  # offered here too
 
-# %% ../../nbs/22_data.image_text.ipynb #44b9d8f5
+# %% ../../nbs/22_data.image_text.ipynb #f80c7829
 def resize_shorter(
     pixels: np.ndarray,  # (H, W, 3) uint8
     resolution: int,  # of the shorter side
 ) -> np.ndarray:  # (h, w, 3) uint8
-    "Resizes bilinearly, smoothing where it reduces; within one level of Pillow's BILINEAR."
+    "Resizes bilinearly, smoothing where it reduces; within two levels of Pillow's BILINEAR."
     shorter = min(pixels.shape[:2])
     if shorter == resolution:
         return pixels
