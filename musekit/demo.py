@@ -143,7 +143,9 @@ def demo(
     with recipe.stage("pictures"):
         shown = [prompt["text"] for prompt in held_out[:: max(1, len(held_out) // 8)]][:8]
         draw_pictures(pipeline, shown, folder, config.training.seed)
-        _draw_figures(folder, results, None if done else recipe.seconds)
+        _draw_figures(folder, results)
+        if not done or not (folder / "stages.png").is_file():
+            plot_stages(recipe.seconds).savefig(folder / "stages.png", dpi=150)
     spent = {"seconds": {**recipe.seconds, "all": time.perf_counter() - start}, "peak_memory_gb": peak_memory_gb()}
     recipe.results = results | (_first_time(folder, spent) if done else spent)
     write_results(recipe.results, folder / "results.json")
@@ -159,8 +161,6 @@ def _first_time(folder, spent):
     return {name: known.get(name, now) for name, now in spent.items()}
 
 
-def _draw_figures(folder, results, seconds):
+def _draw_figures(folder, results):
     plot_run(folder).savefig(folder / "training.png", dpi=150)
-    if seconds:
-        plot_stages(seconds).savefig(folder / "stages.png", dpi=150)
     plot_confusion(results).savefig(folder / "confusion.png", dpi=150)

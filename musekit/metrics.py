@@ -72,10 +72,11 @@ def kernel_distance(
     found = np.array([_mmd(x, y) for x, y in zip(cut(real), cut(fake))])
     return float(found.mean()), float(found.std(ddof=1) / blocks**0.5)
 
-# %% ../nbs/43_metrics.ipynb #f6562abb
+# %% ../nbs/43_metrics.ipynb #6ab88fdd
 def plot_bias(curves: dict[str, tuple[list[int], np.ndarray]]):
-    "Distances of equal distributions, (sizes, (repetitions, sizes) values) by name, over the number of images."
-    figure, axes = plt.subplots(1, len(curves), figsize=(3.4 * len(curves), 2.5), squeeze=False, layout="constrained")
+    "Distances of equal distributions over the number of images; by name (sizes, values (repetitions, sizes))."
+    size = 3.4 * len(curves), 2.5
+    figure, axes = plt.subplots(1, len(curves), figsize=size, squeeze=False, layout="constrained")
     for axis, (name, (sizes, values)) in zip(axes.flat, curves.items()):
         mean, spread = np.mean(values, 0), np.std(values, 0)
         axis.fill_between(sizes, mean - spread, mean + spread, alpha=0.3, lw=0)
@@ -86,7 +87,7 @@ def plot_bias(curves: dict[str, tuple[list[int], np.ndarray]]):
     plt.close(figure)
     return figure
 
-# %% ../nbs/43_metrics.ipynb #d98971be
+# %% ../nbs/43_metrics.ipynb #76d74b6e
 def _squared_distances(a, b):
     "(n, m); what rounding cannot tell from zero is zero."
     sizes = a.square().sum(1)[:, None] + b.square().sum(1)
@@ -114,8 +115,8 @@ def precision_recall(
     real, fake = real.double() - centre, fake.double() - centre
 
     def radii(rows):
-        nearest = [_squared_distances(some, rows).kthvalue(neighbours + 1).values for some in rows.split(chunk)]
-        return torch.cat(nearest)
+        distances = (_squared_distances(some, rows) for some in rows.split(chunk))
+        return torch.cat([each.kthvalue(neighbours + 1).values for each in distances])
 
     return _covered(fake, real, radii(real), chunk), _covered(real, fake, radii(fake), chunk)
 
@@ -151,7 +152,7 @@ def plot_toy(real: Tensor, fakes: dict[str, Tensor]):
     plt.close(figure)
     return figure
 
-# %% ../nbs/43_metrics.ipynb #b89b0f3e
+# %% ../nbs/43_metrics.ipynb #f24b586f
 class DigitFeatures:
     "Pixels (B, 3, 32, 32) in [0, 1] -> (B, 74): 8 x 8 fields of coverage, 6 inks and 4 papers as 0 or 1."
 
@@ -179,15 +180,16 @@ class DigitFeatures:
     ) -> Tensor:  # (B,) 1 where all three are read, else 0
         "Which images show what was asked for."
         if not all(isinstance(prompt, dict) and set(CLAIMS) <= set(prompt) for prompt in prompts):
-            raise ValueError(f"the judge of digits needs {', '.join(CLAIMS)} of every prompt, as test_prompts has")
+            raise ValueError(f"the judge needs {', '.join(CLAIMS)} of every prompt; test_prompts has them")
         reading = self.judge(self._levels(pixels))
-        right = [[reading[claim][row] == prompt[claim] for claim in CLAIMS] for row, prompt in enumerate(prompts)]
-        return torch.tensor(np.all(right, 1)).float()
+        right = [reading[claim] == [prompt[claim] for prompt in prompts] for claim in CLAIMS]
+        return torch.from_numpy(np.all(right, 0)).float()
 
-# %% ../nbs/43_metrics.ipynb #91fa56a7
+# %% ../nbs/43_metrics.ipynb #bdde8222
 def plot_degradation(curves: dict[str, tuple[list, list[dict]]]):
     "What `compare_features` tells (rows) along some kinds of damage, (strengths, results) by name (columns)."
-    rows = {"Fréchet": ["frechet_distance"], "kernel": ["kernel_distance"], "shares": ["precision", "recall"]}
+    rows = {"Fréchet": ["frechet_distance"], "kernel": ["kernel_distance"],
+            "shares": ["precision", "recall"]}
     size = 2.5 * len(curves), 4.6
     figure, axes = plt.subplots(len(rows), len(curves), figsize=size, sharex="col", sharey="row",
                                 squeeze=False, layout="constrained")
@@ -204,7 +206,7 @@ def plot_degradation(curves: dict[str, tuple[list, list[dict]]]):
     plt.close(figure)
     return figure
 
-# %% ../nbs/43_metrics.ipynb #7b64002a
+# %% ../nbs/43_metrics.ipynb #fcf187a0
 @dataclass
 class MetricsConfig:
     "How a generator is evaluated."
@@ -214,7 +216,7 @@ class MetricsConfig:
     blocks: int = 10  # of `kernel_distance`
     keep: int = 10_000  # rows of features for these two
     seed: int = 0
-    options: dict = field(default_factory=dict)  # of the pipeline's call: steps, guidance_scale, batch_size, ...
+    options: dict = field(default_factory=dict)  # of the pipeline's call: steps, batch_size, ...
 
     def __post_init__(self):
         least = max(2 * self.blocks, self.neighbours + 1)
@@ -274,5 +276,6 @@ def evaluate(
     fake = collect_features(batches(), extractor, keep=config.keep, seed=config.seed)
     told = compare_features(real, fake, config.neighbours, config.blocks)
     if judge:
-        told |= {"agreement": float(np.mean(scores)), "agreement_error": float(np.std(scores) / len(scores) ** 0.5)}
+        error = float(np.std(scores) / len(scores) ** 0.5)
+        told |= {"agreement": float(np.mean(scores)), "agreement_error": error}
     return {"extractor": extractor_name(extractor), **told, "doubts": _doubts(real, fake)}

@@ -256,7 +256,7 @@ def find_model_class(name: str) -> type[PretrainedModel]:
         waiting += cls.__subclasses__()
         classes |= {known: cls for known in (cls.__name__, *cls.class_aliases)}
     if name not in classes:
-        raise ValueError(f"unknown model class {name!r}, not imported; known: {', '.join(sorted(classes))}")
+        raise ValueError(f"unknown model class {name!r}; known are {', '.join(sorted(classes))}")
     return classes[name]
 
 # %% ../nbs/40_pipeline.ipynb #1ce2e41e

@@ -132,7 +132,7 @@ def collect_features(
         raise ValueError("no image to take features of")
     return table
 
-# %% ../../nbs/28_data.features.ipynb #5e89b4a8
+# %% ../../nbs/28_data.features.ipynb #9e6f0e7e
 def _thin(pool_width):
     "The chains of a block at 35 x 35."
     return {"1x1": [(64, 1)], "5x5": [(48, 1), (64, 5)], "3x3dbl": [(64, 1), (96, 3), (96, 3)],
@@ -147,7 +147,8 @@ def _long(width):
 
 
 _FORK = [(384, (1, 3)), (384, (3, 1))]
-_WIDE = {"1x1": [(320, 1)], "3x3": [(384, 1), _FORK], "3x3dbl": [(448, 1), (384, 3), _FORK], "_pool": [(192, 1)]}
+_WIDE = {"1x1": [(320, 1)], "3x3": [(384, 1), _FORK], "3x3dbl": [(448, 1), (384, 3), _FORK],
+         "_pool": [(192, 1)]}
 _BLOCKS = {
     "5b": _thin(32), "5c": _thin(64), "5d": _thin(64),
     "6a": {"3x3": [(384, 3)], "3x3dbl": [(64, 1), (96, 3), (96, 3)]},
@@ -180,8 +181,8 @@ class _Block(nn.Module):
             names, width = [], inputs
             for number, step in enumerate(steps, 1):
                 step = step if isinstance(step, list) else [step]
-                number_text = f"_{number}" if len(steps) > 1 else ""
-                names.append([f"branch{chain}{number_text}{letter}" for letter in ("ab" if step[1:] else [""])])
+                stem = f"branch{chain}_{number}" if len(steps) > 1 else f"branch{chain}"
+                names.append([f"{stem}{letter}" for letter in ("ab" if step[1:] else [""])])
                 halve = self.halves and number == len(steps)
                 for name, (outputs, kernel) in zip(names[-1], step):
                     self.add_module(name, _Convolution(width, outputs, kernel, 1 + halve, not halve))

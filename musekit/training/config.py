@@ -123,7 +123,8 @@ def load_config(
         config = _merge(schema, *map(_read_yaml, paths), _read_overrides(overrides))
     except YAMLError as error:
         told = " ".join(str(error).split())
-        raise ValueError(f"{path or 'an override'} is no valid YAML: {told}") from error
+        names = " or ".join(str(each) for each in paths if each) or "an override"
+        raise ValueError(f"{names} is no valid YAML: {told}") from error
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
         raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
