@@ -250,6 +250,8 @@ def _generate(options):
 
     _quiet()
     pipeline = Pipeline.from_pretrained(options.model)
+    if options.compile:
+        pipeline.transformer.compile()
     columns = min(options.num_images, 10)
     images = pipeline(
         options.prompts, negative_prompt=options.negative_prompt, num_images_per_prompt=options.num_images,
@@ -276,6 +278,7 @@ def _add_generate(commands):
     add("--steps", type=whole, metavar="N", help="decoding steps (default: the pipeline's)")
     add("--guidance-scale", type=float, metavar="W", help="weight of the prompt (default: the pipeline's)")
     add("--temperature", type=float, metavar="T", help="randomness of the order (default: the pipeline's)")
+    add("--compile", action="store_true", help="let torch.compile fuse operators; pays for many images")
     parser.set_defaults(run=_generate)
 
 # %% ../nbs/49_cli.ipynb #98d0d0be

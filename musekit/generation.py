@@ -8,6 +8,7 @@ __all__ = ['refuse_unknown', 'GenerationConfig', 'prompt_conditions', 'negative_
 
 # %% ../nbs/05_generation.ipynb #022cf8ef
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -46,9 +47,10 @@ class GenerationConfig:
             self.temperature = tuple(self.temperature)
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps must be a whole number of at least 1, got {self.steps!r}")
-        if self.guidance_scale < 0 or self.sampling_temperature <= 0:
-            raise ValueError(f"guidance_scale {self.guidance_scale} must not be negative, "
-                             f"sampling_temperature {self.sampling_temperature} must be above 0")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale must not be negative or infinite, got {self.guidance_scale}")
+        if not 0 < self.sampling_temperature < math.inf:
+            raise ValueError(f"sampling_temperature must be above 0, got {self.sampling_temperature}")
         if self.noise_type not in NOISE_TYPES:
             raise ValueError(f"noise_type must be one of {NOISE_TYPES}, got {self.noise_type!r}")
         self.guidance_weights()

@@ -7,6 +7,7 @@ __all__ = ['gumbel_noise', 'sample_tokens', 'remaining_counts', 'remask', 'tempe
            'generate_ids', 'plot_ids']
 
 # %% ../nbs/03_sampling.ipynb #e0ad7f40
+import math
 from typing import Callable
 
 import torch
@@ -83,8 +84,8 @@ def temperatures(temperature: float | tuple[float, float],  # the start, or (sta
                 ) -> Tensor:  # (T,) float32
     "Temperatures of the steps: a straight line from the start to 0 or to the given end."
     start, end = temperature if isinstance(temperature, (tuple, list)) else (temperature, 0.0)
-    if start < 0 or end < 0:
-        raise ValueError(f"temperatures must not be negative, got {temperature}")
+    if not (0 <= start < math.inf and 0 <= end < math.inf):
+        raise ValueError(f"temperatures must not be negative or infinite, got {temperature}")
     return torch.linspace(start, end, steps)
 
 # %% ../nbs/03_sampling.ipynb #fb717050

@@ -212,6 +212,8 @@ def make_transformer(config: Config, vq_model: nn.Module, text_encoder: nn.Modul
             "use a tokenizer and a transformer that belong together."
         )
     model.gradient_checkpointing = config.model.gradient_checkpointing
+    if config.model.compile:
+        model.compile()  # in place: names of parameters and checkpoints stay as they are
     return model
 
 # %% ../nbs/44_stages.ipynb #10ed15ff

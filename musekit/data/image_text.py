@@ -192,7 +192,7 @@ class ShardReader:
             micro_conds=torch.tensor([sample["conditions"] for sample in samples]),
             keys=[sample["key"] for sample in samples],
             skipped=self.skipped,
-            filtered=self.filtered,
+            filtered=self.filtered, last_problem=self.last_problem,
         )
         if self.config.layout == "classification":
             batch["class_ids"] = torch.tensor([sample["class_id"] for sample in samples])

@@ -139,6 +139,7 @@ class Model(Section):
     pretrained_model_path: Optional[str] = setting(None, "folder or hub id of weights to start from")
     lora: Lora = field(default_factory=Lora)
     gradient_checkpointing: bool = setting(False, "recompute activations to save memory")
+    compile: bool = setting(False, "let torch.compile fuse the transformer's operators; the first steps take long")
     enable_xformers_memory_efficient_attention: bool = setting(False, "accepted; attention is PyTorch's own")
 
     def check(self, path):
