@@ -148,7 +148,7 @@ def peak_bytes(
         function()
     return living.most
 
-# %% ../nbs/48_check.ipynb #bd70672f
+# %% ../nbs/48_check.ipynb #02725334
 def _stored_config(path):
     "What config.json says in a folder or in the hub's cache; None if it is not on this machine."
     from huggingface_hub import try_to_load_from_cache
@@ -194,8 +194,8 @@ def _transformer(config, codes, text, num_tokens):
     width = getattr(text, "hidden_size", None) or model.transformer.get("encoder_hidden_size")
     for name, known in (("codebook_size", codes), ("encoder_hidden_size", width)):
         if known is None:
-            raise ValueError(f"model.transformer.{name} cannot be told, since not all networks to be loaded are "
-                             "on this machine; set it, or fetch them.")
+            raise ValueError(f"model.transformer.{name} cannot be told, since not all networks to be loaded "
+                             "are on this machine; set it, or fetch them.")
     return build_transformer(config, codes, width, getattr(text, "projection_dim", None), num_tokens)
 
 

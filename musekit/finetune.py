@@ -203,7 +203,7 @@ def load_lora(
     _peft().set_peft_model_state_dict(model, found)
     return model
 
-# %% ../nbs/42_finetune.ipynb #904ac435
+# %% ../nbs/42_finetune.ipynb #f03fcd41
 def _family(families, class_name):
     found = [name for name, cls in families.items() if class_name in (cls.__name__, *cls.class_aliases)]
     if not found:
@@ -214,10 +214,12 @@ def _family(families, class_name):
 
 def _refuse_alone(model):
     "A transformer without the networks that it was trained with."
+    path = model.pretrained_model_path or ""
+    there = Path(path).expanduser().is_dir() or path.count("/") == 1  # a hub id; else the path is wrong
     for name in ("vq_model", "text_encoder"):
-        if model.pretrained_model_path and not getattr(model, name).pretrained:
-            raise ValueError(f"model.pretrained_model_path={model.pretrained_model_path} goes on with a transformer "
-                             f"that was trained with other networks; set model.{name}.pretrained to that one.")
+        if path and there and not getattr(model, name).pretrained:
+            raise ValueError(f"model.pretrained_model_path={path} goes on with a transformer that was "
+                             f"trained with other networks; set model.{name}.pretrained to that one.")
 
 
 def adopt_pipeline(

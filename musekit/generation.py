@@ -156,6 +156,15 @@ def take_rows(
     return {name: value[rows % len(value)] for name, value in conditions.items()}
 
 
+def _prepare_once(prepared, batches, room=2 << 30):
+    "What is prepared of each batch, kept for all steps; None for batches that no longer fit into `room` bytes."
+    ready = []
+    for rows in batches:
+        ready.append(prepared(rows) if room > 0 else None)
+        room -= sum(value.nbytes for value in (ready[-1] or {}).values())
+    return ready
+
+
 def generate_guided(
     forward: Callable[[Tensor, dict, Tensor], Tensor],  # (ids, conditions, hidden) -> logits (M, V)
     input_ids: Tensor,  # (B, N) int64, the mask id where hidden
@@ -185,12 +194,12 @@ def generate_guided(
         return prepare(join_conditions(given, take_rows(unconditional, rows)) if guided else given)
 
     batches = prompt.split(batch_size)
-    once = prepared(prompt) if len(batches) == 1 else None
+    ready = _prepare_once(prepared, batches)
 
     def logits_fn(ids, hidden, step):
         logits = []
-        for some, unknown, rows in zip(ids.split(batch_size), hidden.split(batch_size), batches):
-            given, busy = prepared(rows) if once is None else once, unknown.any(1)
+        for some, unknown, rows, once in zip(ids.split(batch_size), hidden.split(batch_size), batches, ready):
+            given, busy = once or prepared(rows), unknown.any(1)
             if not busy.all():
                 some, unknown = some[busy], unknown[busy]
                 given = {name: value[busy.repeat(len(value) // len(busy))] for name, value in given.items()}

@@ -35,9 +35,10 @@ def read_tensors(path):
 
 # %% ../nbs/08_weights.ipynb #69f23864
 WEIGHT_FILES = (
-    "model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.safetensors",
-    "model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json",
-    "pytorch_model.bin", "pytorch_model.bin.index.json", "diffusion_pytorch_model.bin",
+    "model.safetensors", "model.safetensors.index.json", "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json", "pytorch_model.safetensors",
+    "pytorch_model.bin", "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.bin", "diffusion_pytorch_model.bin.index.json",
 )
 
 def _shards(index):
@@ -116,8 +117,8 @@ def find_folder(path, *, subfolder=None, revision=None, whole=False):
         try:
             folder = _fetch(str(path), subfolder, revision, whole)
         except (OSError, ValueError) as error:
-            told = _HUB_ERRORS.get(type(error).__name__, " ".join(str(error).split()))
-            told = f"cannot be fetched from the hub: {told.format(revision=revision)}"
+            told = _HUB_ERRORS.get(type(error).__name__, "").format(revision=revision)
+            told = f"cannot be fetched from the hub: {told or ' '.join(str(error).split())}"
             raise FileNotFoundError(f"{path} is no folder here ({folder.absolute()}) and {told}.") from error
     folder = folder / subfolder if subfolder else folder
     if not folder.is_dir():
@@ -128,6 +129,10 @@ def _is_hub_id(name):
     return name.count("/") == 1 and all(part and part[0].isalnum() for part in name.split("/"))
 
 # %% ../nbs/08_weights.ipynb #5d644ec4
+_UPLOADED = ["*.json", "*.safetensors", "*.txt", "*.md", "*.model"]
+_NOT_UPLOADED = [".*", "checkpoint-*", "data/*", "samples/*", "encoded/*", "partial-*"]  # what only a run needs
+
+
 def push_folder(folder, repository, *, private=None, revision=None, message="Upload"):
     """Uploads a folder to "owner/name" on the hub, which is made if needed; gives the commit's address.
 
@@ -140,7 +145,7 @@ def push_folder(folder, repository, *, private=None, revision=None, message="Upl
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        options = {"revision": revision, "commit_message": message, "ignore_patterns": [".*"]}
+        options = {"revision": revision, "commit_message": message, "allow_patterns": _UPLOADED, "ignore_patterns": _NOT_UPLOADED}
         return str(api.upload_folder(repo_id=repository, folder_path=folder, **options))
     except Exception as error:  # names, tokens and networks fail in every way
         told = " ".join(str(error).split())

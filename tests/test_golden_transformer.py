@@ -247,3 +247,25 @@ def test_the_pipeline_decodes_by_class():
     assert torch.equal(ids, draw(1, 4, guidance_scale=1, batch_size=1))
     away = draw(1, 4, guidance_scale=3, negative_prompt={"class_ids": torch.tensor([0])})
     assert away.shape == ids.shape and not torch.equal(away, ids)
+
+
+@pytest.mark.parametrize("classes", [None, 10])
+def test_conditions_that_were_read_once_give_the_same_logits(classes):
+    torch.manual_seed(0)
+    model = MaskGitTransformer(
+        vocab_size=75, codebook_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+        num_vq_tokens=16, max_position_embeddings=17, num_classes=classes, add_cross_attention=True, encoder_hidden_size=32,
+        project_encoder_hidden_states=True).eval()
+    ids, text = torch.randint(64, (3, 16)), torch.randn(3, 7, 32)
+    mask = torch.arange(7) < torch.tensor([[7], [5], [3]])
+    given = {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+    given |= {"class_ids": torch.tensor([1, 5, 9])} if classes else {}
+    ready = model.precompute(**given)
+    assert {len(value) for value in ready.values()} == {3}
+    model.encoder_proj.register_forward_hook(lambda *_: pytest.fail("the text was read again"))
+    expected = None
+    with torch.no_grad():
+        got = model(ids, precomputed=ready)
+        model.encoder_proj._forward_hooks.clear()
+        expected = model(ids, **given)
+    assert torch.allclose(got, expected, atol=1e-5)

@@ -108,6 +108,8 @@ def fit_settings(settings, defaults):
         if not found:
             example = "" if default == 0 else f", such as {default!r}"
             raise ValueError(f"setting {key!r} is {value!r}, but must be {_describe(default)}{example}.")
+        if type(default) is int and default > 0 and found[0] < 0:
+            raise ValueError(f"setting {key!r} is {value!r}, but must not be negative, such as {default!r}.")
         fitting[key] = found[0]
     return fitting
 
@@ -169,7 +171,13 @@ class PretrainedModel(nn.Module):
                 nearest = get_close_matches(key, known, 1, 0)[0]
                 raise ValueError(f"{cls.__name__} has no setting {key!r}; the nearest is {nearest!r}. "
                                  f"It has: {', '.join(known)}.")
-        return cls(**ModelConfig(fit_settings(settings, known)))
+        fitting = ModelConfig(fit_settings(settings, known))
+        try:
+            return cls(**fitting)
+        except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:
+            unusual = {key: value for key, value in fitting.items() if value != known[key]}
+            raise ValueError(f"these settings describe no {cls.__name__} ({error}); one of them does not fit: "
+                             f"{unusual}.") from error
 
     @classmethod
     def from_pretrained(cls, path, *, subfolder=None, revision=None, torch_dtype=None, strict=True):

@@ -202,8 +202,21 @@ class MaskGitTransformer(PretrainedModel):
             if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    def precompute(self, encoder_hidden_states=None, class_ids=None, encoder_attention_mask=None):
+        """What the model reads of the conditions, for `forward(ids, precomputed=...)`, once an image.
+
+        A dictionary of tensors (B, ...): layer_text (B, K, 2, L, D), keys and values of K layers, if the model
+        reads text; class_ids and encoder_attention_mask as given
+        """
+        text, _ = self._text(encoder_hidden_states, encoder_attention_mask)
+        given = {"class_ids": class_ids, "encoder_attention_mask": encoder_attention_mask}
+        if text is not None:
+            reads = [layer.crossattention.keys_values(text) for layer in self.transformer_layers]
+            given["layer_text"] = torch.stack([torch.stack(read, 1) for read in reads], 1)
+        return {name: value for name, value in given.items() if value is not None}
+
     def forward(self, input_ids, encoder_hidden_states=None, class_ids=None, *, token_mask=None, grid=None,
-                encoder_attention_mask=None):
+                encoder_attention_mask=None, precomputed=None):
         """Logits (B, N, V), or (M, V) for the M positions of `token_mask`, by rows.
 
         input_ids: (B, N) int64; masked positions hold `config.mask_token_id`. Without `class_ids` a model
@@ -213,16 +226,28 @@ class MaskGitTransformer(PretrainedModel):
         token_mask: bool, of the shape of input_ids
         grid: (height, width) of the image tokens; matters with `use_conv_in_out`, a square if None
         encoder_attention_mask: (B, L), nonzero for real text
+        precomputed: instead of all conditions, what `precompute` made of them
         Raises ValueError for a condition that is missing, not read or wrongly sized, for more tokens than the
         model has positions, and for a grid that does not fit.
         """
-        text, text_mask = self._text(encoder_hidden_states, encoder_attention_mask)
+        if precomputed is None:
+            text, text_mask = self._text(encoder_hidden_states, encoder_attention_mask)
+            texts = [text] * len(self.transformer_layers)
+        else:
+            texts, class_ids = self._ready(precomputed), precomputed.get("class_ids")
+            text_mask = key_mask(precomputed.get("encoder_attention_mask"))
         grid = self._grid(input_ids.shape[1], class_ids, grid)
         in_front = [] if class_ids is None else [self._class_tokens(class_ids, len(input_ids))]
         x = self.embed(torch.cat([*in_front, input_ids], 1), grid)
-        for layer in self.transformer_layers:
+        for layer, text in zip(self.transformer_layers, texts):
             x = self._run(layer, x, text, text_mask)
         return self._logits(self.encoder_layer_norm(x[:, len(in_front):]), token_mask, grid)
+
+    def _ready(self, precomputed):
+        "Keys and values for every layer."
+        if "layer_text" not in precomputed:
+            return [None] * len(self.transformer_layers)
+        return [layer.unbind(1) for layer in precomputed["layer_text"].unbind(1)]
 
     def _text(self, states, mask):
         if self.config.add_cross_attention:

@@ -119,6 +119,11 @@ class TextEncoder(Section):
     train: Optional[dict[str, Any]] = setting(None, "if pretrained is null: keys of ClipTrainingConfig")
     pad_token_id: Optional[int] = setting(None, "id that pads prompts; null = the tokenizer's", low=0)
 
+    def check(self, path):
+        super().check(path)
+        if self.type == "t5" and not self.pretrained and self.train is not None:
+            raise ValueError(f"{path}.type=t5 needs {path}.pretrained; what is trained on the spot is a CLIP.")
+
 
 @dataclass
 class Lora(Section):

@@ -309,8 +309,8 @@ class VQTrainer(Loop):
     def _care_for_codes(self, counts, images):
         "Counts and revives codes alike in all processes, which agree on stopping on the way."
         stop = torch.full_like(counts[:1], self.interrupted is not None)
-        *_, stops = counts = self.reduce(torch.cat([counts, stop]))
-        self.stop = self.stop or bool(stops > 0)
+        counts = self.reduce(torch.cat([counts, stop]))
+        self.stop = self.stop or bool(counts[-1] > 0)
         self.autoencoder.count(counts[:-1])
         if self.revives and self.autoencoder.due(self.step, self.config.training.max_train_steps):
             self.place_codes(images)
