@@ -227,17 +227,19 @@ def matrix_flops(training):
     return sum(count for operator, count in counts.items() if "conv" not in str(operator))
 
 
-def print_profile(name, function, rows=22):
-    """Self CPU time by operator, in three runs."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+def print_profile(name, function, device, rows=22):
+    """The device's own time by operator, in three runs."""
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device == "cuda")]
+    spent = lambda event: event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+    with profile(activities=activities) as profiler:
         for _ in range(3):
             function()
-    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    total = sum(event.self_cpu_time_total for event in events)
+    events = sorted(profiler.key_averages(), key=lambda event: -spent(event))
+    total = sum(map(spent, events))
     print(f"\n{name}: {total / 3e6:.2f} s a step")
     for event in events[:rows]:
-        share = event.self_cpu_time_total / total
-        print(f"  {event.key[:52]:54s}{event.self_cpu_time_total / 3e3:9.1f} ms {share:6.1%} {event.count // 3:6d} x")
+        share = spent(event) / total
+        print(f"  {event.key[:52]:54s}{spent(event) / 3e3:9.1f} ms {share:6.1%} {event.count // 3:6d} x")
 
 
 # ---- the benchmark ----
@@ -331,7 +333,7 @@ def main():
           f"would be {seconds[0] * rate / flops:.2f} times as fast as diffusers'.")
     if options.profile:
         for name, step in zip(("diffusers", "musekit"), steps):
-            print_profile(name, step)
+            print_profile(name, step, options.device)
 
 
 if __name__ == "__main__":

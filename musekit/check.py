@@ -24,6 +24,7 @@ from .inspection import num_parameters
 from .losses import _CrossEntropy, saved_bytes
 from .models.checkpoints import convert
 from .stages import TRANSFORMERS, VQ_MODELS, build_transformer, clip_training
+from .train import PRECISIONS
 from .training.config import Config
 from .weights import read_json
 
@@ -83,9 +84,6 @@ class Batch:
         return ids, {**conditions, "grid": self.grid}
 
 # %% ../nbs/48_check.ipynb #d113b17d
-_PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
 def activation_bytes(
     model: nn.Module,  # on the meta device
     batch: Batch,
@@ -93,7 +91,7 @@ def activation_bytes(
     checkpointing: bool = False,  # recompute the transformer layers in the backward pass
 ) -> int:
     "Bytes that a training step keeps from the forward to the backward pass of one micro-batch."
-    dtype = _PRECISIONS[precision]
+    dtype = PRECISIONS[precision]
     with without_memory(model) as model:
         model.train().gradient_checkpointing = checkpointing
         ids, conditions = batch.inputs(model)
@@ -223,7 +221,7 @@ def find_networks(config: Config) -> Networks:
 
 # %% ../nbs/48_check.ipynb #e5cdfc68
 def training_memory(networks: Networks, config: Config) -> dict[str, int]:  # bytes by part
-    "What one process holds during a training step, at most."
+    "What one process holds during a training step, but for the operators' own scratch space."
     model, training = networks.transformer, config.training
     parts = weight_memory(model, config.optimizer.name, training.use_ema)
     checkpointing = config.model.gradient_checkpointing
@@ -299,7 +297,7 @@ def memory_report(config: Config) -> str:
         return "\n".join([*lines, "", f"Memory: fetch {config.model.pretrained_model_path} first."])
     training, height, width = training_memory(networks, config), *networks.batch.grid
     steps = [("training, one process", ""), *((part, _size(size)) for part, size in training.items())]
-    steps += [("together, at most", _size(sum(training.values())))]
+    steps += [("together, about", _size(sum(training.values())))]
     if networks.vq_model is not None and not config.training.encode_first:
         steps += [("before a step, encoding images", _size(_encoding_bytes(networks, config)))]
     title = f"activations of a micro-batch, all {height}x{width} tokens masked"

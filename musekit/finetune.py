@@ -166,6 +166,7 @@ def merge_lora(model: nn.Module) -> nn.Module:  # the same model
 # %% ../nbs/42_finetune.ipynb #d2cc4d24
 _PREFIX = "base_model.model."  # peft's own names begin so
 _WEIGHTS, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+_KEPT = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 def save_lora(model: nn.Module, folder: str | Path):
@@ -174,7 +175,7 @@ def save_lora(model: nn.Module, folder: str | Path):
     folder.mkdir(parents=True, exist_ok=True)
     tensors = _peft().get_peft_model_state_dict(model)
     tensors = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    kept = {name: getattr(config, name) for name in ("r", "lora_alpha", "lora_dropout", "bias")}
+    kept = {name: getattr(config, name) for name in _KEPT}
     kept |= {"peft_type": "LORA", "target_modules": sorted(config.target_modules)}
     with write_aside(folder / _WEIGHTS) as weights, write_aside(folder / _SETTINGS) as settings:
         save_file(tensors, weights, metadata={"format": "pt"})
@@ -185,7 +186,7 @@ def load_lora(
     model: nn.Module,  # plain, as it was when the updates were added
     path: str | Path,  # a folder of `save_lora` or of peft, or a hub id
 ) -> nn.Module:  # the same model
-    "Adds stored updates in place; raises ValueError where they belong to another model."
+    "Adds stored updates in place; raises ValueError where their names or shapes do not fit, and for DoRA."
     _refuse_adapted(model)
     folder = find_folder(path)
     for name in (_SETTINGS, _WEIGHTS):
@@ -193,6 +194,8 @@ def load_lora(
             raise FileNotFoundError(f"no {name} in {folder}; save_lora writes it.")
     config = _peft().LoraConfig.from_pretrained(folder)
     config.inference_mode = False
+    if config.use_dora:
+        raise ValueError(f"{folder} holds updates with magnitudes (DoRA), which are not low-rank alone.")
     found = {name.removeprefix(_PREFIX): tensor for name, tensor in read_tensors(folder / _WEIGHTS).items()}
     _inject(model, config)
     try:
@@ -232,6 +235,8 @@ def adopt_pipeline(
     Raises ValueError where it is a transformer alone, and a network that belongs to it is not named.
     """
     folder, text = Path(model.pretrained_model_path or "no path").expanduser(), model.text_encoder
+    if (folder / "pipeline" / SETTINGS_FILE).is_file():  # the folder of a run
+        folder = folder / "pipeline"
     if (folder / SETTINGS_FILE).is_file():
         made_of, inner = read_json(folder / SETTINGS_FILE), "vq_model"
     elif (folder / MODEL_INDEX).is_file():  # as diffusers saves aMUSEd

@@ -91,6 +91,9 @@ def configure(
     paths = path if isinstance(path, list) else [path or "small"]
     config = load_config([SMALL if each == "small" else each for each in paths], list(overrides))
     adopt_pipeline(config.model, TRANSFORMERS, VQ_MODELS)
+    if config.model.pretrained_model_path and "small" in paths:  # the weights have their own sizes
+        own, sizes = load_config(SMALL, ["data=none"]).model.transformer, config.model.transformer
+        config.model.transformer = {name: sizes[name] for name in sizes if sizes[name] != own.get(name)}
     check_recipe(config)
     return config
 

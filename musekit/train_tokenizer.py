@@ -150,6 +150,10 @@ class PictureReader(ShardReader):
 SMALL = {  # arguments of a fresh model that go with the small page
     "vqgan": {"resolution": 64, "hidden_channels": 32, "channel_mult": [1, 2, 2], "num_res_blocks": 1,
               "z_channels": 32, "attn_resolutions": [], "num_embeddings": 1024, "quantized_embed_dim": 8},
+    "movq": {"resolution": 64, "hidden_channels": 32, "channel_mult": [1, 2, 2], "num_res_blocks": 2,
+             "z_channels": 32, "attn_resolutions": [], "num_embeddings": 1024, "quantized_embed_dim": 8},
+    "maskgit_vqgan": {"hidden_channels": 32, "channel_mult": [1, 2, 2], "num_res_blocks": 1,
+                      "z_channels": 32, "num_embeddings": 1024, "quantized_embed_dim": 32},
     "paella_vq": {"levels": 2, "c_hidden": 64, "bottleneck_blocks": 2, "codebook_size": 1024,
                   "scale_factor": 1.0},
 }

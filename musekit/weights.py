@@ -21,6 +21,9 @@ def read_tensors(path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        with open(path, "rb") as file:
+            if file.read(2) not in (b"PK", b"\x80\x02", b"\x80\x04"):  # a zip archive, or a bare pickle
+                raise ValueError("no PyTorch file; it may be a web page or a pointer to large storage")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and was refused: loading it could run code. "

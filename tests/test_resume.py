@@ -1,6 +1,5 @@
 """A run that is killed again and again ends with the same bits as one that never was."""
 import json
-import os
 import signal
 import time
 
@@ -13,21 +12,7 @@ import musekit.training.resume as resume_module
 from musekit.training.callbacks import Callback, Checkpoint, Log, read_log
 from musekit.files import PARTIAL
 from musekit.training.resume import checkpoints
-from toy_training import CHILDREN, SAVE_EVERY, STEPS, tiny_trainer, write_data
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-class DieAt(Callback):
-    def __init__(self, step):
-        super().__init__()
-        self.step = step
-
-    def on_step(self, trainer):
-        if trainer.step == self.step:
-            die()
+from toy_training import CHILDREN, SAVE_EVERY, STEPS, DieAt, die, tiny_trainer, write_data
 
 
 def die_instead_of(module, name, times=0):

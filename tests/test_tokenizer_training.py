@@ -19,7 +19,7 @@ from musekit.training.tokenizer import VQConfig, VQTrainer
 from test_cli import TINY, assert_refused, here, make_photos, musekit, some_digits  # noqa: F401, a fixture among them
 from test_cli import launch as launch_command
 from test_processes import launch
-from toy_training import CHILDREN
+from toy_training import CHILDREN, DieAt
 
 STEPS = 10
 EVERYTHING = [  # whatever has state or draws random numbers
@@ -52,16 +52,6 @@ def settings(folder, *overrides):
     ], VQConfig)
 
 
-class DieAt(Callback):
-    def __init__(self, step):
-        super().__init__()
-        self.step = step
-
-    def on_step(self, trainer):
-        if trainer.step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
 def live(folder, step):
     callbacks = [Log(2), Evaluate(4, VQTrainer.report), DieAt(step), Checkpoint(3)]
     held_out = [{"pixel_values": pixels(-1 % 2**32)}]
@@ -89,6 +79,15 @@ def test_killed_run_equals_uninterrupted(tmp_path):
     timeless = lambda row: {name: value for name, value in row.items() if "time" not in name and "second" not in name}
     ours, theirs = ([timeless(row) for row in read_log(tmp_path / run)] for run in ("killed", "whole"))
     assert ours == theirs and theirs[-2]["revived"] > 32 and "adaptive_weight" in theirs[-2] and "eval_ssim" in theirs[-1]
+
+
+def test_a_resumed_run_takes_new_learning_rates_for_both_networks(tmp_path):
+    go = lambda steps, *more: VQTrainer(
+        tiny_vqgan(), batches, settings(tmp_path, *EVERYTHING, "lr_scheduler.scheduler=constant", f"training.max_train_steps={steps}", *more),
+        callbacks=[Checkpoint(3)]).fit()
+    rates = lambda trainer: [optimizer.param_groups[0]["lr"] for optimizer, _ in trainer.schedules]
+    before, after = rates(go(3)), rates(go(6, "optimizer.params.learning_rate=1e-3"))
+    assert len(before) == 2 and before == pytest.approx([3e-3, 3e-3]) and after == pytest.approx([1e-3, 1e-3])
 
 
 def two_steps(folder, data, rank, processes=2):

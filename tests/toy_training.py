@@ -1,11 +1,13 @@
 """A tiny U-ViT on a small pre-encoded file: what the tests of the training floor train."""
 import multiprocessing
+import os
+import signal
 
 import torch
 
 from musekit.data.encoded import EncodedDataset, encode_dataset, encoded_loader
 from musekit.models.uvit import MaskGiTUViT
-from musekit.training.callbacks import Checkpoint, Log
+from musekit.training.callbacks import Callback, Checkpoint, Log
 from musekit.training.config import load_config
 from musekit.training.trainer import Trainer
 
@@ -15,6 +17,20 @@ STEPS, SAVE_EVERY = 12, 3
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(["musekit.training.callbacks", "musekit.data.encoded", "musekit.models.uvit",
                                  "transformers.optimization", "torch._dynamo"])
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DieAt(Callback):
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def on_step(self, trainer):
+        if trainer.step == self.step:
+            die()
 
 
 class RandomEncoder:

@@ -173,11 +173,16 @@ class PretrainedModel(nn.Module):
                                  f"It has: {', '.join(known)}.")
         fitting = ModelConfig(fit_settings(settings, known))
         try:
-            return cls(**fitting)
+            model = cls(**fitting)
         except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:
             unusual = {key: value for key, value in fitting.items() if value != known[key]}
             raise ValueError(f"these settings describe no {cls.__name__} ({error}); one of them does not fit: "
                              f"{unusual}.") from error
+        for key in set(cls.ignored_config) & set(config) & set(model.config):
+            if config[key] not in (None, model.config[key]):
+                raise ValueError(f"{key}={config[key]!r} contradicts the other settings, which make it "
+                                 f"{model.config[key]!r}; weights that were trained so would answer wrongly.")
+        return model
 
     @classmethod
     def from_pretrained(cls, path, *, subfolder=None, revision=None, torch_dtype=None, strict=True):

@@ -9,8 +9,8 @@ __all__ = ['MaskGitLevel', 'MaskGitParts', 'MaskGitEncoder', 'MaskGitVQGAN']
 import torch.nn.functional as F
 from torch import nn
 
-from .quantizers import ImageTokenizer, VectorQuantizer
-from .vqgan import Decoder, Downsample, Encoder, Level, Parts, ResidualBlock
+from .quantizers import VectorQuantizer
+from .vqgan import Decoder, Downsample, Encoder, Level, LevelTokenizer, Parts, ResidualBlock
 
 # %% ../../nbs/16_models.maskgit_vqgan.ipynb #7796261b
 class MaskGitLevel(Level):
@@ -58,7 +58,7 @@ class MaskGitEncoder(Encoder):
         self.conv_out = nn.Conv2d(c.hidden_channels * c.channel_mult[-1], c.z_channels, 1)
 
 # %% ../../nbs/16_models.maskgit_vqgan.ipynb #7a674119
-class MaskGitVQGAN(ImageTokenizer):
+class MaskGitVQGAN(LevelTokenizer):
     """MaskGIT's tokenizer (Chang et al. 2022). Images are (B, num_channels, height, width) in [0, 1].
 
     resolution: side of the training images, for the record; every size whose sides divide will do
@@ -79,16 +79,5 @@ class MaskGitVQGAN(ImageTokenizer):
                              "this tokenizer has no convolution between features and codes.")
         self.encoder, self.decoder = MaskGitEncoder(self.config), Decoder(self.config, MaskGitParts)
         self.quantize = VectorQuantizer(num_embeddings, quantized_embed_dim, commitment_cost)
+        self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
 
-    @property
-    def downsample_factor(self):
-        return 2 ** (len(self.config.channel_mult) - 1)
-
-    def latents(self, pixel_values):
-        """The vectors (B, quantized_embed_dim, height/f, width/f) to quantize; see `check_size`."""
-        self.check_size(pixel_values)
-        return self.encoder(pixel_values)
-
-    def decode(self, quantized):
-        """Images of codes (B, quantized_embed_dim, height/f, width/f), not clipped to [0, 1]."""
-        return self.decoder(quantized)

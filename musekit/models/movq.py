@@ -9,8 +9,8 @@ __all__ = ['SpatialNorm', 'MoVQParts', 'MoVQDecoderParts', 'MOVQ']
 import torch.nn.functional as F
 from torch import nn
 
-from .quantizers import ImageTokenizer, VectorQuantizer
-from .vqgan import AttentionBlock, Decoder, Encoder, Parts, group_norm
+from .quantizers import VectorQuantizer
+from .vqgan import AttentionBlock, Decoder, Encoder, LevelTokenizer, Parts, group_norm
 
 # %% ../../nbs/17_models.movq.ipynb #fbeb3c7e
 class SpatialNorm(nn.Module):
@@ -44,7 +44,7 @@ class MoVQDecoderParts(MoVQParts):
         return SpatialNorm(channels, self.c.quantized_embed_dim)
 
 # %% ../../nbs/17_models.movq.ipynb #a1ff6824
-class MOVQ(ImageTokenizer):
+class MOVQ(LevelTokenizer):
     """MoVQ's tokenizer (Zheng et al. 2022). Images are (B, num_channels, height, width) in [0, 1].
 
     resolution: side of the training images; levels whose side is in `attn_resolutions` have attention
@@ -69,15 +69,6 @@ class MOVQ(ImageTokenizer):
         self.quantize = VectorQuantizer(num_embeddings, quantized_embed_dim, commitment_cost, squared=False)
         self.quant_conv = nn.Conv2d(z_channels, quantized_embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(quantized_embed_dim, z_channels, 1)
-
-    @property
-    def downsample_factor(self):
-        return 2 ** (len(self.config.channel_mult) - 1)
-
-    def latents(self, pixel_values):
-        """The vectors (B, quantized_embed_dim, height/f, width/f) to quantize; see `check_size`."""
-        self.check_size(pixel_values)
-        return self.quant_conv(self.encoder(pixel_values))
 
     def decode(self, quantized):
         """Images of codes (B, quantized_embed_dim, height/f, width/f), not clipped to [0, 1]."""

@@ -12,13 +12,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from .checkpoints import PretrainedModel
 from musekit.models.layers import (
     Attention, GLU, PointwiseConv, conv_channels_last, key_mask, make_norm, resolve_grid,
 )
-from .uvit import TokenEmbedding, TokenHead, _check_width
+from .uvit import TokenEmbedding, TokenHead, _check_width, _run
 
 # %% ../../nbs/18_models.transformer.ipynb #b82a4195
 def _positions(table, count):
@@ -240,7 +239,7 @@ class MaskGitTransformer(PretrainedModel):
         in_front = [] if class_ids is None else [self._class_tokens(class_ids, len(input_ids))]
         x = self.embed(torch.cat([*in_front, input_ids], 1), grid)
         for layer, text in zip(self.transformer_layers, texts):
-            x = self._run(layer, x, text, text_mask)
+            x = _run(layer, self.gradient_checkpointing, x, text, text_mask)
         return self._logits(self.encoder_layer_norm(x[:, len(in_front):]), token_mask, grid)
 
     def _ready(self, precomputed):
@@ -294,8 +293,3 @@ class MaskGitTransformer(PretrainedModel):
             return self.mlm_layer(x.unflatten(1, (height // size, width // size)), token_mask)
         x = x if token_mask is None else x[token_mask]
         return self.mlm_layer(x) if config.use_mlm_layer else self.to_logits(x)
-
-    def _run(self, layer, *inputs):
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False)
-        return layer(*inputs)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['group_norm', 'ResidualBlock', 'AttentionBlock', 'Downsample', 'Upsample', 'Level', 'Middle', 'Parts', 'Encoder',
-           'Decoder', 'VQGANModel', 'plot_reconstructions', 'compare_reconstructions']
+           'Decoder', 'LevelTokenizer', 'VQGANModel', 'plot_reconstructions', 'compare_reconstructions']
 
 # %% ../../nbs/14_models.vqgan.ipynb #23ed35aa
 import torch
@@ -211,7 +211,24 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x, *given)))
 
 # %% ../../nbs/14_models.vqgan.ipynb #4b485efe
-class VQGANModel(ImageTokenizer):
+class LevelTokenizer(ImageTokenizer):
+    """An encoder, a quantizer between 1x1 convolutions, and a decoder; every level but one halves the sides."""
+
+    @property
+    def downsample_factor(self):
+        return 2 ** (len(self.config.channel_mult) - 1)
+
+    def latents(self, pixel_values):
+        """The vectors (B, quantized_embed_dim, height/f, width/f) to quantize; see `check_size`."""
+        self.check_size(pixel_values)
+        return self.quant_conv(self.encoder(pixel_values))
+
+    def decode(self, quantized):
+        """Images of codes (B, quantized_embed_dim, height/f, width/f), not clipped to [0, 1]."""
+        return self.decoder(self.post_quant_conv(quantized.to(self.dtype)))
+
+
+class VQGANModel(LevelTokenizer):
     """VQGAN tokenizer (Esser et al. 2021). Images are (B, num_channels, height, width) in [0, 1].
 
     resolution: side of the training images; levels whose side is in `attn_resolutions` have attention
@@ -236,19 +253,6 @@ class VQGANModel(ImageTokenizer):
         self.note(num_embeddings=size, quantized_embed_dim=width, quantizer_params=params)
         self.quant_conv = nn.Conv2d(z_channels, width, 1)
         self.post_quant_conv = nn.Conv2d(width, z_channels, 1)
-
-    @property
-    def downsample_factor(self):
-        return 2 ** (len(self.config.channel_mult) - 1)
-
-    def latents(self, pixel_values):
-        """The vectors (B, quantized_embed_dim, height/f, width/f) to quantize; see `check_size`."""
-        self.check_size(pixel_values)
-        return self.quant_conv(self.encoder(pixel_values))
-
-    def decode(self, quantized):
-        """Images of codes (B, quantized_embed_dim, height/f, width/f), not clipped to [0, 1]."""
-        return self.decoder(self.post_quant_conv(quantized.to(self.dtype)))
 
 # %% ../../nbs/14_models.vqgan.ipynb #be249140
 def plot_reconstructions(model, pixel_values):

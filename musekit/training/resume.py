@@ -141,11 +141,8 @@ def refuse_other_run(config: Section):
 def _plain(config):
     "The settings that make a run what it is; a file or folder is the same however its path is written."
     kept = {key: value for key, value in flatten(config).items() if key.startswith(config.SAME_RUN)}
-    return {key: _same_path(value) if isinstance(value, str) else value for key, value in kept.items()}
-
-
-def _same_path(value):
-    return str(Path(value).resolve()) if value and Path(value).exists() else value.rstrip("/")
+    same = lambda value: str(Path(value).resolve()) if value and Path(value).exists() else value.rstrip("/")
+    return {key: same(value) if isinstance(value, str) else value for key, value in kept.items()}
 
 # %% ../../nbs/35_training.resume.ipynb #53345d40
 _PATIENCE = timedelta(days=7)
@@ -205,6 +202,11 @@ class Loop:
     def network(self) -> nn.Module:
         "The model without the wrappers of several processes."
         return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def schedules(self) -> list[tuple]:
+        "Every optimizer with its learning-rate schedule."
+        return [(self.optimizer, self.scheduler)]
 
     @property
     def output_dir(self) -> Path:
@@ -305,26 +307,26 @@ def save_run(trainer: Loop, folder: str | Path):
 
 
 def load_run(trainer: Loop, folder: str | Path):
-    "Continues from what `save_run` wrote, with the optimizer's options of the present configuration."
+    "Continues from what `save_run` wrote, with the optimizers' options of the present configuration."
     folder, experiment = Path(folder), trainer.config.experiment
-    optimizer, scheduler = trainer.optimizer.state_dict(), trainer.scheduler.state_dict()
-    options = [{k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups]
+    fresh = [(optimizer.state_dict(), scheduler.state_dict()) for optimizer, scheduler in trainer.schedules]
     trainer.accelerator.load_state(str(folder))
-    if experiment.dont_resume_optimizer:
-        trainer.optimizer.load_state_dict(optimizer)
-    if not experiment.resume_lr_scheduler:
-        trainer.scheduler.load_state_dict(scheduler)
-    _set_options(trainer, options)
+    for (optimizer, scheduler), (started, schedule) in zip(trainer.schedules, fresh):
+        if experiment.dont_resume_optimizer:
+            optimizer.load_state_dict(started)
+        if not experiment.resume_lr_scheduler:
+            scheduler.load_state_dict(schedule)
+        _set_options(optimizer, scheduler.scheduler, started["param_groups"])
     if trainer.ema:
         load_ema(trainer.ema, folder / "ema_model")
     trainer.load_state_dict(json.loads((folder / STATE_FILE).read_text()))
 
 
-def _set_options(trainer, options):
-    "Gives the optimizer these options, and the learning rate that the schedule makes of them now."
-    schedule = trainer.scheduler.scheduler
+def _set_options(optimizer, schedule, options):
+    "Gives an optimizer these options, and the learning rate that the schedule makes of them now."
     schedule.base_lrs = [option["initial_lr"] for option in options]
-    for group, option, factor in zip(trainer.optimizer.param_groups, options, schedule.lr_lambdas):
+    for group, option, factor in zip(optimizer.param_groups, options, schedule.lr_lambdas):
+        option = {name: value for name, value in option.items() if name != "params"}
         group.update(option, lr=option["initial_lr"] * factor(schedule.last_epoch))
 
 # %% ../../nbs/35_training.resume.ipynb #f8012972

@@ -61,7 +61,7 @@ class ReconstructionLoss(Section):
 @dataclass
 class Codebook(Section):
     "How the codes of a fresh model are kept in use."
-    revive_every: Optional[int] = setting(10, "steps between two revivals of dead codes; null = never", low=1)
+    revive_every: Optional[int] = setting(10, "steps between two revivals of dead codes; null = only before the first step", low=1)
     revive_until: float = setting(0.7, "share of the steps after which codes stay put", low=0, high=1)
     revive_below: float = setting(0.5, "a code used less than this, by the fading count, is dead", above=0)
     use_decay: float = setting(0.9, "what a step leaves of the count of uses", low=0, high=0.9999)
@@ -185,6 +185,11 @@ class VQTrainer(Loop):
             self.critic, self.critic_optimizer, self.critic_scheduler = self._prepare(critic)
         self.ema = make_ema(self.network, config.training)
         self.revives = fresh and hasattr(model.quantize, "revive")
+
+    @property
+    def schedules(self) -> list[tuple]:
+        critic = [(self.critic_optimizer, self.critic_scheduler)] if self.critic else []
+        return [*super().schedules, *critic]
 
     @property
     def autoencoder(self) -> Autoencoder:
