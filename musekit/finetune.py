@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .files import write_aside
 from .inspection import num_parameters
 from .models.amused import MODEL_INDEX, read_amused
-from .models.checkpoints import ModelConfig, check_weights
+from .models.checkpoints import ModelConfig, check_weights, convert
 from .pipeline import SETTINGS_FILE
 from .training.schema import Model
 from .weights import find_folder, read_json, read_tensors
@@ -222,7 +222,16 @@ def _refuse_alone(model):
     for name in ("vq_model", "text_encoder"):
         if path and there and not getattr(model, name).pretrained:
             raise ValueError(f"model.pretrained_model_path={path} goes on with a transformer that was "
-                             f"trained with other networks; set model.{name}.pretrained to that one.")
+                             f"trained with other networks; set model.{name}.pretrained to that one, or name "
+                             "the folder of a whole pipeline (hf download NAME --local-dir FOLDER fetches one).")
+
+
+def _try_targets(cls, section):
+    "Raises where no layer of the stored transformer, which is not loaded, has the names to be adapted."
+    stored = Path(section.pretrained_model_path).expanduser() / "config.json"
+    if section.lora.rank and stored.is_file():
+        with torch.device("meta"):
+            lora_targets(cls.from_config(convert(read_json(stored), {})[0]), section.lora.target)
 
 
 def adopt_pipeline(
@@ -232,7 +241,8 @@ def adopt_pipeline(
 ):
     """Where `pretrained_model_path` is a pipeline's folder, its networks are used where no others are named.
 
-    Raises ValueError where it is a transformer alone, and a network that belongs to it is not named.
+    Raises ValueError where it is a transformer alone and a network that belongs to it is not named, and
+    where low-rank updates are asked for beside layers that it does not have.
     """
     folder, text = Path(model.pretrained_model_path or "no path").expanduser(), model.text_encoder
     if (folder / "pipeline" / SETTINGS_FILE).is_file():  # the folder of a run
@@ -250,6 +260,7 @@ def adopt_pipeline(
         model.vq_model.type = _family(vq_models, made_of["vq_model"])
     if not text.pretrained and made_of["text_encoder"]:
         text.pretrained, text.type = str(folder), made_of["text_encoder"]["kind"]
+    _try_targets(transformers[model.architecture], model)
 
 
 def load_pretrained(cls: type, section: Model) -> nn.Module:
