@@ -1,10 +1,12 @@
 """How fast, and in how much memory, text is cut into shards: the kit beside a plain loop, DuckDB, Polars and the codecs alone.
 
     python benchmarks/shards.py            # 280,000 documents, 5 rounds; the made sources stay in --folder
-    python benchmarks/shards.py --quick    # half of them, 1 round
+    python benchmarks/shards.py --short    # half of them, 3 rounds: about eight minutes on two cores
+    python benchmarks/shards.py --quick    # a tenth of them, 1 round: does it still run?
 
-Every run is a process of its own. In each round all contenders run once, in turn, so that whatever else the machine is doing
-meets all of them; shares are of the plain loop in the same round, and the medians of the rounds are printed.
+Every run is a process of its own, and begins when the disk has nothing left to write. In each round all contenders run once, in turn,
+so that whatever else the machine is doing meets all of them; shares are of the plain loop in the same round. Medians of the rounds
+are printed, and of the shares the least and the greatest as well. Ours alone waits until its shards are on the disk (fsync).
 """
 import argparse
 import json
@@ -15,9 +17,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 import pyarrow as pa
@@ -213,6 +214,7 @@ def cpu_seconds():
 def measure(name, source, folder):
     """Runs one contender in a process of its own."""
     out = tempfile.mkdtemp(dir=folder)
+    os.sync()
     try:
         command = [sys.executable, __file__, "--run", name, str(source), out]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -224,7 +226,7 @@ def measure(name, source, folder):
 
 
 def compare(names, source, folder, rounds):
-    """Medians over the rounds, and medians of the shares of the first contender."""
+    """Medians over the rounds, and (least, median, greatest) of the shares of the first contender."""
     subprocess.run(["cat", str(source)], stdout=subprocess.DEVNULL, check=True)  # into the page cache
     taken = {name: [] for name in names}
     for _ in range(rounds):
@@ -233,65 +235,53 @@ def compare(names, source, folder, rounds):
     base, table = taken[names[0]], {}
     for name, runs in taken.items():
         median = {what: statistics.median(run[what] for run in runs) for what in runs[0]}
-        share = {what: statistics.median(run[what] / first[what] for run, first in zip(runs, base)) for what in runs[0]}
+        shares = {what: sorted(run[what] / first[what] for run, first in zip(runs, base)) for what in runs[0]}
+        share = {what: (values[0], statistics.median(values), values[-1]) for what, values in shares.items()}
         table[name] = {"median": median, "share": share}
     return table
 
 
 def show(table):
-    """The table as text."""
-    print(f"\n{'':16}{'wall s':>8}{'CPU s':>8}{'peak MB':>9}{'MB':>8}   {'wall':>6}{'CPU':>6}{'peak':>6}{'size':>6}")
+    """The table as text: medians, and shares of the first contender with their spread."""
+    print(f"\n{'':16}{'wall s':>8}{'CPU s':>8}{'peak MB':>9}{'MB':>8}   {'wall':>6}{'':12}{'CPU':>6}{'':12}{'peak':>6}{'size':>6}")
     for name, row in table.items():
         median, share = row["median"], row["share"]
         print(f"{name:16}{median['wall']:8.2f}{median['cpu']:8.2f}{median['peak']:9.0f}{median['size']:8.0f}   "
-              f"{share['wall']:6.2f}{share['cpu']:6.2f}{share['peak']:6.2f}{share['size']:6.2f}")
+              f"{spread(share['wall'])}{spread(share['cpu'])}{share['peak'][1]:6.2f}{share['size'][1]:6.2f}", flush=True)
 
 
-def far(source, folder, num_shards):
+def spread(share):
+    """A median and, in brackets, the least and the greatest."""
+    least, median, greatest = share
+    return f"{median:6.2f} ({least:.2f}-{greatest:.2f})"
+
+
+def far(source, folder, num_shards, rows_per_shard=ROWS):
     """Cuts a source that stays on a web server; what travelled, as a share of what the rows need and of the file."""
     from musekit.shards.catalog import chunk_ranges
     from musekit.shards.rechunk import Layout, rechunk
     from musekit.shards.sources import Selection
 
-    server = ThreadingHTTPServer(("localhost", 0), RangeHandler)
-    server.source, server.sent = source, 0
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    with tempfile.TemporaryDirectory(dir=folder) as out:
-        address = f"http://localhost:{server.server_port}/source.parquet"
-        report = rechunk([address], out, Selection("text", "int_score", 3), Layout(num_shards=num_shards))
-    server.shutdown()
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from moody_server import serving
+
+    layout = Layout(rows_per_shard, GROUP, num_shards=num_shards)
+    with open(source, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        with serving({"source.parquet": content}) as server, tempfile.TemporaryDirectory(dir=folder) as out:
+            report = rechunk([f"{server.url}/source.parquet"], out, Selection("text", "int_score", 3), layout)
+            sent = sum(server.sent)
     metadata = pq.read_metadata(source)
     ranges = chunk_ranges(metadata, COLUMNS, range(-(-report.rows // 1000)))
     needed = sum(stop - start for start, stop in ranges)
-    print(f"  {num_shards} shards asked for: {report.rows:,} rows read, {server.sent / 1e6:.1f} MB fetched, "
-          f"{server.sent / needed:.3f} of what the rows need, {server.sent / source.stat().st_size:.3f} of the file")
-
-
-class RangeHandler(BaseHTTPRequestHandler):
-    """Gives parts of one file and counts their bytes."""
-
-    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
-
-    def do_GET(self):
-        start, stop = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
-        with open(self.server.source, "rb") as file:
-            file.seek(start)
-            part = file.read(stop + 1 - start)
-        self.send_response(206)
-        self.send_header("Content-Length", str(len(part)))
-        self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{self.server.source.stat().st_size}")
-        self.end_headers()
-        self.server.sent += len(part)
-        self.wfile.write(part)
-
-    def log_message(self, *_):
-        pass
+    print(f"  {num_shards} + 1 shards of {rows_per_shard:,} rows: {report.rows:,} rows read, {sent / 1e6:.1f} MB fetched, "
+          f"{sent / needed:.3f} of what the rows need, {sent / source.stat().st_size:.3f} of the file")
 
 
 def main():
     """The whole comparison."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="half the documents, 1 round")
+    parser.add_argument("--short", action="store_true", help="half the documents, 3 rounds")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the documents, 1 round")
     parser.add_argument("--documents", type=int, default=280_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=[each.__name__ for each in CONTENDERS], help="beside the plain loop")
@@ -303,20 +293,22 @@ def main():
         return print(json.dumps(run_here(*options.run)))
     if options.make:
         return make_source(Path(options.make[0]), int(options.make[1]), options.make[2] == "1")
-    if options.quick:
-        options.documents, options.rounds = options.documents // 2, 1
+    if options.short or options.quick:
+        options.documents //= 10 if options.quick else 2
+        options.rounds = 1 if options.quick else 3
     options.folder.mkdir(parents=True, exist_ok=True)
     names = ["plain", *(options.only or [each.__name__ for each in CONTENDERS if each is not plain])]
     load = os.getloadavg()[0]
     print(f"{os.cpu_count()} cores, load {load:.1f}, {options.documents:,} documents, {options.rounds} rounds")
     show(compare(names, source_of(options.folder, options.documents), options.folder, options.rounds))
     print("\none giant row group:")
-    show(compare(["plain", "musekit"], source_of(options.folder, options.documents, giant=True), options.folder, 1))
-    print("\na tenth of the source:")
-    show(compare(["plain", "musekit"], source_of(options.folder, options.documents // 10), options.folder, 1))
+    show(compare(["plain", "musekit"], source_of(options.folder, options.documents, giant=True), options.folder, min(3, options.rounds)))
+    print("\na tenth of the source, whose peak of memory should be the same:")
+    show(compare(["plain", "musekit"], source_of(options.folder, options.documents // 10), options.folder, min(3, options.rounds)))
     print("\nstraight from a web server:")
-    for num_shards in (10, 1):
-        far(source_of(options.folder, options.documents), options.folder, num_shards)
+    source = source_of(options.folder, options.documents)
+    far(source, options.folder, 10)
+    far(source, options.folder, 1, options.documents // 10 // GROUP * GROUP)  # full long before the source ends
     print(f"\nload at the end {os.getloadavg()[0]:.1f}")
 
 

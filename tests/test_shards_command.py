@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +24,8 @@ from musekit.shards.command import main
 from musekit.shards.convert import Options, convert
 from musekit.shards.download import Connection
 from musekit.shards.rechunk import VALIDATION_SHARD, Layout
-from musekit.shards.store import Cache, list_backups, list_shards, read_manifest, verify_shards
+from musekit.shards.plan import list_shards, verify_shards
+from musekit.shards.store import Cache, list_backups, new_set, read_manifest
 
 SMALL = Layout(rows_per_shard=200, rows_per_group=50, num_shards=4)
 CHILDREN = multiprocessing.get_context("forkserver")
@@ -111,62 +113,88 @@ def finish(server, cache, **options):
     return here.recv() if here.poll() else None
 
 
+MILESTONES = {  # how far a run has come, in this order
+    "beginning": lambda folder: True,
+    "downloading": lambda folder: list(folder.glob("raw_words/*.part")),
+    "cutting": lambda folder: (folder / "partial-next" / "data").exists() or (folder / "next").exists(),
+    "verifying": lambda folder: list_shards(folder / "partial-next" / "data") or (folder / "next").exists(),
+    "exchanging": lambda folder: (folder / "partial-next" / "data" / "manifest.json").exists() or (folder / "next").exists(),
+}
+
+
+def times_of(child, folder):
+    """When a run passes each milestone and when it ends, in seconds."""
+    times, start = {}, time.perf_counter()
+    for name, reached in MILESTONES.items():
+        while child.is_alive() and not reached(folder):
+            time.sleep(0.0005)
+        times[name] = time.perf_counter() - start
+    child.join()
+    return [*times.values(), time.perf_counter() - start]
+
+
+def start(server, cache, layout=SMALL):
+    child = CHILDREN.Process(target=run_convert, args=(server.url, str(cache.folder), layout))
+    child.start()
+    return child
+
+
 def test_killed_at_thirty_moments(server, first_set, tmp_path):
-    old, chance = digests(first_set), random.Random(0)
-    server.pause = 0.01
+    """Six kills in each of five stretches of a run, at random, so that short stretches are met as well as long ones."""
+    old, chance, server.pause = digests(first_set), random.Random(0), 0.01
     for attempt in ("warm", "whole"):
-        cache, start = new_cache(first_set, tmp_path / attempt), time.perf_counter()
-        assert finish(server, cache) is None
-    whole, new = time.perf_counter() - start, digests(cache.data)
-    found, phases = {"old": 0, "new": 0}, {}
+        cache = new_cache(first_set, tmp_path / attempt)
+        times = times_of(start(server, cache), cache.folder)
+    new, found, stretches = digests(cache.data), {"old": 0, "new": 0}, {name: 0 for name in MILESTONES}
     for trial in range(30):
-        cache = new_cache(first_set, tmp_path / str(trial))
-        child = CHILDREN.Process(target=run_convert, args=(server.url, str(cache.folder), SMALL))
-        child.start()
-        wait_for = MILESTONES[trial % len(MILESTONES)]
-        while child.is_alive() and not wait_for(cache.folder):
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.3) * whole)
+        cache, which = new_cache(first_set, tmp_path / str(trial)), trial % len(MILESTONES)
+        child, name = start(server, cache), list(MILESTONES)[which]
+        while child.is_alive() and not MILESTONES[name](cache.folder):
+            time.sleep(0.0005)
+        time.sleep(chance.uniform(0, times[which + 1] - times[which]))
+        stretches[name] += child.is_alive()
         child.kill()
         child.join()
         now = digests(cache.data)
         assert now in (old, new), f"trial {trial}: neither the old set nor the new one is whole"
         verify_shards(cache.data, SMALL)
         found["old" if now == old else "new"] += 1
-        phase = phase_of(cache, now == new)
-        phases[phase] = phases.get(phase, 0) + 1
         assert now == old or not cache.tokenizer.exists(), "the old tokenizer stands beside the new data"
         for backup in list_backups(cache.folder):
             assert not backup.problem and digests(backup.path / "data") == old
+        server.pause = 0
         assert finish(server, cache) is None
+        server.pause = 0.01
         assert digests(cache.data) == new and not cache.tokenizer.exists()
         assert not [path.name for path in cache.folder.iterdir() if path.name.startswith(("partial", "next"))]
         assert digests(cache.backup("climbmix") / "data") == old
         assert (cache.backup("climbmix") / "tokenizer" / "tokenizer.pkl").read_text() == "of the original"
         shutil.rmtree(cache.folder)
-    print(f"a whole run: {whole:.2f} s; after 30 kills: {found}; {phases}; then every next run finished")
+    print(f"whole run {times[-1]:.2f} s; 30 kills, alive when killed while {stretches}; found {found}; every next run finished")
+    assert sum(stretches.values()) >= 10 and found["old"] > 0
 
 
-MILESTONES = (  # each kill comes some time after one of these
-    lambda folder: True,
-    lambda folder: list(folder.glob("raw_words/*.part")),
-    lambda folder: len(list(folder.glob("raw_words/*.parquet"))) == 3,
-    lambda folder: (folder / "partial-next" / "data").exists(),
-    lambda folder: list(folder.glob("partial-next/data/*.parquet")) or (folder / "next").exists(),
-    lambda folder: (folder / "partial-next" / "data" / "manifest.json").exists() or (folder / "next").exists(),
-)
+def test_workers_end_with_a_killed_parent(cache, tmp_path):
+    old, source = digests(cache.data), write_source(tmp_path / "source.parquet", texts("many", 3_000))
+    command = [sys.executable, "-m", "musekit.shards", "--from", source, "--cache-dir", cache.folder, "--processes", "2", "--quiet"]
+    with subprocess.Popen(command) as process:
+        while process.poll() is None and len(workers := workers_of(process.pid)) < 2:
+            time.sleep(0.01)
+        process.kill()
+    deadline = time.monotonic() + 60
+    while any(os.path.exists(f"/proc/{worker}") for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(workers) == 2 and not [worker for worker in workers if os.path.exists(f"/proc/{worker}")]
+    assert digests(cache.data) == old
+    assert subprocess.run(command).returncode == 0 and read_manifest(cache.data)["rows"] == 3_000
 
 
-def phase_of(cache, new):
-    """How far a killed run had come."""
-    if new:
-        return "exchanged"
-    staged = cache.folder / "partial-next" / "data"
-    if (staged / "manifest.json").exists() or cache.next.exists():
-        return "exchanging"
-    if staged.exists():
-        return "verifying" if list_shards(staged) else "cutting"
-    return "downloading" if list(cache.folder.glob("raw_words/*.parquet*")) else "beginning"
+def workers_of(pid):
+    """Process numbers of a pool's workers, not of multiprocessing's own tracker."""
+    with suppress(FileNotFoundError):
+        children = open(f"/proc/{pid}/task/{pid}/children").read().split()
+        return [child for child in children if "spawn_main" in open(f"/proc/{child}/cmdline").read()]
+    return []
 
 
 @pytest.mark.parametrize("validation", ["last", "first"])
@@ -225,7 +253,7 @@ def small_disk(folder, size, options=""):
 
 
 def test_a_full_disk_anywhere_loses_nothing(server, first_set, tmp_path):
-    old, failures = digests(first_set), {"download": 0, "asked beforehand": 0, "new set": 0, "none": 0}
+    old, failures = digests(first_set), {"asked beforehand": 0, "new set": 0, "none": 0}
     on_disk = lambda files: sum(-(-size // 4096) * 4096 for size in files)
     here, sources = on_disk(path.stat().st_size for path in first_set.iterdir()), on_disk(map(len, server.files.values()))
     sizes = [here + sources // 3, here + sources - 50_000]
@@ -242,11 +270,60 @@ def test_a_full_disk_anywhere_loses_nothing(server, first_set, tmp_path):
                 assert read_manifest(cache.data)["dataset"] == "words"
             verify_shards(cache.data, SMALL)
             assert {backup.name for backup in list_backups(cache.folder) if not backup.problem} <= {"climbmix"}
-            fetched = len(list((cache.folder / "raw_words").glob("*.parquet"))) == 3
-            kind = "asked beforehand" if "are free" in (error or "") else "new set" if fetched else "download"
-            failures[kind if error else "none"] += 1
+            failures["none" if not error else "asked beforehand" if "are free" in error else "new set"] += 1
     print(f"disk full: {failures}")
     assert all(failures.values()), failures
+
+
+def fill(disk):
+    """Takes all that is free on a disk."""
+    with suppress(OSError), open(disk / "filler", "wb", buffering=0) as filler:
+        while filler.write(bytes(4096)):
+            pass
+
+
+def test_a_disk_that_fills_up_while_downloading(server, first_set, tmp_path):
+    old, server.pause = digests(first_set), 0.05
+    with small_disk(tmp_path / "disk", 20_000_000) as disk:
+        cache = new_cache(first_set, disk / "cache")
+        here, there = CHILDREN.Pipe()
+        child = CHILDREN.Process(target=run_convert, args=(server.url, str(cache.folder), SMALL, there))
+        child.start()
+        while not list(cache.folder.glob("raw_words/*.part")):
+            time.sleep(0.001)
+        fill(disk)
+        child.join(60)
+        error = here.recv()
+        assert "No space left" in error and str(cache.folder / "raw_words") in error, error
+        assert digests(cache.data) == old and (cache.tokenizer / "tokenizer.pkl").exists()
+        (disk / "filler").unlink()
+        server.pause = 0
+        assert finish(server, cache) is None and digests(cache.backup("climbmix") / "data") == old
+
+
+def test_a_disk_that_fills_up_just_before_the_exchange(server, first_set, tmp_path, capsys):
+    old = digests(first_set)
+    with small_disk(tmp_path / "disk", 20_000_000) as disk:
+        cache = new_cache(first_set, disk / "cache")
+        with pytest.raises(OSError, match="No space left"), new_set(cache) as aside:
+            shutil.copytree(first_set, aside / "data", dirs_exist_ok=True)
+            fill(disk)
+        assert digests(cache.data) == old and (cache.tokenizer / "tokenizer.pkl").exists()
+        assert main(["--from", str(disk / "filler"), "--cache-dir", str(cache.folder)]) == 1
+        assert_one_line(capsys)
+        (disk / "filler").unlink()
+        assert finish(server, cache) is None and digests(cache.backup("climbmix") / "data") == old
+
+
+@pytest.mark.parametrize("options", [{}, {"remote": True}], ids=str)
+def test_what_does_not_fit_is_refused_before_it_is_fetched(server, first_set, tmp_path, monkeypatch, options):
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    here = sum(-(-path.stat().st_size // 4096) * 4096 for path in first_set.iterdir())
+    with small_disk(tmp_path / "disk", here + 100_000) as disk:
+        cache = new_cache(first_set, disk / "cache")
+        with pytest.raises(OSError, match="GB are free") as caught:
+            convert(WORDS, Options(cache.folder, quiet=True, **options), SMALL)
+        assert str(disk) in str(caught.value) and shutil.disk_usage(disk).free > 50_000
 
 
 @pytest.mark.parametrize("limit, told", [(90_000, "too large"), (20_000, "too large")])
@@ -323,10 +400,15 @@ def test_bad_sources(cache, tmp_path, capsys, make, arguments, told):
     (["--from", "nothing/*.parquet"], 1, "nothing/*.parquet"), (["--repo", "me/words"], 1, "pattern"),
     (["x", "--datasets", "nothing.yaml"], 1, "nothing.yaml"), (["fineweb", "--score-column", "s"], 1, "min_score"),
     (["--restore", "--cache-dir", "nowhere"], 1, "does not exist"), (["a/b", "--from", __file__], 1, "a/b"),
-    (["fineweb", "--num-shards", "7000"], 1, "7000"),
+    (["fineweb", "--num-shards", "7000"], 1, "7000"), (["--pattern", "a.parquet"], 2, "--repo"), (["--restore", "--dry-run"], 2, "not allowed"),
+    (["--repo", "a/b", "--pattern", "0.parquet", "1.parquet", "2.parquet"], 2, "quotes"), (["--datasets", "own.yaml"], 2, "own.yaml"),
+    (["--repo", "a/b", "--pattern", "0.parquet", "data/1.parquet", "--dry-run"], 1, "quotes"), (["x", "--datasets", "broken.yaml"], 1, "broken.yaml"),
+    (["--repo", "https://a/b", "--pattern", "0.parquet"], 1, "owner/name"), (["--repo", "a/b", "--pattern", "*.parquet"], 1, "braces"),
+    (["fineweb", "--cache-dir", "broken.yaml"], 1, "no folder"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, status, told):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.yaml").write_text("x: [1")
     arguments = arguments if "--cache-dir" in arguments else [*arguments, "--cache-dir", "cache"]
     try:
         assert main(arguments) == status
@@ -375,7 +457,7 @@ def test_there_and_back_on_the_command_line(server, cache, monkeypatch, capsys):
 
 def test_no_cache_folder_is_an_empty_list(tmp_path, capsys):
     assert main(["--list-backups", "--cache-dir", str(tmp_path / "none")]) == 0
-    assert capsys.readouterr().out == "no backups\n" and not (tmp_path / "none").exists()
+    assert capsys.readouterr().out == f"no backups in {tmp_path / 'none'}\n" and not (tmp_path / "none").exists()
 
 
 def test_skip_backup_and_a_missing_file(server, cache, monkeypatch, capsys):
@@ -388,9 +470,81 @@ def test_skip_backup_and_a_missing_file(server, cache, monkeypatch, capsys):
     assert list_backups(cache.folder) == []
 
 
-def test_ctrl_c_is_one_line(server, cache):
+@pytest.mark.parametrize("damage", ["{", "[]", "null", "\udcff"])
+def test_a_damaged_manifest_stops_nothing(server, cache, damage):
+    old = digests(cache.data)
+    (cache.data / "manifest.json").write_bytes(damage.encode(errors="surrogateescape"))
+    assert finish(server, cache) is None
+    assert [backup.name for backup in list_backups(cache.folder) if not backup.problem] == ["unknown"]
+    assert main(["--restore", "unknown", "--quiet", "--cache-dir", str(cache.folder)]) == 0 and digests(cache.data) == old
+
+
+def test_what_is_not_ours_is_left_alone(server, cache):
+    (cache.folder / "partial-work").mkdir()
+    (cache.data / "notes.txt").write_text("precious")
+    options = Options(cache.folder, quiet=True, connection=Connection(endpoint=server.url))
+    with pytest.raises(ValueError, match="notes.txt is not a shard"):
+        convert(WORDS, replace(options, skip_backup=True), SMALL)
+    convert(WORDS, options, SMALL)
+    assert (cache.backup("climbmix") / "data" / "notes.txt").read_text() == "precious" and (cache.folder / "partial-work").is_dir()
+    cache.next.mkdir()
+    with pytest.raises(ValueError, match="not ours"):
+        convert(WORDS, options, SMALL)
+    assert cache.next.is_dir()
+
+
+def test_again_and_again_keeps_one_backup(server, cache):
+    for _ in range(3):
+        assert finish(server, cache) is None
+    assert sorted(backup.name for backup in list_backups(cache.folder)) == ["climbmix", "words"]
+
+
+@pytest.mark.parametrize("trouble, told", [((404, {}), "check the repository"), ((401, {}), "HF_TOKEN"), ("no ranges", "download it instead"),
+                                           ((429, {"Retry-After": "7000"}), "7,000 s")], ids=str)
+def test_troubles_of_reading_in_place_are_one_line(server, cache, monkeypatch, capsys, trouble, told):
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    old, server.moods["datasets/me/words/resolve/main/part-0.parquet"] = digests(cache.data), [trouble] * 9
+    place = ["--cache-dir", str(cache.folder), "--remote", "--quiet"]
+    assert main(["--repo", "me/words", "--pattern", "part-{0..1}.parquet", *place]) == 1
+    assert_one_line(capsys, told)
+    assert digests(cache.data) == old
+
+
+def test_a_broken_table_of_contents_is_set_aside_and_fetched_again(server, cache):
+    address = "datasets/me/words/resolve/main/part-0.parquet"
+    whole = server.files[address]
+    server.files[address] = whole[:-300] + b"?" * 250 + whole[-50:]
+    options = Options(cache.folder, quiet=True, connection=Connection(endpoint=server.url, sleep=lambda seconds: None))
+    with pytest.raises(ConnectionError, match="not whole Parquet"):
+        convert(WORDS, options, SMALL)
+    server.files[address] = whole
+    assert convert(WORDS, options, SMALL)["kept"] == 1_000
+
+
+@pytest.mark.parametrize("more", [[], ["--processes", "2"]], ids=str)
+def test_a_damaged_download_is_set_aside_and_fetched_again(server, cache, monkeypatch, capsys, more):
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    arguments = ["--repo", "me/words", "--pattern", "part-{0..2}.parquet", "--quiet", "--cache-dir", str(cache.folder), *more]
+    address = "datasets/me/words/resolve/main/part-1.parquet"
+    whole = server.files[address]
+    server.files[address] = whole[:2000] + bytes(2000) + whole[4000:]
+    assert main(arguments) == 1
+    assert_one_line(capsys, "part-1.parquet, row group 0", "set aside as part-1.parquet.bad")
+    server.files[address] = whole
+    assert main(arguments) == 0 and read_manifest(cache.data)["rows"] == 1_260
+
+
+def test_a_token_is_never_told(cache, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret 1")
+    for way in ([], ["--remote"]):
+        assert main(["fineweb", "--quiet", "--cache-dir", str(cache.folder), *way]) == 1
+        assert "hf_secret" not in (said := capsys.readouterr().err) and "HF_TOKEN" in said
+
+
+@pytest.mark.parametrize("more", [[], ["--processes", "2"]], ids=str)
+def test_ctrl_c_is_one_line(server, cache, more):
     server.pause, old = 0.3, digests(cache.data)
-    command = [sys.executable, "-m", "musekit.shards", "--repo", "me/words", "--pattern", "part-{0..2}.parquet", "--cache-dir", cache.folder]
+    command = [sys.executable, "-m", "musekit.shards", "--repo", "me/words", "--pattern", "part-{0..2}.parquet", "--cache-dir", cache.folder, *more]
     with subprocess.Popen(command, env=os.environ | {"HF_ENDPOINT": server.url}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while not server.asked:
             time.sleep(0.02)

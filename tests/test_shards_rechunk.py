@@ -5,7 +5,6 @@ import sys
 import sysconfig
 import threading
 from concurrent.futures import ProcessPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from moody_server import serving
 from musekit.shards.catalog import chunk_ranges
 from musekit.shards.plan import make_plan, run_plan, tasks_of, write_shard
 from musekit.shards.rechunk import VALIDATION_SHARD, Layout, file_sha256, rechunk, shard_bounds
@@ -282,37 +282,7 @@ def test_no_torch_is_imported():
 
 # ---- far away ----
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def do_GET(self):
-        path, wanted = self.server.folder / self.path.lstrip("/"), self.headers["Range"]
-        first, last = map(int, wanted.removeprefix("bytes=").split("-"))
-        with path.open("rb") as file:
-            file.seek(first)
-            part = file.read(last + 1 - first)
-        self.send_response(206)
-        self.send_header("Content-Length", str(len(part)))
-        self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{path.stat().st_size}")
-        self.end_headers()
-        self.server.sent.append(len(part))
-        self.wfile.write(part)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server(tmp_path):
-    server = ThreadingHTTPServer(("localhost", 0), Handler)
-    server.folder, server.sent = tmp_path, []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-
-
-def test_from_a_web_server_only_what_the_rows_need_travels(server, tmp_path):
+def test_from_a_web_server_only_what_the_rows_need_travels(tmp_path):
     random = np.random.default_rng(0)
     rows, selection, layout = 12_000, Selection(score_column="int_score", min_score=3), Layout(2000, 1000, num_shards=2)
     noise = {name: random.bytes(rows * 500).hex() for name in ("text", "other")}
@@ -322,14 +292,15 @@ def test_from_a_web_server_only_what_the_rows_need_travels(server, tmp_path):
         "int_score": [2 + row % 4 for row in range(rows)],
     }), tmp_path / "a.parquet", row_group_size=100, write_statistics=False)
     near = rechunk([tmp_path / "a.parquet"], tmp_path / "near", selection, layout)
-    address = f"http://localhost:{server.server_port}/a.parquet"
-    assert rechunk([address], tmp_path / "far", selection, layout) == near
+    with serving({"a.parquet": (tmp_path / "a.parquet").read_bytes()}) as server:
+        assert rechunk([f"{server.url}/a.parquet"], tmp_path / "far", selection, layout) == near
+        fetched = sum(server.sent)
+        assert run_plan(make_plan([f"{server.url}/a.parquet"], selection, layout), tmp_path / "planned") == near
     metadata = pq.read_metadata(tmp_path / "a.parquet")
     groups = range(-(-near.rows // 100))
     needed = sum(stop - start for start, stop in chunk_ranges(metadata, ["text", "int_score"], groups))
-    fetched, whole = sum(server.sent), (tmp_path / "a.parquet").stat().st_size
+    whole = (tmp_path / "a.parquet").stat().st_size
     assert fetched <= 1.05 * needed < 0.5 * whole, (fetched / needed, fetched / whole)
-    assert run_plan(make_plan([address], selection, layout), tmp_path / "planned") == near
 
 
 # ---- the consumer ----

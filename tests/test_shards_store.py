@@ -14,9 +14,8 @@ import pytest
 
 from musekit.shards import store
 from musekit.shards.rechunk import Layout, rechunk
-from musekit.shards.store import (
-    Cache, back_up, exchange_folders, list_backups, list_shards, lock, need_space, new_set, recover, restore, verify_shards,
-)
+from musekit.shards.plan import list_shards, verify_shards
+from musekit.shards.store import Cache, back_up, exchange_folders, list_backups, lock, need_space, new_set, recover, restore
 
 LAYOUT = Layout(rows_per_shard=20, rows_per_group=5, num_shards=3)
 
@@ -226,23 +225,26 @@ def test_unreadable_backups_are_named_and_not_fatal(cache, sets):
     empty.mkdir()
     (empty / "source.txt").write_text("climbmix\n")
     problems = {backup.name: backup.problem for backup in list_backups(cache.folder)}
-    assert [name for name, problem in problems.items() if not problem] == ["climbmix"] and len(problems) == 6
-    assert restore(cache).name == "climbmix"
-    for name in ("unfinished", "broken-manifest", "file", "empty"):
+    assert {name for name, problem in problems.items() if not problem} == {"climbmix", "broken-manifest", "list-manifest"} and len(problems) == 6
+    assert restore(cache).origin == "climbmix"
+    for name in ("unfinished", "file", "empty"):
         with pytest.raises(ValueError, match="cannot be restored"):
             restore(cache, name)
     assert set_in_place(cache.data, sets) == "old"
 
 
-@pytest.mark.parametrize("damage", ["truncated", "gone wrong", "another size"])
-def test_a_damaged_backup_is_not_restored(cache, sets, damage):
-    shards = [{"name": shard.name, "bytes": shard.bytes} for shard in sets["old"][1]]
-    (cache.data / "manifest.json").write_text(json.dumps({"dataset": "mine", "shards": shards}))
+@pytest.mark.parametrize("known", [True, False], ids=["with a manifest", "without"])
+@pytest.mark.parametrize("damage", ["truncated", "gone wrong", "another size", "bytes inside"])
+def test_a_damaged_backup_is_not_restored(cache, sets, damage, known):
+    shards = [{"name": shard.name, "sha256": shard.sha256} for shard in sets["old"][1]]
+    if known:
+        (cache.data / "manifest.json").write_text(json.dumps({"dataset": "mine", "shards": shards}))
     kept = back_up(cache)
     shard = kept / "data" / list_shards(cache.data)[1]
     content = shard.read_bytes()
     shard.unlink()
-    shard.write_bytes({"truncated": content[:-30], "gone wrong": b"?" * len(content), "another size": content[:4] + content}[damage])
+    shard.write_bytes({"truncated": content[:-30], "gone wrong": b"?" * len(content), "another size": content[:4] + content,
+                       "bytes inside": content[:60] + b"?" * 40 + content[100:]}[damage])
     with pytest.raises(ValueError, match=shard.name):
         restore(cache)
     assert set_in_place(cache.data, sets) == "old"

@@ -5,29 +5,30 @@
 # %% auto #0
 __all__ = ['MAGIC', 'Connection', 'Source', 'fetch', 'file_names', 'download_all']
 
-# %% ../../nbs/51_shards.download.ipynb #20a42f7c
+# %% ../../nbs/51_shards.download.ipynb #9c246720
 import base64
 import hashlib
 import json
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import requests
 from tqdm import tqdm
 
 from ..files import write_aside
-from .catalog import ENDPOINT
+from .catalog import ENDPOINT, authorization, reason_of, refusal, retry_after
 
-# %% ../../nbs/51_shards.download.ipynb #03fd3672
+# %% ../../nbs/51_shards.download.ipynb #57c7d62b
 @dataclass(frozen=True)
 class Connection:
     "How files are fetched: where the token may go, how often, and how patiently."
@@ -38,6 +39,7 @@ class Connection:
     timeout: float = 60.0  # seconds without a byte until the server counts as gone
     longest_wait: float = 600.0  # seconds; a server that asks for more is not waited for
     sleep: Callable[[float], object] = time.sleep
+    tell: Callable[[str], object] = lambda text: None  # hears of every trouble that is waited out
 
     @classmethod
     def from_environment(cls, **changes) -> "Connection":
@@ -47,43 +49,22 @@ class Connection:
 
     def headers(self, url: str) -> dict[str, str]:
         "What goes along with a request to `url`."
-        here, hub = urlsplit(url), urlsplit(self.endpoint)
-        known = self.token and (here.scheme, here.netloc) == (hub.scheme, hub.netloc)
-        return {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {self.token}"} if known else {})
+        return {"Accept-Encoding": "identity"} | authorization(url, self.endpoint, self.token)
 
-# %% ../../nbs/51_shards.download.ipynb #4bc6fcd7
+# %% ../../nbs/51_shards.download.ipynb #b627a4c0
 class _Passing(Exception):
     "A trouble that may pass: what happened and for how many seconds the server wants us to wait."
 
 
-_ADVICE = {
-    401: "the dataset asks who you are: set HF_TOKEN to a token of yours",
-    403: "you may not read it: accept its terms on the dataset's page and set HF_TOKEN",
-    404: "there is no such file: check the repository, the revision and the pattern",
-}
-
-
 def _check_status(url, response):
     code = response.status_code
-    said = f"the server answered {code} {response.reason}".rstrip()
-    if code in (200, 206):
-        return
     if code in (408, 425, 429) or code >= 500:
-        raise _Passing(said, _retry_after(response.headers.get("Retry-After", "")))
-    kind = FileNotFoundError if code in (404, 410) else ValueError
-    raise kind(f"{url}: {said}; {_ADVICE.get(code, 'asking again would not help')}.")
+        said = f"the server answered {code} {response.reason}".rstrip()
+        raise _Passing(said, retry_after(response))
+    if code not in (200, 206):
+        raise refusal(url, response)
 
-
-def _retry_after(value):
-    "Seconds to wait, from seconds or a date."
-    if value.strip().isdecimal():
-        return float(value)
-    try:
-        return max(0.0, (parsedate_to_datetime(value) - datetime.now(timezone.utc)).total_seconds())
-    except (ValueError, TypeError):
-        return 0.0
-
-# %% ../../nbs/51_shards.download.ipynb #7ef8a321
+# %% ../../nbs/51_shards.download.ipynb #9c2273f4
 @contextmanager
 def _troubles(url):
     "Turns the errors of `requests` into ones that pass and ones that stay."
@@ -94,8 +75,7 @@ def _troubles(url):
     except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError) as error:
         raise _Passing("the connection broke") from error
     except requests.ConnectionError as error:
-        reason = str(error).rpartition(": ")[2].strip("()'\" ") or "no connection"
-        raise _Passing(f"no connection: {reason}") from error
+        raise _Passing(f"no connection: {reason_of(error)}") from error
     except requests.RequestException as error:
         raise ValueError(f"{url}: {error}") from error
 
@@ -136,22 +116,26 @@ def _write_note(path, facts):
     with write_aside(_beside(path, ".json")) as aside:
         aside.write_text(json.dumps(facts, indent=1))
 
-# %% ../../nbs/51_shards.download.ipynb #bad49014
+# %% ../../nbs/51_shards.download.ipynb #7df7f97f
 MAGIC = b"PAR1"
 
 
 def _fault(path, facts):
     "What is wrong with a file that has arrived; None if nothing is."
-    size = path.stat().st_size
     with open(path, "rb") as file:
-        start, end = file.read(4), file.seek(-min(4, size), os.SEEK_END) * b"" + file.read(4)
-    if start != MAGIC or end != MAGIC or size < 12:
-        return f"it is not Parquet (it begins with {start!r} and ends with {end!r})"
+        start, size = file.read(4), path.stat().st_size
+    if start != MAGIC:
+        return f"it is not Parquet (it begins with {start!r})"
     if facts["size"] not in (None, size):
         return f"it has {size:,} bytes instead of {facts['size']:,}"
+    try:
+        pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        return f"it is not whole Parquet ({error})"
     given = {"sha256": bytes.fromhex(facts["sha256"] or ""), "md5": base64.b64decode(facts["md5"] or "")}
-    wrong = [name for name, digest in given.items() if digest and digest != _digest(path, name)]
-    return f"its {wrong[0]} is not the one that the server gave" if wrong else None
+    for name, digest in given.items():
+        if digest and digest != _digest(path, name):
+            return f"its {name} is not the one that the server gave"
 
 
 def _digest(path, algorithm):
@@ -182,10 +166,9 @@ def _rest(path, url):
     headers = {"Range": f"bytes={start}-"} | ({} if note["sha256"] else {"If-Range": version})
     return start, headers if start else {}
 
-# %% ../../nbs/51_shards.download.ipynb #d96eef37
-def _append(response, path, start, facts, watch):
+# %% ../../nbs/51_shards.download.ipynb #da55745a
+def _append(response, path, at, facts, watch):
     "Appends the body of an answer to the part; raises `_Passing` if it ends too early."
-    at = start
     with _troubles(facts["url"]), open(_beside(path, ".part"), "ab") as file:
         for piece in response.iter_content(1 << 18):
             file.write(piece)
@@ -240,7 +223,7 @@ def _begin(path, facts):
     _write_note(path, facts)
     return path.exists()
 
-# %% ../../nbs/51_shards.download.ipynb #b760afc1
+# %% ../../nbs/51_shards.download.ipynb #c45c28e7
 def fetch(
     url: str,
     path: str | Path,  # the folder must exist
@@ -249,7 +232,7 @@ def fetch(
 ) -> Source:
     """Fetches a Parquet file unless it is here already; the file is complete and checked, or absent.
 
-    What has arrived stays in `path`.part for the next call. Raises FileNotFoundError or ValueError for answers
+    What has arrived stays in `path`.part for later. Raises FileNotFoundError or ValueError for answers
     that will not change, ConnectionError when the attempts are used up.
     """
     path = Path(path)
@@ -273,6 +256,7 @@ def _insist(url, path, connection, watch):
             if attempt == connection.attempts:
                 raise ConnectionError(f"{told}; run it again later, what has arrived is kept.") from trouble
         watch(path, "wait", wait)
+        connection.tell(f"{told}; trying again in {wait:,.0f} s")
         connection.sleep(wait)
 
 # %% ../../nbs/51_shards.download.ipynb #cb2df79f
@@ -300,7 +284,7 @@ def _in_threads(function, items, workers, stop):
         raise errors[0]
     return results
 
-# %% ../../nbs/51_shards.download.ipynb #c798157d
+# %% ../../nbs/51_shards.download.ipynb #eb72a6e1
 def file_names(urls: Iterable[str]) -> list[str]:
     "A file name for each address, as short as they can be while no two are equal."
     parts = [[part for part in unquote(urlsplit(url).path).split("/") if part] for url in urls]
@@ -327,6 +311,8 @@ def _count_bytes(stop, quiet, watch):
             if event in ("attempt", "bytes"):
                 bar.update(value - places.get(path, 0))
                 places[path] = value
+            if event == "done" and bar.disable and not quiet:  # no terminal
+                print(f"{path.name}: complete, {value / 1e6:,.1f} MB", flush=True)
 
     return bar, count
 
@@ -342,9 +328,11 @@ def download_all(
     "Fetches the files that are not in the folder yet; raises the first trouble that stays."
     urls, folder, stop = list(urls), Path(folder), threading.Event()
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / name for name in file_names(urls)]
+    pairs = [(url, folder / name) for url, name in zip(urls, file_names(urls))]
     if connection.sleep is time.sleep:
         connection = replace(connection, sleep=stop.wait)
+    if not quiet:
+        connection = replace(connection, tell=lambda text: tqdm.write(text, file=sys.stderr))
     bar, count = _count_bytes(stop, quiet, watch)
     with bar:
-        return _in_threads(lambda pair: fetch(*pair, connection, count), [*zip(urls, paths)], workers, stop)
+        return _in_threads(lambda pair: fetch(*pair, connection, count), pairs, workers, stop)

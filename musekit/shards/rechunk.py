@@ -7,7 +7,7 @@ __all__ = ['VALIDATION_SHARD', 'CODECS', 'SCHEMA', 'shard_name', 'Layout', 'shar
            'file_sha256', 'read_ahead', 'Report', 'rechunk', 'new_folder', 'bounds_of', 'rows_between', 'plot_report',
            'record', 'plot_timeline']
 
-# %% ../../nbs/53_shards.rechunk.ipynb #7111b365
+# %% ../../nbs/53_shards.rechunk.ipynb #208cb3da
 import hashlib
 import math
 import os
@@ -25,9 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..files import write_aside
-from .sources import Selection, Tally, check_source, plot_tally, read_sources
+from .sources import Selection, Tally, check_source, plot_tally, read_sources, source_list
 
-# %% ../../nbs/53_shards.rechunk.ipynb #b7d9865b
+# %% ../../nbs/53_shards.rechunk.ipynb #7a548b54
 VALIDATION_SHARD = "shard_06542.parquet"  # the one file that is never trained on
 CODECS = {"zstd": 1, "snappy": None}  # name -> level
 
@@ -172,7 +172,7 @@ def read_ahead(items: Iterator, depth: int = 4) -> Iterator:
         room.release()
         thread.join()
 
-# %% ../../nbs/53_shards.rechunk.ipynb #24f7d7fb
+# %% ../../nbs/53_shards.rechunk.ipynb #357c0ca1
 @dataclass(frozen=True)
 class Report:
     "What became of the rows."
@@ -191,7 +191,7 @@ def rechunk(
     progress: Callable[[int, int], object] | None = None,  # progress(rows read, rows written), often
 ) -> Report:
     "Cuts the kept rows of all sources, in order, into shards. No file has its name before all are whole."
-    folder, sources, tally = new_folder(folder), list(sources), Tally()
+    folder, sources, tally = new_folder(folder), source_list(sources), Tally()
     for source in sources:
         check_source(source, selection)
     groups = regroup(tally.watch(read_sources(sources, selection, layout.rows)), layout)
@@ -220,7 +220,8 @@ def new_folder(folder: str | Path) -> Path:
 def bounds_of(tally: Tally, layout: Layout) -> list[tuple[str, int, int]]:
     "`shard_bounds` of the kept rows; the error for too few says where the rows went."
     if tally.kept < 2:
-        raise ValueError(f"too few rows for a training and a validation shard: {tally}.")
+        advice = "Use more source files, or keep shorter texts or lower scores"
+        raise ValueError(f"too few rows for a training and a validation shard: {tally}. {advice}.")
     return shard_bounds(tally.kept, layout)
 
 
@@ -265,7 +266,7 @@ def rows_between(texts: Iterable[pa.StringArray], start: int, stop: int) -> Iter
         if stop <= 0:
             return
 
-# %% ../../nbs/53_shards.rechunk.ipynb #e86ba8f8
+# %% ../../nbs/53_shards.rechunk.ipynb #c449d10a
 def plot_report(report: Report):
     "Rows kept and dropped by reason (left), and the bytes of every shard (right); gives the figure."
     import matplotlib.pyplot as plt
