@@ -11,6 +11,7 @@ time that the process and its workers spend on a core, "clock" the time that pas
 import argparse
 import io
 import multiprocessing
+import shutil
 import statistics
 import tempfile
 import time
@@ -24,12 +25,14 @@ import webdataset
 from PIL import Image
 from torch.utils.data import default_collate
 
-from musekit.data.encoded import BatchEncoder, EncodedDataset, encode_dataset, encoded_loader
+from musekit.data.encoded import BatchEncoder, encode_dataset
 from musekit.data.image_text import ImageTextConfig, make_loader
 from musekit.data.packing import write_shards
-from musekit.data.token_shards import token_loader, write_token_shards
+from musekit.data.pre_encoded import open_encoded
+from musekit.data.token_shards import write_token_shards
 
 RESOLUTION, BATCH, BUFFER = 256, 64, 256
+NAMES = dict(vq_checkpoint="vq", text_checkpoint="text")
 
 
 # ---- the data ----
@@ -125,26 +128,29 @@ class States:
         return {name: value[0] for name, value in self([""]).items()}
 
 
-def token_files(folder, count):
-    """The same encoded rows as tars and as Parquet."""
-    config = ImageTextConfig(batch_size=BATCH, shuffle_buffer_size=BUFFER)
-    pictures = ([{"pixel_values": torch.zeros(BATCH, 3, 256, 256), "text": ["a picture"] * BATCH,
-                  "micro_conds": torch.zeros(BATCH, 5)}] * (count // BATCH))
-    names = dict(vq_checkpoint="vq", text_checkpoint="text")
-    if not (folder / "tokens.parquet").exists():
+def token_files(folder, count, files=8):
+    """The same encoded rows as tars and as Parquet, both in several files."""
+    part = [{"pixel_values": torch.zeros(BATCH, 3, 256, 256), "text": ["a picture"] * BATCH,
+             "micro_conds": torch.zeros(BATCH, 5)}] * (count // BATCH // files)
+    if not (folder / "columns" / f"{files - 1}.parquet").exists():
+        shutil.rmtree(folder / "tokens", ignore_errors=True)
         encoder = BatchEncoder(Tokens(), States())
-        write_token_shards(pictures, encoder, folder / "tokens", **names)
-        encode_dataset(pictures, encoder, folder / "tokens.parquet")
-    return sorted(map(str, (folder / "tokens").glob("*.tar"))), config, names
+        write_token_shards(part * files, encoder, folder / "tokens", samples_per_shard=count // files, **NAMES)
+        one = {name: row.clone() for name, row in States().unconditional().items()}
+        encoder.unconditional = lambda zeros=False: one  # files that belong together have the same empty prompt
+        for number in range(files):
+            encode_dataset(part, encoder, folder / "columns" / f"{number}.parquet")
 
 
 def token_contenders(folder, count):
-    urls, config, names = token_files(folder, count)
-    parquet = lambda dtype: encoded_loader(EncodedDataset(folder / "tokens.parquet", dtype), BATCH, training=True)
+    token_files(folder, count)
+    config = ImageTextConfig(batch_size=BATCH, shuffle_buffer_size=BUFFER)
+    read = lambda form, dtype: iter(open_encoded(folder / form, dtype=dtype, **NAMES).loader(config, training=True))
     return {
-        "tars": lambda: iter(token_loader(urls, config, training=True, **names)),
-        "Parquet": lambda: iter(parquet(torch.float32)),
-        "Parquet, as stored": lambda: iter(parquet(None)),
+        "tars": partial(read, "tokens", torch.float32),
+        "Parquet": partial(read, "columns", torch.float32),
+        "tars, as stored": partial(read, "tokens", None),
+        "Parquet, as stored": partial(read, "columns", None),
     }
 
 

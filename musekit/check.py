@@ -23,9 +23,10 @@ from .finetune import add_lora
 from .inspection import num_parameters
 from .losses import _CrossEntropy, saved_bytes
 from .models.checkpoints import convert
-from .stages import TRANSFORMERS, VQ_MODELS, build_transformer, clip_training
-from .train import PRECISIONS
-from .training.config import Config
+from musekit.stages import (
+    PRECISIONS, TRANSFORMERS, VQ_MODELS, build_transformer, clip_training, condition_sizes, load_text_encoder,
+)
+from .training.config import Config, condition_of
 from .weights import read_json
 
 # %% ../nbs/48_check.ipynb #fc695c18
@@ -167,6 +168,8 @@ def _text_model(config):
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5EncoderModel
 
     section = config.model.text_encoder
+    if condition_of(config) != "text":
+        return None
     kind = CLIPTextModelWithProjection if section.type == "clip" else T5EncoderModel
     if not section.pretrained:
         made = clip_training(config)
@@ -183,18 +186,26 @@ def _text_model(config):
     return None
 
 
+def _told(config, text):
+    "What `condition_sizes` gives of what the model is told; None where only the network itself could say."
+    if condition_of(config) != "text":
+        return condition_sizes(load_text_encoder(config))
+    width = getattr(text, "hidden_size", None) or config.model.transformer.get("encoder_hidden_size")
+    return {"encoder_hidden_states": width, "cond_embeds": getattr(text, "projection_dim", None)}
+
+
 def _transformer(config, codes, text, num_tokens):
     model = config.model
     if model.pretrained_model_path:
         stored = _stored_config(model.pretrained_model_path)
         return None if stored is None else TRANSFORMERS[model.architecture].from_config(stored)
-    codes = codes or model.transformer.get("codebook_size")
-    width = getattr(text, "hidden_size", None) or model.transformer.get("encoder_hidden_size")
-    for name, known in (("codebook_size", codes), ("encoder_hidden_size", width)):
+    codes, told = codes or model.transformer.get("codebook_size"), _told(config, text)
+    widths = ("codebook_size", codes), ("encoder_hidden_size", told.get("encoder_hidden_states", 0))
+    for name, known in widths:
         if known is None:
             raise ValueError(f"model.transformer.{name} cannot be told, since not all networks to be loaded "
                              "are on this machine; set it, or fetch them.")
-    return build_transformer(config, codes, width, getattr(text, "projection_dim", None), num_tokens)
+    return build_transformer(config, codes, told, num_tokens)
 
 
 @dataclass
@@ -248,7 +259,8 @@ def drawing_memory(networks: Networks, images: int = 1) -> dict[str, int]:  # by
         working = peak_bytes(lambda: model(ids, **conditions).float(), model.parameters())
     if networks.vq_model is not None:
         with without_memory(networks.vq_model.eval()) as model:
-            ids, weights = ids[:images], model.state_dict().values()
+            ids = ids[:images, -batch.grid[0] * batch.grid[1]:]
+            weights = model.state_dict().values()
             working = max(working, peak_bytes(lambda: model.decode_code(ids, batch.grid), weights))
     there = [network for network in vars(networks).values() if isinstance(network, nn.Module)]
     return {"weights": sum(weight_memory(network)["weights"] for network in there), "activations": working}
@@ -264,9 +276,10 @@ def _columns(rows):
     return [line(row).rstrip() for row in rows]
 
 
-def _network_rows(networks):
+def _network_rows(networks, config):
     yield "network", "class", "parameters", "trained"
-    labels = {"transformer": "transformer", "vq_model": "image tokenizer", "text_encoder": "text encoder"}
+    labels = {"transformer": "transformer", "vq_model": "image tokenizer"}
+    labels |= {"text_encoder": "text encoder"} if condition_of(config) == "text" else {}
     for name, label in labels.items():
         model = getattr(networks, name)
         if model is None:
@@ -292,7 +305,7 @@ def _activation_rows(networks):
 def memory_report(config: Config) -> str:
     "Parameters and memory of a configuration as tables, without building anything large."
     networks = find_networks(config)
-    lines = _columns(list(_network_rows(networks)))
+    lines = _columns(list(_network_rows(networks, config)))
     if networks.transformer is None:
         return "\n".join([*lines, "", f"Memory: fetch {config.model.pretrained_model_path} first."])
     training, height, width = training_memory(networks, config), *networks.batch.grid

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_parser', 'main']
 
-# %% ../nbs/69_cli.ipynb #45307727
+# %% ../nbs/69_cli.ipynb #3a939cee
 import argparse
 import os
 import shlex
@@ -196,7 +196,46 @@ def _add_train_tokenizer(commands):
     )
     _add_configured(parser, _train_tokenizer)
 
-# %% ../nbs/69_cli.ipynb #99a090e8
+# %% ../nbs/69_cli.ipynb #e341373e
+def _encode(options):
+    from musekit.encode import EncodeOptions, configure_encoding, encode_shards
+
+    quiet()
+    paths, settings = _files_and_settings("encode", options.arguments)
+    wanted = EncodeOptions(options.out, options.format, options.state_dtype, options.workers)
+    totals = encode_shards(configure_encoding(paths, settings), wanted, base_dir=_beside(paths))
+    print(totals)
+    print(f"codes in {options.out}; train on them: musekit train ... data={options.out} training.pre_encode=true")
+
+
+def _add_encode(commands):
+    parser = commands.add_parser(
+        "encode", help="turn images and captions into tokens and text states, once for all epochs",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Encodes the shards of a training configuration with its two trained networks, one output a\n"
+        "shard. A job that was stopped goes on when called again; a finished shard is left alone.",
+        epilog="examples:\n"
+        "  musekit encode run.yaml 'data=shards/{00000..00099}.tar' --out codes/\n"
+        "  musekit encode run.yaml data=shards/ --out codes/ --format tar --workers 8\n"
+        "  torchrun --nproc-per-node 8 -m musekit encode run.yaml data=shards/ --out codes/\n"
+        "                                                  each process takes every eighth shard, on its GPU\n"
+        "  musekit encode small data=photos/ model.vq_model.pretrained=runs/small/vq_model \\\n"
+        "      model.text_encoder.pretrained=runs/small/clip --out codes/\n"
+        "  musekit train run.yaml data=codes/ training.pre_encode=true\n\n"
+        "dataset.params.num_workers threads decode pictures ahead. Pictures are cropped at the centre.",
+    )
+    add = parser.add_argument
+    add("arguments", nargs="*", metavar="CONFIG.yaml | KEY=VALUE", help="configuration files, then settings")
+    add("--out", required=True, metavar="FOLDER", help="where the codes go")
+    add("--format", default="parquet", choices=("parquet", "tar"),
+        help="columns read at random, or members of tars (default: %(default)s)")
+    add("--state-dtype", choices=("float16", "bfloat16"),
+        help="of text states (default: float16, bfloat16 where mixed_precision is bf16)")
+    add("--workers", type=number_between(1), default=1, metavar="N",
+        help="processes, each with its own networks (default: %(default)s)")
+    parser.set_defaults(run=_encode)
+
+# %% ../nbs/69_cli.ipynb #2bb7c9b0
 def make_parser() -> argparse.ArgumentParser:
     "The parser of the `musekit` command."
     parser = _Parser(
@@ -206,7 +245,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for add in (_add_demo, _add_check, _add_train, _add_train_tokenizer, *COMMANDS):
+    for add in (_add_demo, _add_check, _add_train, _add_train_tokenizer, _add_encode, *COMMANDS):
         add(commands)
     return parser
 

@@ -131,7 +131,7 @@ def plot_by_bucket(curves: dict[str, Tensor],  # names to (10,) values, as `diag
     axis.legend(fontsize="small")
     return axis.figure
 
-# %% ../nbs/04_diagnostics.ipynb #ef96ffa9
+# %% ../nbs/04_diagnostics.ipynb #20060129
 def plot_token_probabilities(histogram: Tensor,  # (10, bins), from `token_probability_histogram`
                              lowest: float = -8.0  # as given there
                             ):  # the matplotlib figure
@@ -139,8 +139,8 @@ def plot_token_probabilities(histogram: Tensor,  # (10, bins), from `token_proba
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(5.5, 2.8), layout="constrained")
-    extent = (lowest, 0, 0, 1)
-    drawn = axis.imshow(histogram.cpu(), aspect="auto", origin="lower", cmap="Greys", extent=extent, vmax=0.5)
+    style = dict(aspect="auto", origin="lower", cmap="Greys", extent=(lowest, 0, 0, 1), vmin=0)
+    drawn = axis.imshow(histogram.cpu().numpy(), **style)
     axis.set(xlabel="log10 of the probability", ylabel="masking ratio")
     figure.colorbar(drawn, label="share of the ids")
     plt.close(figure)

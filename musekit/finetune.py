@@ -220,7 +220,7 @@ def _refuse_alone(model):
     path = model.pretrained_model_path or ""
     there = Path(path).expanduser().is_dir() or path.count("/") == 1  # a hub id; else the path is wrong
     for name in ("vq_model", "text_encoder"):
-        if path and there and not getattr(model, name).pretrained:
+        if path and there and getattr(model, name).type != "none" and not getattr(model, name).pretrained:
             raise ValueError(f"model.pretrained_model_path={path} goes on with a transformer that was "
                              f"trained with other networks; set model.{name}.pretrained to that one, or name "
                              "the folder of a whole pipeline (hf download NAME --local-dir FOLDER fetches one).")
@@ -258,8 +258,11 @@ def adopt_pipeline(
     if not model.vq_model.pretrained:
         model.vq_model.pretrained = str(folder / inner)
         model.vq_model.type = _family(vq_models, made_of["vq_model"])
-    if not text.pretrained and made_of["text_encoder"]:
-        text.pretrained, text.type = str(folder), made_of["text_encoder"]["kind"]
+    kind = (made_of["text_encoder"] or {}).get("kind")
+    if kind in ("class", "none"):  # there is no text to read
+        text.type = "none"
+    elif kind and not text.pretrained:
+        text.pretrained, text.type = str(folder), kind
     _try_targets(transformers[model.architecture], model)
 
 

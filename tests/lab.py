@@ -1,4 +1,4 @@
-"""Opens notebooks in a real JupyterLab in a real browser, runs all cells, and fails on any error.
+"""Opens notebooks in a real JupyterLab in a real browser, runs all cells, moves their widgets, and fails on any error.
 
     python tests/lab.py                        every notebook
     python tests/lab.py 03_sampling 40_pipeline  some of them
@@ -18,22 +18,25 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from selenium import webdriver
-from selenium.common.exceptions import TimeoutException
+from selenium.common.exceptions import TimeoutException, WebDriverException
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
 from tqdm import tqdm
 
+from lab_moves import MOVES, Panel
+
 ROOT = Path(__file__).resolve().parent.parent
 SHOTS = ROOT / "screenshots"
 
 RUN_ALL = """
-const done = arguments[arguments.length - 1], app = window.jupyterapp;
+const app = window.jupyterapp, done = said => { window.musekitRun = said; };
 const wait = async (test) => { while (!test()) await new Promise(r => setTimeout(r, 100)); };
 (async () => {
     await wait(() => app.shell.currentWidget && app.shell.currentWidget.context && app.shell.currentWidget.context.isReady);
     const panel = app.shell.currentWidget;
     await panel.sessionContext.ready;
+    app.shell.collapseLeft();
     await app.commands.execute('notebook:run-all-cells');
     done('ran');
 })().catch(error => done('failed: ' + error));
@@ -59,8 +62,12 @@ def jupyter(folder: Path):
         "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={folder}",
         "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
     ]
-    with tempfile.TemporaryFile("w+") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+    with tempfile.TemporaryFile("w+") as log, tempfile.TemporaryDirectory() as settings:
+        quiet = Path(settings) / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+        quiet.parent.mkdir(parents=True)
+        quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+        environment = {**os.environ, "JUPYTERLAB_SETTINGS_DIR": settings}
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=environment)
         try:
             for _ in range(600):
                 log.seek(0)
@@ -97,10 +104,11 @@ def browser():
 def run_notebook(chromium, address: str, name: str, seconds: int) -> list[str]:
     """What went wrong in a notebook whose cells were all run; empty if nothing did."""
     chromium.get(f"{address}/lab/tree/{name}.ipynb?reset")
-    chromium.set_script_timeout(seconds)
+    chromium.set_script_timeout(60)
     WebDriverWait(chromium, 120).until(lambda c: c.execute_script("return Boolean(window.jupyterapp)"))
+    chromium.execute_script(RUN_ALL)
     try:
-        said = chromium.execute_async_script(RUN_ALL)
+        said = WebDriverWait(chromium, seconds, 0.5).until(lambda c: c.execute_script("return window.musekitRun"))
     except TimeoutException:
         return [f"not done after {seconds} s"]
     cells = chromium.execute_script(OUTPUTS)
@@ -108,9 +116,24 @@ def run_notebook(chromium, address: str, name: str, seconds: int) -> list[str]:
     problems = [] if said == "ran" else [said]
     problems += [f"cell {c['number']} ({c['head']!r}): {k}" for c in cells for k in c["kinds"] if ": " in k]
     problems += [f"cell {c['number']} did not run" for c in cells if not c["ran"] and c["head"].strip()]
+    if name in MOVES and not problems:
+        problems += move_widgets(chromium, name)
     chromium.execute_async_script(
         "const done = arguments[0]; window.jupyterapp.shell.currentWidget.sessionContext.shutdown().then(done, done);")
     return problems
+
+
+def move_widgets(chromium, name: str) -> list[str]:
+    """What went wrong when the widgets of a notebook were moved; empty if nothing did."""
+    folder = SHOTS / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        MOVES[name](lambda source: Panel(chromium, source, folder))
+    except (AssertionError, WebDriverException) as error:
+        chromium.save_screenshot(str(folder / "failed.png"))
+        return [f"{type(error).__name__}: {str(error).splitlines()[0]}"]
+    return []
 
 
 def main() -> int:

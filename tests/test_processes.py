@@ -1,47 +1,17 @@
 """Two processes: they mask differently, average correctly, keep equal weights, and stop and fail together."""
 import os
 import signal
-import socket
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 
+from musekit.data.encoded import EncodedDataset, encoded_loader
 from musekit.diagnostics import bucket_sums, image_entropy, mask_bucket, token_probability_histogram
 from musekit.masking import MaskedTokens
 from musekit.training.callbacks import Callback, Checkpoint, Evaluate, Log, read_log, token_diagnostics
-from musekit.training.resume import checkpoints, latest_checkpoint
+from musekit.training.resume import checkpoints, latest_checkpoint, step_seed
 from musekit.training.trainer import MicroBatch
-from toy_training import CHILDREN, all_weights, tiny_trainer, write_data
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def launch(function, folder, data, processes=2):
-    "Runs `function(folder, data, result_path)` in each process; gives what they saved."
-    port = free_port()
-    started = [CHILDREN.Process(target=enter, args=(function, str(folder), str(data), rank, processes, port)) for rank in range(processes)]
-    for child in started:
-        child.start()
-    for child in started:
-        child.join(120)
-    assert [child.exitcode for child in started] == [0] * processes
-    return [torch.load(f"{folder}/rank{rank}.pt", weights_only=True) for rank in range(processes)]
-
-
-def enter(function, folder, data, rank, processes, port):
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-    }
-    os.makedirs(folder, exist_ok=True)
-    torch.save(function(folder, data, rank), f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+from toy_training import STEPS, all_weights, launch, tiny_trainer, write_data
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +135,55 @@ def test_diagnostics_cover_all_processes(data, tmp_path):
     assert torch.allclose(table, expected.nan_to_num(0.0), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_pieces_of_a_model_are_refused(data, tmp_path, monkeypatch, kind):
-    accelerator = Accelerator(cpu=True)
-    monkeypatch.setattr(accelerator.state, "distributed_type", kind)
-    with pytest.raises(ValueError, match="not supported in this version; use DDP: accelerate launch --multi_gpu"):
-        tiny_trainer(tmp_path, data, callbacks=[], accelerator=accelerator)
+def curve(folder, data, rank):
+    "The losses of a run of two processes, and the mean of a gradient's length, without dropout."
+    trainer = calm_trainer(folder, data)
+    return follow(trainer)
+
+
+def calm_trainer(folder, data):
+    trainer = tiny_trainer(folder, data, callbacks=[])
+    for module in trainer.network.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return trainer
+
+
+def follow(trainer):
+    losses, lengths = [], []
+    for _ in range(STEPS):
+        trainer.train_step()
+        losses.append(trainer.reduce(trainer.metrics["loss"], "mean"))
+        lengths.append(trainer.metrics["grad_norm"])
+    return {"losses": torch.stack(losses), "lengths": torch.stack(lengths), "weights": all_weights(trainer)}
+
+
+def joined(one, two):
+    "The micro-batches of two processes as one of twice the size."
+    tensors = {name: torch.cat([getattr(one.tokens, name), getattr(two.tokens, name)]) for name in ("input_ids", "labels", "mask", "ratio")}
+    conditions = {name: torch.cat([one.conditions[name], two.conditions[name]]) for name in one.conditions}
+    return MicroBatch(MaskedTokens(**tensors, loss_weight=None), conditions)
+
+
+def test_the_curve_is_that_of_one_process_with_twice_the_batch(data, tmp_path):
+    first, second = launch(curve, tmp_path / "two", data)
+    assert torch.equal(first["losses"], second["losses"]) and torch.equal(first["weights"], second["weights"])
+
+    alone = calm_trainer(tmp_path / "one", data)
+    make, dataset, rank = alone.make_micro_batch, EncodedDataset(data), [0]
+    reads = [encoded_loader(dataset, 3, training=True, seed=alone.config.training.seed, rank=r, world_size=2) for r in range(2)]
+    alone.data = lambda start: zip(*reads)
+    alone._seed = lambda *place: step_seed(alone.config.training.seed, rank[0], *place)
+
+    def make_both(pair, *place):
+        parts = []
+        for rank[0], batch in enumerate(pair):  # each half masked and dropped as its process would
+            parts.append(make(batch, *place))
+        rank[0] = 0
+        return joined(*parts)
+
+    alone.make_micro_batch = make_both
+    large = follow(alone)
+    assert torch.allclose(large["losses"], first["losses"], rtol=0, atol=1e-5)
+    assert torch.allclose(large["lengths"], first["lengths"], rtol=1e-4)
+    assert torch.allclose(large["weights"], first["weights"], rtol=0, atol=1e-4)

@@ -2,6 +2,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 
 import torch
 
@@ -89,3 +90,28 @@ def tiny_trainer(folder, data, *overrides, callbacks=None, accelerator=None):
 
 def all_weights(trainer):
     return torch.cat([p.detach().flatten() for p in [*trainer.network.parameters(), *trainer.ema.shadow]])
+
+
+def launch(function, folder, data, processes=2, environment=()):
+    "Runs `function(folder, data, rank)` in each process; gives what they returned."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    given = function, str(folder), str(data), processes, port, dict(environment)
+    started = [CHILDREN.Process(target=_enter, args=(rank, *given)) for rank in range(processes)]
+    for child in started:
+        child.start()
+    for child in started:
+        child.join(120)
+    assert [child.exitcode for child in started] == [0] * processes
+    return [torch.load(f"{folder}/rank{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+def _enter(rank, function, folder, data, processes, port, environment):
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", **environment,
+    }
+    os.makedirs(folder, exist_ok=True)
+    torch.save(function(folder, data, rank), f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()

@@ -128,7 +128,7 @@ def make_samples(
     wordings: Callable[[int, str, str], set[int]],  # the allowed ones of a combination
     seed: int,
 ) -> Iterator[dict]:
-    "Samples for `write_shards`: image, text, and metadata that says what is to be seen."
+    "Samples for `write_shards`: image, text, metadata that says what is to be seen, and the digit as class."
     data, rng = load_digits(), np.random.default_rng(seed)
     for index in indices:
         digit = int(data.target[index])
@@ -139,7 +139,7 @@ def make_samples(
             metadata = dict(digit=digit, ink=ink, paper=paper, wording=wording, sample=int(index))
             metadata |= dict(original_width=32, original_height=32, aesthetic=5.0)
             image, text = draw(data.images[index], ink, paper), caption(digit, ink, paper, wording)
-            yield dict(image=image, text=text, metadata=metadata)
+            yield dict(image=image, text=text, metadata=metadata, class_id=digit)
 
 # %% ../../nbs/25_data.digits.ipynb #9eb47483
 def train_samples(copies: int = 12, seed: int = 0) -> Iterator[dict]:

@@ -100,6 +100,7 @@ class ImageTextConfig:
     metadata_filter: MetadataFilter | None = None
     layout: str = "image_text"  # how the members of a sample are named, see `LAYOUTS`
     class_names: dict[int, str] | None = None  # text of a class, for layout "classification"
+    captions: bool = True  # False: texts are empty, and no caption is needed
     pin_memory: bool = False
     persistent_workers: bool = False
 
@@ -163,7 +164,7 @@ class ShardReader:
 
     def sort(self, members: dict[str, bytes]) -> Sample:
         "The undecoded sample; a ValueError when a member is missing or malformed."
-        return read_sample(members, self.config.layout, self.config.class_names)
+        return read_sample(members, self.config.layout, self.config.class_names, self.config.captions)
 
     def decode(self, key: str, sample: Sample, rng: random.Random, training: bool) -> dict | None:
         "The finished sample, or None, counted, when the image cannot be decoded."

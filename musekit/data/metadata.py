@@ -216,7 +216,7 @@ def _read_clean(members, class_names, quarter=True):
 def _read_classification(members, class_names):
     class_id = int(_first_member(members, ("cls",), "class"))
     if class_names is not None and class_id not in class_names:
-        raise ValueError(f"class {class_id} has no name among the {len(class_names)} of the class mapping")
+        raise ValueError(f"class {class_id} is none of the {len(class_names)} known classes")
     name = str(class_id) if class_names is None else class_names[class_id]
     return Sample(_first_member(members, IMAGE_EXTENSIONS, "image"), name, read_metadata(members), class_id)
 
@@ -234,9 +234,13 @@ def read_sample(
     members: dict[str, bytes],  # contents by extension, as grouped from a tar
     layout: str = "image_text",  # a name in `LAYOUTS`
     class_names: dict[int, str] | None = None,  # for "classification": the text that stands for a class
+    captions: bool = True,  # False: the text is empty, whether there is a caption or not
 ) -> Sample:
-    "Sorts the members of one sample; a missing or malformed member is a ValueError."
-    return LAYOUTS[layout](members, class_names)
+    "Sorts the members of one sample; a missing, malformed or, of a caption, empty member is a ValueError."
+    sample = LAYOUTS[layout](members if captions else members | {TEXT_EXTENSIONS[0]: b""}, class_names)
+    if captions and not sample.text.strip():
+        raise ValueError("the caption is empty")
+    return sample
 
 # %% ../../nbs/20_data.metadata.ipynb #e57bdbb8
 def load_class_names(path) -> dict[int, str]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONVERTERS', 'ModelConfig', 'check_weights', 'import_models', 'convert', 'fit_settings', 'find_dtype',
-           'PretrainedModel']
+           'PretrainedModel', 'find_model_class']
 
 # %% ../../nbs/10_models.checkpoints.ipynb #5ba684b6
 import importlib
@@ -238,3 +238,16 @@ class PretrainedModel(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return push(folder, repository, facts or {}, **options)
+
+# %% ../../nbs/10_models.checkpoints.ipynb #a8374c4d
+def find_model_class(name):
+    """The class derived from `PretrainedModel` that has this name, or has it as an alias."""
+    import_models()
+    classes, waiting = {}, [PretrainedModel]
+    while waiting:
+        cls = waiting.pop(0)  # of two classes with one name, the one defined later counts
+        waiting += cls.__subclasses__()
+        classes |= {known: cls for known in (cls.__name__, *cls.class_aliases)}
+    if name not in classes:
+        raise ValueError(f"unknown model class {name!r}; known are {', '.join(sorted(classes))}")
+    return classes[name]

@@ -221,7 +221,7 @@ class MaskGitTransformer(PretrainedModel):
         input_ids: (B, N) int64; masked positions hold `config.mask_token_id`. Without `class_ids` a model
             with classes finds the class token in the first column, which then has a row of logits, too
         encoder_hidden_states: (B, L, encoder_hidden_size) text states, read with add_cross_attention
-        class_ids: (B,) int64 below num_classes
+        class_ids: (B,) int64 below num_classes; num_classes itself is no class: the mask token stands in front
         token_mask: bool, of the shape of input_ids
         grid: (height, width) of the image tokens; matters with `use_conv_in_out`, a square if None
         encoder_attention_mask: (B, L), nonzero for real text
@@ -282,9 +282,11 @@ class MaskGitTransformer(PretrainedModel):
         if class_ids.shape != (rows,):
             raise ValueError(f"class_ids has shape {tuple(class_ids.shape)}; pass one id for each of "
                              f"{rows} rows.")
-        if class_ids.is_cpu and not ((class_ids >= 0) & (class_ids < known)).all():
-            raise ValueError(f"class_ids {class_ids.tolist()} must all be in 0 .. {known - 1}.")
-        return class_ids[:, None] + self.config.codebook_size
+        if class_ids.is_cpu and not ((class_ids >= 0) & (class_ids <= known)).all():
+            raise ValueError(f"class_ids {class_ids.tolist()} must all be in 0 .. {known - 1}, or {known} "
+                             "for no class.")
+        tokens = class_ids + self.config.codebook_size
+        return tokens.masked_fill(class_ids == known, self.config.mask_token_id)[:, None]
 
     def _logits(self, x, token_mask, grid):
         config, size = self.config, self.config.patch_size

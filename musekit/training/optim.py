@@ -93,14 +93,19 @@ def make_optimizer(model: nn.Module, config: Config, num_processes: int = 1) -> 
         return _library("bitsandbytes.optim", "AdamW8bit", "bitsandbytes")(groups, **arguments)
     return torch.optim.AdamW(groups, fused=name == "fused_adamw", **arguments)
 
-# %% ../../nbs/32_training.optim.ipynb #5f548ccc
+# %% ../../nbs/32_training.optim.ipynb #b331e02c
 def make_scheduler(optimizer: Optimizer, config: Config) -> LRScheduler:
     "The learning-rate schedule of `config.lr_scheduler`; one step of it is one optimizer step."
     from transformers import get_scheduler
 
-    name, warmup = config.lr_scheduler.scheduler, config.lr_scheduler.params.warmup_steps
-    steps = config.training.max_train_steps
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    name, params = config.lr_scheduler.scheduler, config.lr_scheduler.params
+    if params.options and name in ("constant", "constant_with_warmup"):
+        raise ValueError(f"lr_scheduler.params.options={params.options}: {name} has none; leave them out.")
+    steps = {"num_warmup_steps": params.warmup_steps, "num_training_steps": config.training.max_train_steps}
+    try:
+        return get_scheduler(name, optimizer, **steps, scheduler_specific_kwargs=dict(params.options))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lr_scheduler.params.options={params.options} with {name}: {error}") from error
 
 
 def learning_rates(config: Config) -> list[float]:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STATE_FILE', 'step_seed', 'endless_batches', 'checkpoints', 'latest_checkpoint', 'find_checkpoint', 'stop_on_signals',
-           'keep_newest', 'refuse_other_run', 'on_main_process', 'Loop', 'save_run', 'load_run', 'plot_lives']
+           'keep_newest', 'refuse_other_run', 'on_main_process', 'Loop', 'save_run', 'failing_clearly', 'load_run']
 
-# %% ../../nbs/35_training.resume.ipynb #1510faf3
+# %% ../../nbs/35_training.resume.ipynb #7f86328a
 import hashlib
 import itertools
 import json
@@ -22,11 +22,12 @@ from typing import Callable, Iterable, Iterator
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
 
 from ..files import PARTIAL
 from .config import flatten, load_config
-from .ema import load_ema, save_ema, save_model
+from .ema import evaluating, load_ema, save_ema, save_model
 from .schema import Section
 
 # %% ../../nbs/35_training.resume.ipynb #4897b1ed
@@ -56,15 +57,15 @@ def endless_batches(
         if empty:
             raise ValueError("The training data holds no batch; look at its path and its filters.")
 
-# %% ../../nbs/35_training.resume.ipynb #abcdf728
+# %% ../../nbs/35_training.resume.ipynb #88a40147
 STATE_FILE = "trainer_state.json"
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
     "The complete checkpoints of a run's folder, oldest step first."
-    found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    complete = [path for path in found if (path / STATE_FILE).is_file()]
-    return sorted(complete, key=lambda path: int(path.name.split("-")[1]))
+    found = [state.parent for state in Path(folder).glob(f"checkpoint-*/{STATE_FILE}")]
+    named = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(named, key=lambda path: int(path.name.split("-")[1]))
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
@@ -117,7 +118,7 @@ def keep_newest(folder: str | Path, limit: int | None):
         path.rename(aside)
         shutil.rmtree(aside)
 
-# %% ../../nbs/35_training.resume.ipynb #ddd350c3
+# %% ../../nbs/35_training.resume.ipynb #5328ea1e
 def refuse_other_run(config: Section):
     "Raises ValueError where the checkpoint to go on from, or the folder, belongs to another run."
     folder, wanted = Path(config.experiment.output_dir), config.experiment.resume_from_checkpoint
@@ -145,14 +146,12 @@ def _plain(config):
     return {key: same(value) if isinstance(value, str) else value for key, value in kept.items()}
 
 # %% ../../nbs/35_training.resume.ipynb #53345d40
-_PATIENCE = timedelta(days=7)
-
-
 def on_main_process(make: Callable):
     "The result of `make()`, which runs in the main process alone; what fails there fails in all."
     if not (distributed.is_available() and distributed.is_initialized()):
         return make()
-    group, answer, failure = distributed.new_group(backend="gloo", timeout=_PATIENCE), [None, None], None
+    group = distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+    answer, failure = [None, None], None
     if distributed.get_rank() == 0:
         try:
             answer[0] = make()
@@ -174,7 +173,7 @@ def _elsewhere(error):
         return ValueError(str(error))
     return RuntimeError(f"The main process failed: {type(error).__name__}: {error}")
 
-# %% ../../nbs/35_training.resume.ipynb #87d508f1
+# %% ../../nbs/35_training.resume.ipynb #b53309f2
 class Loop:
     """A run of `train_step`, told to callbacks, that stops when asked to and goes on from checkpoints.
 
@@ -215,9 +214,8 @@ class Loop:
 
     def fit(self) -> "Loop":
         "Trains up to `max_train_steps`, after resuming where the configuration says so."
-        wanted = self.config.experiment.resume_from_checkpoint
-        found = None if self.step else find_checkpoint(self.output_dir, wanted)
-        if found:
+        wanted = None if self.step else self.config.experiment.resume_from_checkpoint
+        if found := find_checkpoint(self.output_dir, wanted):
             load_run(self, found)
         with stop_on_signals(self._interrupt):
             self._fire("on_start")
@@ -228,9 +226,9 @@ class Loop:
         return self
 
     def log(self, values: dict[str, float]):
-        "Appends a line to `log.jsonl` and tells the trackers; a number that is not finite is left out."
+        "Appends a line to `log.jsonl`, tells the trackers its numbers; one that is not finite is left out."
         values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
-        self.accelerator.log(values, step=self.step)
+        self.accelerator.log({k: v for k, v in values.items() if not isinstance(v, list)}, step=self.step)
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             with open(self.output_dir / "log.jsonl", "a") as lines:
@@ -240,11 +238,11 @@ class Loop:
         "The sum or mean over the processes that train."
         return self.accelerator.reduce(values, how) if self.processes > 1 else values
 
-    def refuse_nan(self, loss: Tensor, broken: Callable[[], list]):
-        "Raises in all processes where a loss is not finite; `broken()` names the examples of this one."
-        if not self.reduce(loss).isfinite():  # where one is not, the sum is not either
+    def refuse_nan(self, value: Tensor, broken: Callable[[], list], what: str = "loss"):
+        "Raises in all processes where a value is not finite; `broken()` names the examples of this one."
+        if not self.reduce(value).isfinite():  # where one is not, the sum is not either
             raise ValueError(
-                f"The loss of step {self.step + 1} is not finite; the weights are still those before it. "
+                f"The {what} of step {self.step + 1} is not finite; the weights are still those before it. "
                 f"Batch keys: {broken() or 'in another process'}. Last good checkpoint: "
                 f"{latest_checkpoint(self.output_dir)}. Look at these examples, or lower the learning rate."
             )
@@ -293,30 +291,53 @@ class Loop:
         self.batches_seen += 1
         return next(self.batches)
 
-# %% ../../nbs/35_training.resume.ipynb #6ce8565d
+# %% ../../nbs/35_training.resume.ipynb #4ee6dca1
 def save_run(trainer: Loop, folder: str | Path):
     "Writes everything a resume needs, the state file last. All processes call it."
-    folder = Path(folder)
+    folder, write = Path(folder), trainer.accelerator.is_main_process
+    with evaluating(trainer.network) as network:
+        if not sum(parameter.norm() for parameter in network.parameters()).isfinite():
+            raise ValueError(f"Not all weights after step {trainer.step} are finite; they are not saved. "
+                             f"Last good checkpoint: {latest_checkpoint(trainer.output_dir)}.")
+        if write:
+            save_model(network, folder / "unwrapped_model")
     trainer.accelerator.save_state(str(folder))
-    if trainer.accelerator.is_main_process:
-        save_model(trainer.network, folder / "unwrapped_model")
-        if trainer.ema:
-            save_ema(trainer.ema, folder / "ema_model")
+    if trainer.ema:
+        save_ema(trainer.ema, folder / "ema_model", write)
+    if write:
         (folder / STATE_FILE).write_text(json.dumps(trainer.state_dict()))
     trainer.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def failing_clearly(path: Path):
+    "What fails while a checkpoint is written becomes one sentence; what was written of it is removed."
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        aside, told = path.with_name(PARTIAL + path.name), str(error).splitlines()[0]
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(
+            f"{path} could not be written: {told} ({shutil.disk_usage(path.parent).free / 1e9:.2f} GB free). "
+            f"Last good checkpoint: {latest_checkpoint(path.parent)}. Make room and go on with "
+            "experiment.resume_from_checkpoint=latest."
+        ) from error
 
 
 def load_run(trainer: Loop, folder: str | Path):
     "Continues from what `save_run` wrote, with the optimizers' options of the present configuration."
     folder, experiment = Path(folder), trainer.config.experiment
-    fresh = [(optimizer.state_dict(), scheduler.state_dict()) for optimizer, scheduler in trainer.schedules]
+    plain = lambda group: {name: value for name, value in group.items() if name != "params"}
+    options = lambda optimizer: [plain(group) for group in optimizer.param_groups]
+    keep = lambda optimizer: optimizer.state_dict() if experiment.dont_resume_optimizer else None
+    fresh = [(options(o), keep(o), schedule.state_dict()) for o, schedule in trainer.schedules]
     trainer.accelerator.load_state(str(folder))
-    for (optimizer, scheduler), (started, schedule) in zip(trainer.schedules, fresh):
-        if experiment.dont_resume_optimizer:
+    for (optimizer, scheduler), (given, started, schedule) in zip(trainer.schedules, fresh):
+        if started:
             optimizer.load_state_dict(started)
         if not experiment.resume_lr_scheduler:
             scheduler.load_state_dict(schedule)
-        _set_options(optimizer, scheduler.scheduler, started["param_groups"])
+        _set_options(optimizer, scheduler.scheduler, given)
     if trainer.ema:
         load_ema(trainer.ema, folder / "ema_model")
     trainer.load_state_dict(json.loads((folder / STATE_FILE).read_text()))
@@ -326,23 +347,4 @@ def _set_options(optimizer, schedule, options):
     "Gives an optimizer these options, and the learning rate that the schedule makes of them now."
     schedule.base_lrs = [option["initial_lr"] for option in options]
     for group, option, factor in zip(optimizer.param_groups, options, schedule.lr_lambdas):
-        option = {name: value for name, value in option.items() if name != "params"}
         group.update(option, lr=option["initial_lr"] * factor(schedule.last_epoch))
-
-# %% ../../nbs/35_training.resume.ipynb #f8012972
-def plot_lives(
-    lives: list[list[int]],  # the steps each process did, oldest process first
-    saved: Iterable[int] = (),  # steps with a checkpoint
-    ax=None,
-):
-    "Which process of a killed and resumed run did which steps; vertical lines are checkpoints."
-    import matplotlib.pyplot as plt
-
-    ax = ax or plt.subplots(figsize=(6, 2.2), layout="constrained")[1]
-    for number, steps in enumerate(lives):
-        ax.plot(steps, [number] * len(steps), lw=5, solid_capstyle="butt")
-    for step in saved:
-        ax.axvline(step, color="0.8", lw=0.8, zorder=0)
-    ax.set(xlabel="step", ylabel="process", yticks=range(len(lives)))
-    ax.invert_yaxis()
-    return ax

@@ -55,7 +55,7 @@ class Section:
 def _each(value):
     return value if isinstance(value, (list, tuple)) else [value]
 
-# %% ../../nbs/30_training.schema.ipynb #fa33f5f7
+# %% ../../nbs/30_training.schema.ipynb #b759df84
 def _every(default, what):
     return setting(default, f"steps between {what}; null = never", low=1)
 
@@ -71,7 +71,7 @@ class Run(Section):
     max_eval_examples: Optional[int] = setting(None, "cap on examples for evaluation", low=1)
     log_every: Optional[int] = _every(50, "log lines")
     save_every: Optional[int] = _every(1000, "checkpoints")
-    eval_every: Optional[int] = _every(1000, "evaluations")
+    eval_every: Optional[int] = setting(1000, "steps between evaluations; null = only at the end", low=1)
     generate_every: Optional[int] = _every(1000, "sample images")
     resume_from_checkpoint: Any = setting(None, "latest, a checkpoint folder, or null")
     resume_lr_scheduler: bool = setting(True, "a resume goes on with the learning-rate schedule")
@@ -101,7 +101,7 @@ class WandB(Section):
     entity: Optional[str] = setting(None, "account or team")
     run_id: Optional[str] = setting(None, "run to continue; null = the one kept with the run")
 
-# %% ../../nbs/30_training.schema.ipynb #e50545c8
+# %% ../../nbs/30_training.schema.ipynb #f3f6fd6c
 @dataclass
 class VQModel(Section):
     "The image tokenizer."
@@ -114,7 +114,7 @@ class VQModel(Section):
 @dataclass
 class TextEncoder(Section):
     "The frozen text encoder."
-    type: str = setting("clip", "family", choices=("clip", "t5"))
+    type: str = setting("clip", "family; none = no text", choices=("clip", "t5", "none"))
     pretrained: Optional[str] = setting(None, "folder or hub id; null = train a small CLIP on the data")
     train: Optional[dict[str, Any]] = setting(None, "if pretrained is null: keys of ClipTrainingConfig")
     pad_token_id: Optional[int] = setting(None, "id that pads prompts; null = the tokenizer's", low=0)
@@ -159,7 +159,7 @@ class Model(Section):
             raise ValueError(f"{path}.lora.rank={self.lora.rank} trains updates of a trained model; set "
                              f"{path}.pretrained_model_path to one, or {path}.lora.rank to null.")
 
-# %% ../../nbs/30_training.schema.ipynb #ed0ea41d
+# %% ../../nbs/30_training.schema.ipynb #a3f11e88
 @dataclass
 class DatasetParams(Section):
     "Where the samples are and which of them count."
@@ -172,6 +172,7 @@ class DatasetParams(Section):
     max_bad_share: float = setting(0.1, "share of undecodable samples that is still accepted", low=0, high=1)
     skip_bad: bool = setting(False, "leave out images of a folder that have no caption or cannot be read")
     validation_prompts_file: Optional[str] = setting(None, "prompts of the sample images, one a line")
+    inpainting_folder: Optional[str] = setting(None, "what samples fill in: <prompt>/image.*, <prompt>/mask.*")
     use_filtered_dataset: bool = setting(False, "apply the metadata filter below")
     min_size: int = setting(256, "least original width and height", low=0)
     max_pwatermark: float = setting(0.5, "highest watermark probability")
@@ -229,7 +230,7 @@ class Optimizer(Section):
 
 SCHEDULERS = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
-    "inverse_sqrt",
+    "inverse_sqrt", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
 )
 
 
@@ -237,6 +238,7 @@ SCHEDULERS = (
 class SchedulerParams(Section):
     "Numbers of the learning-rate schedule."
     warmup_steps: int = setting(500, "steps from zero to the full learning rate", low=0)
+    options: dict[str, Any] = setting({}, "its other numbers: num_cycles, power, min_lr_rate, num_decay_steps")
 
 
 @dataclass
@@ -256,7 +258,7 @@ class MaskSchedule(Section):
         super().check(path)
         get_schedule(self.schedule, **self.params)(torch.tensor(0.5))
 
-# %% ../../nbs/30_training.schema.ipynb #f8527aed
+# %% ../../nbs/30_training.schema.ipynb #3d6c59bd
 @dataclass
 class Steps(Section):
     "Batches, precision, the number of steps, and the average of the weights."
@@ -272,6 +274,10 @@ class Steps(Section):
     ema_decay: float = setting(0.9999, "its highest decay", low=0, high=1)
     ema_update_after_step: int = setting(0, "steps before averaging starts", low=0)
     ema_update_every: int = setting(1, "steps between updates", low=1)
+
+    def __post_init__(self):
+        if self.mixed_precision in (False, "False"):  # YAML takes a bare no for false
+            self.mixed_precision = "no"
 
 
 @dataclass
@@ -294,6 +300,7 @@ class Training(Steps):
     guidance_scale: float = setting(8.0, "guidance of the sample images", low=0)
     generation_timesteps: int = setting(12, "decoding steps of the sample images", low=1)
     generation_temperature: Any = setting(2.0, "their temperature, or a (start, end) pair", low=0)
+    generation_params: Optional[dict[str, Any]] = setting(None, "more about them, such as sampler: halton")
 
     def check(self, path):
         warmth = self.generation_temperature
@@ -319,8 +326,9 @@ class Config(Section):
     }
     SAME_RUN = (  # what a run is, and cannot change on the way
         "model.vq_model.", "model.text_encoder.", "model.transformer", "model.architecture", "model.lora.",
-        "dataset.type", "dataset.params.train_shards_path_or_url", "dataset.preprocessing.", "training.seed",
-        "training.batch_size", "training.encode_first",
+        "dataset.type", "dataset.params.train_shards_path_or_url", "dataset.params.is_",
+        "dataset.params.imagenet_class_mapping_path", "dataset.preprocessing.", "training.seed",
+        "training.batch_size", "training.encode_first", "training.pre_encode",
     )
     experiment: Experiment = field(default_factory=Experiment)
     wandb: WandB = field(default_factory=WandB)

@@ -1,0 +1,309 @@
+"""Runs with every kind of condition and input: each trains, evaluates, saves a pipeline that draws, and resumes exactly."""
+import io
+import json
+import shutil
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+
+from conftest import ROOT
+from musekit.check import find_networks, memory_report
+from musekit.data.conditions import TextEncoder, train_tokenizer
+from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples
+from musekit.data.encoded import BatchEncoder, encode_dataset
+from musekit.data.image_text import ImageTextConfig, make_loader
+from musekit.data.packing import write_shards, write_tars
+from musekit.data.token_shards import write_token_shards
+from musekit.models.paella_vq import PaellaVQModel
+from musekit.pipeline import Pipeline
+from musekit.train import configure, train
+from musekit.training.history import read_log
+
+SETTINGS = [
+    "model.transformer.hidden_size=32", "model.transformer.num_hidden_layers=1", "model.transformer.intermediate_size=64",
+    "training.max_train_steps=4", "training.batch_size=8", "training.generation_timesteps=2", "lr_scheduler.params.warmup_steps=1",
+    "training.encode_first=false", "training.cond_dropout_prob=0.5", "dataset.params.shuffle_buffer_size=20",
+    "experiment.log_every=1", "experiment.eval_every=2", "experiment.generate_every=4", "experiment.save_every=2",
+]
+CLASSES, NO_TEXT = "dataset.type=classification", "model.text_encoder.type=none"
+PLAIN, NO_POOLED = "model.architecture=transformer", "model.transformer.add_cond_embeds=false"
+
+
+def digits(first, count):
+    everything = set(range(len(WORDINGS)))
+    return list(make_samples(range(first, first + count), 1, set(COMBINATIONS), lambda *combination: everything, seed=0))
+
+
+def sheet(sample, side=2):
+    "Four pictures in one, of which the others are black."
+    image = Image.new("RGB", (32 * side, 32 * side))
+    image.paste(sample["image"], (0, 0))
+    return {**sample, "image": image}
+
+
+def candidates(sample):
+    "Three pictures of one caption, the second of them the best."
+    def png(image):
+        data = io.BytesIO()
+        image.save(data, "png")
+        return data.getvalue()
+
+    black = png(Image.new("RGB", (32, 32)))
+    return {"0.png": black, "1.png": png(sample["image"]), "2.png": black, "clip_scores.txt": b"0.2,0.9,0.3", "txt": sample["text"].encode()}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    "Shards in every layout, and untrained frozen networks."
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("conditions")
+    for split, first, count in (("train", 0, 40), ("test", 100, 10)):
+        samples = digits(first, count)
+        write_shards(samples, folder / "digits" / split)
+        write_shards(map(sheet, samples), folder / "sheets" / split)
+        write_tars(map(candidates, samples), folder / "scored" / split)
+    (folder / "names.json").write_text(json.dumps([f"the digit {number}" for number in range(10)]))
+    words = [sample["text"] for sample in digits(0, 40)]
+    PaellaVQModel(levels=2, c_hidden=16, c_latent=4, bottleneck_blocks=1, codebook_size=32, scale_factor=1.0).save_pretrained(folder / "vq")
+    tokenizer = train_tokenizer(words, 600, 20)
+    special = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    clip = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=24, intermediate_size=48, projection_dim=16, num_hidden_layers=2,
+                          num_attention_heads=2, max_position_embeddings=20, **special)
+    TextEncoder(CLIPTextModelWithProjection(clip), tokenizer, use_pooled=True).save_pretrained(folder / "clip")
+    pieces = T5Tokenizer().train_new_from_iterator(words, 150, show_progress=False)
+    t5 = T5EncoderModel(T5Config(vocab_size=len(pieces), d_model=24, d_kv=8, d_ff=48, num_layers=2, num_heads=3))
+    TextEncoder(t5, pieces, max_seq_length=20).save_pretrained(folder / "t5")
+    return folder
+
+
+def settings_of(place, name, *settings, data="digits"):
+    data = [f"data={place}/{data}/train", f"dataset.params.eval_shards_path_or_url={place}/{data}/test"]
+    return [*data, f"model.vq_model.pretrained={place}/vq", f"experiment.output_dir={place}/runs/{name}", *SETTINGS, *settings]
+
+
+def weights(folder):
+    return sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()
+
+
+def run_and_resume(place, name, *settings, data="digits"):
+    "Trains, then goes on from the middle as if it had been killed there; gives the run and the loaded pipeline."
+    config = lambda: configure(None, settings_of(place, name, *settings, data=data))
+    recipe = train(config(), progress=False)
+    told = read_log(recipe.folder)
+    assert [line["step"] for line in told if "loss" in line] == [1, 2, 3, 4]
+    assert sum("eval_loss" in line for line in told) == 2
+    assert (recipe.folder / "samples" / "step-000004.png").is_file()
+    before = weights(recipe.folder)
+    shutil.rmtree(recipe.folder / "checkpoint-4"), shutil.rmtree(recipe.folder / "pipeline")
+    (recipe.folder / "model.safetensors").unlink()
+    assert train(config(), progress=False).trainer.step == 4
+    assert weights(recipe.folder) == before
+    return recipe, Pipeline.from_pretrained(recipe.folder)
+
+
+def clip(place):
+    return f"model.text_encoder.pretrained={place}/clip"
+
+
+def t5(place):
+    return "model.text_encoder.type=t5", f"model.text_encoder.pretrained={place}/t5"
+
+
+def names(place):
+    return f"dataset.params.imagenet_class_mapping_path={place}/names.json"
+
+
+TEXTS = {
+    "clip, pooled": lambda place: [clip(place)],
+    "clip, not pooled": lambda place: [clip(place), NO_POOLED],
+    "clip, plain transformer": lambda place: [clip(place), PLAIN],
+    "t5, plain transformer": lambda place: [*t5(place), PLAIN],
+    "t5, U-ViT": lambda place: [*t5(place), NO_POOLED],
+    "names of classes": lambda place: [clip(place), CLASSES, names(place)],
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts(place, name):
+    recipe, pipeline = run_and_resume(place, name, *TEXTS[name](place))
+    assert pipeline.text_encoder.use_pooled == (name in ("clip, pooled", "names of classes"))
+    assert len(pipeline(["a red one", "a blue two"], seed=0)) == 2
+    if name == "names of classes":
+        assert next(iter(recipe.loader(recipe.eval_urls)))["text"][0].startswith("the digit ")
+
+
+@pytest.mark.parametrize("encode_first", [False, True], ids=["images", "encoded"])
+def test_classes(place, encode_first):
+    recipe, pipeline = run_and_resume(place, f"classes {encode_first}", CLASSES, "model.transformer.num_classes=10",
+                                      f"training.encode_first={str(encode_first).lower()}")
+    assert pipeline.transformer.config.num_classes == 10 and recipe.unconditional["class_ids"].item() == 10
+    numbers, texts = pipeline([3, 7], seed=0), pipeline(["3", "7"], seed=0)
+    assert [image.tobytes() for image in numbers] == [image.tobytes() for image in texts]
+    ids = lambda prompts, **options: pipeline.ids(prompts, seed=0, **options)
+    assert not torch.equal(ids(3, guidance_scale=8.0), ids(3, guidance_scale=1.0))
+    assert torch.equal(ids(3, guidance_scale=0.0), ids("", guidance_scale=1.0))
+    with pytest.raises(ValueError, match=r"draws classes 0 \.\. 9, and '10' is neither"):
+        pipeline(10)
+
+
+def test_classes_with_names(place):
+    recipe, pipeline = run_and_resume(place, "named classes", CLASSES, names(place), NO_TEXT)
+    assert torch.equal(pipeline.ids("the digit 4", seed=0), pipeline.ids(4, seed=0))
+    assert set(recipe.text_encoder.names) == set(range(10))
+
+
+def test_dropped_classes_are_the_mask_token(place):
+    "What the trainer puts in front of half the rows is what an unknown class is when drawing."
+    recipe = train(configure(None, settings_of(place, "dropped", CLASSES, "model.transformer.num_classes=10")), progress=False)
+    batch = next(iter(recipe.train_batches(0)))
+    given, seen = batch["class_ids"], []
+    for step in range(50):
+        told = recipe.trainer.make_micro_batch(batch, step, 0).conditions["class_ids"]
+        assert ((told == given) | (told == 10)).all()
+        seen.append(told == 10)
+    assert 0.35 < torch.cat(seen).float().mean() < 0.65  # 400 coins of one half
+    model = recipe.trainer.network.eval()
+    ids = torch.zeros(1, 64, dtype=torch.long)
+    in_front = torch.cat([torch.tensor([[model.config.mask_token_id]]), ids], 1)
+    assert torch.equal(model(ids, class_ids=torch.tensor([10])), model(in_front)[:, 1:])
+
+
+def test_a_class_that_is_none_is_an_unusable_sample(place):
+    config = configure(None, settings_of(place, "few", CLASSES, "model.transformer.num_classes=5"))
+    with pytest.raises(ValueError, match=r"class \d is none of the 5 known classes"):
+        train(config, progress=False)
+
+
+def test_nothing(place):
+    recipe, pipeline = run_and_resume(place, "nothing", NO_TEXT)
+    assert len(pipeline(num_images_per_prompt=3, seed=0)) == 3
+    assert recipe.unconditional == {} and pipeline.generation.guidance_scale == 1
+    with pytest.raises(ValueError, match="draws without prompts and cannot read 'a cat'"):
+        pipeline("a cat")
+
+
+def test_pictures_without_captions(place):
+    album = place / "album"
+    album.mkdir()
+    for number, sample in enumerate(digits(0, 20)):
+        sample["image"].save(album / f"{number}.png")
+    alone = [f"data={album}", "dataset.params.eval_shards_path_or_url=null", NO_TEXT]
+    recipe = train(configure(None, [*settings_of(place, "bare"), *alone]), progress=False)
+    assert len(Pipeline.from_pretrained(recipe.folder)(num_images_per_prompt=2)) == 2
+    with pytest.raises(ValueError, match="20 without a caption"):
+        train(configure(None, [*settings_of(place, "bare text"), *alone[:2], clip(place)]), progress=False)
+
+
+@pytest.mark.parametrize("key, data, size", [
+    ("is_sdxl_synthetic_dataset", "scored", (1024, 1024)), ("is_ds_clean", "sheets", (32, 32)), ("is_ds_clean_upscaled", "sheets", (64, 64)),
+])
+def test_layouts(place, key, data, size):
+    recipe, pipeline = run_and_resume(place, key, f"dataset.params.{key}=true", clip(place), data=data)
+    batch = next(iter(recipe.loader(recipe.eval_urls)))
+    assert batch["micro_conds"][0].tolist() == [*size, 0, 0, 5]
+    picture = digits(100, 1)[0]["image"]
+    if key != "is_ds_clean_upscaled":  # the one picture that counts is the digit, pixel by pixel
+        close = torch.tensor(list(picture.tobytes())).view(32, 32, 3).permute(2, 0, 1) / 255
+        assert (batch["pixel_values"][0] - close).abs().max() < 1e-6
+    assert len(pipeline("a red one")) == 1
+
+
+def encoded(place, form, text):
+    "The digits as codes of the given networks, written without a training run."
+    folder = place / "encoded" / f"{form}-{text}"
+    if folder.is_dir():
+        return folder
+    encoder = TextEncoder.from_pretrained(place / "clip", use_pooled=True) if text else None
+    layout = {} if text else {"layout": "classification"}
+    for split in ("train", "test"):
+        loader = make_loader([str(place / "digits" / split / "shard-000000.tar")], ImageTextConfig(32, batch_size=8, **layout), training=False)
+        networks = BatchEncoder(PaellaVQModel.from_pretrained(place / "vq").eval(), encoder)
+        if form == "parquet":
+            encode_dataset(loader, networks, folder / split / "digits.parquet")
+        else:
+            write_token_shards(loader, networks, folder / split, vq_checkpoint=f"{place}/vq", text_checkpoint=f"{place}/clip")
+    return folder
+
+
+def pre_encoded(folder):
+    return [f"data={folder}/train", f"dataset.params.eval_shards_path_or_url={folder}/test", "training.pre_encode=true"]
+
+
+@pytest.mark.parametrize("form", ["parquet", "tar"])
+def test_pre_encoded_texts(place, form):
+    recipe, pipeline = run_and_resume(place, f"pre {form}", clip(place), *pre_encoded(encoded(place, form, True)))
+    assert recipe.prepare is None and len(pipeline("a red one")) == 1
+
+
+def test_pre_encoded_classes(place):
+    told = CLASSES, "model.transformer.num_classes=10", *pre_encoded(encoded(place, "parquet", False))
+    recipe, pipeline = run_and_resume(place, "pre classes", *told)
+    batch = next(iter(recipe.train_batches(0)))
+    assert batch["class_ids"].dtype == torch.long and len(pipeline([1, 2])) == 2
+
+
+def test_pre_encoded_is_what_encoding_first_gives(place):
+    "The same data, the same order, the same weights, whoever encoded."
+    first = train(configure(None, settings_of(place, "first", clip(place), "training.encode_first=true")), progress=False)
+    shared = f"data={first.folder}/encoded/train", f"dataset.params.eval_shards_path_or_url={first.folder}/encoded/test"
+    later = train(configure(None, [*settings_of(place, "later", clip(place)), *shared, "training.pre_encode=true"]), progress=False)
+    assert weights(first.folder) == weights(later.folder)
+
+
+def test_pre_encoded_refusals(place):
+    ready = pre_encoded(encoded(place, "parquet", True))
+    with pytest.raises(ValueError, match="set model.text_encoder.pretrained to the one that encoded the data"):
+        configure(None, [*settings_of(place, "bad"), *ready])
+    with pytest.raises(ValueError, match="needs the images in every step"):
+        configure(None, [*settings_of(place, "bad", clip(place)), *ready, "dataset.preprocessing.random_flip=true"])
+    larger = configure(None, [*settings_of(place, "bad", clip(place)), *ready, "dataset.preprocessing.resolution=64"])
+    with pytest.raises(ValueError, match="holds pictures of 32 x 32 pixels, and dataset.preprocessing.resolution is 64"):
+        train(larger, progress=False)
+
+
+def test_another_kind_is_another_run(place):
+    train(configure(None, settings_of(place, "kind", NO_TEXT)), progress=False)
+    with pytest.raises(ValueError, match="holds another run"):
+        train(configure(None, settings_of(place, "kind", CLASSES, "model.transformer.num_classes=10")), progress=False)
+
+
+def test_going_on_with_a_trained_class_model(place):
+    "A pipeline of classes brings its networks and the number of classes along."
+    first = train(configure(None, settings_of(place, "taught", CLASSES, "model.transformer.num_classes=10")), progress=False)
+    alone = [s for s in settings_of(place, "more", CLASSES) if "model.transformer" not in s and "vq_model" not in s]
+    config = configure(None, [*alone, f"model.pretrained_model_path={first.folder}"])
+    assert (config.model.text_encoder.type, config.model.architecture) == ("none", "transformer")
+    assert Pipeline.from_pretrained(train(config, progress=False).folder).transformer.config.num_classes == 10
+
+
+def test_check_tells_of_no_text_encoder():
+    report = memory_report(configure(None, ["data=digits", CLASSES]))
+    assert "text encoder" not in report and "MaskGitTransformer" in report
+
+
+@pytest.mark.parametrize("settings, told", [
+    ([CLASSES, "data=a.tar"], "num_classes=None must say how many classes there are"),
+    (["dataset.params.is_ds_clean=true", "dataset.params.is_sdxl_synthetic_dataset=true"], "are different layouts"),
+    ([CLASSES, "dataset.params.is_ds_clean=true"], "are different layouts"),
+    (["dataset.params.imagenet_class_mapping_path=names.json"], "needs dataset.type=classification"),
+    ([CLASSES, "dataset.params.imagenet_class_mapping_path=names.json"], "names.json does not exist"),
+    (["model.text_encoder.type=t5", "model.text_encoder.pretrained=t5"], "has no pooled text"),
+])
+def test_contradictions(settings, told):
+    with pytest.raises((ValueError, FileNotFoundError), match=told):
+        configure(None, ["data=digits", *settings])
+
+
+def test_a_published_class_file_loads(tmp_path):
+    "Without a section for a text encoder, and with the null condition's keys left as they are."
+    sizes = dict(vocab_size=2025, codebook_size=1024, hidden_size=768, num_classes=1000, num_vq_tokens=256, max_position_embeddings=257)
+    text = (ROOT / "tests" / "published" / "text_transformer.yaml").read_text()
+    before, after = text.split("  text_encoder:")[0], text[text.index("  gradient_checkpointing"):]
+    lines = "\n".join(f"    {name}: {value}" for name, value in sizes.items())
+    (tmp_path / "classes.yaml").write_text(f"{before}  architecture: transformer\n  transformer:\n{lines}\n{after}".replace("dataset:", "dataset:\n  type: classification"))
+    networks = find_networks(configure(tmp_path / "classes.yaml"))
+    assert networks.transformer.config.num_classes == 1000 and networks.text_encoder is None

@@ -1,0 +1,180 @@
+"""Pipelines as scripts use them: outputs, edits, samplers, saved settings, and pictures that are made again from themselves."""
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from musekit.cli import main
+from musekit.data.conditions import TextEncoder, train_tokenizer
+from musekit.generation import GenerationConfig
+from musekit.models.uvit import MaskGiTUViT
+from musekit.models.vqgan import VQGANModel
+from musekit.pipeline import OUTPUT_TYPES, Pipeline, find_model_class
+from musekit.sampling import sampler_names
+from musekit.sheets import Task, draw_again, draw_sheet, read_task, write_sheet
+
+PROMPTS = ["a red three on white paper", "two"]
+UVIT = dict(hidden_size=16, in_channels=8, block_out_channels=(8,), block_num_heads=2, num_res_blocks=1, num_hidden_layers=1,
+            num_attention_heads=2, intermediate_size=16, micro_cond_encode_dim=4, micro_cond_embed_dim=20)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "A pipeline of random weights, 8 x 8 tokens of 2 x 2 pixels, saved."
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    words = train_tokenizer(PROMPTS * 4, vocab_size=530, max_seq_length=12)
+    special = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    clip = CLIPTextConfig(vocab_size=len(words), max_position_embeddings=12, hidden_size=16, intermediate_size=32,
+                          num_attention_heads=2, num_hidden_layers=2, projection_dim=12, **special)
+    text = TextEncoder(CLIPTextModelWithProjection(clip), words, use_pooled=True)
+    uvit = MaskGiTUViT(33, 32, encoder_hidden_size=16, cond_embed_dim=12, default_shape=(8, 8), **UVIT)
+    for parameter in uvit.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    vq_model = VQGANModel(16, 3, 32, (1, 1), 1, (), z_channels=8, quantized_embed_dim=8, num_embeddings=32)
+    folder = tmp_path_factory.mktemp("pipelines") / "random"
+    settings = GenerationConfig(steps=4, sampler="halton", guidance_interval=(0.25, 1.0))
+    Pipeline(uvit, vq_model, text, generation=settings).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    return Pipeline.from_pretrained(folder)
+
+
+def pixels(images):
+    return np.stack([np.asarray(image) for image in images])
+
+
+def test_sampler_and_interval_are_kept_in_the_folder(folder, pipeline):
+    written = json.loads((folder / "pipeline.json").read_text())["generation"]
+    assert (written["sampler"], written["guidance_interval"]) == ("halton", [0.25, 1.0])
+    assert pipeline.generation == GenerationConfig(steps=4, sampler="halton", guidance_interval=(0.25, 1.0))
+
+
+@pytest.mark.parametrize("sampler", sampler_names())
+def test_every_sampler_draws_the_same_for_any_batch_size(pipeline, sampler):
+    many = PROMPTS * 5  # more than one batch holds
+    drawn = pipeline(many, seed=3, sampler=sampler, num_images_per_prompt=2, output_type="ids")
+    assert drawn.shape == (20, 8, 8) and len(drawn.flatten(1).unique(dim=0)) == 20
+    for batch_size in (1, 7):
+        assert torch.equal(drawn, pipeline(many, seed=3, sampler=sampler, num_images_per_prompt=2, output_type="ids", batch_size=batch_size))
+    assert not torch.equal(drawn, pipeline(many, seed=4, sampler=sampler, num_images_per_prompt=2, output_type="ids"))
+
+
+def test_pictures_numbers_tensors_and_tokens_are_one_thing(pipeline):
+    kinds = {kind: pipeline(PROMPTS, seed=1, output_type=kind, return_steps=True) for kind in OUTPUT_TYPES}
+    images, steps = kinds["pil"]
+    assert np.array_equal(kinds["numpy"][0], pixels(images).astype(np.float32) / 255) and kinds["numpy"][0].dtype == np.float32
+    assert np.array_equal(kinds["tensor"][0].permute(0, 2, 3, 1).numpy(), kinds["numpy"][0])
+    assert np.array_equal(pixels(pipeline.decode(kinds["ids"][0].flatten(1))), pixels(images))
+    assert {len(shown) for _, shown in kinds.values()} == {4}
+    hidden = [int((grid == pipeline.mask_token_id).sum()) for grid in kinds["ids"][1]]
+    assert hidden[-1] == 0 and hidden == sorted(hidden, reverse=True) and hidden[0] > 64
+    with pytest.raises(ValueError, match="pil, numpy, tensor, ids"):
+        pipeline("two", output_type="png")
+
+
+def test_a_callback_sees_every_step(pipeline):
+    seen = []
+    pipeline("two", seed=0, steps=3, callback=lambda step, record: seen.append((step, tuple(record["ids"].shape))))
+    assert seen == [(0, (1, 64)), (1, (1, 64)), (2, (1, 64))]
+
+
+def test_edits_change_what_they_say_and_nothing_else(pipeline):
+    image, = pipeline(PROMPTS[0], seed=0)
+    hole = np.zeros((16, 16), bool)
+    hole[4:9, 6:12] = True
+    for kind in ("pil", "numpy"):
+        painted = pipeline.inpaint(image, hole, PROMPTS, seed=1, num_images_per_prompt=2, output_type=kind)
+        painted = pixels(painted) if kind == "pil" else (painted * 255).round().astype(np.uint8)
+        assert painted.shape == (4, 16, 16, 3) and (painted[:, ~hole] == np.asarray(image)[~hole]).all()
+    larger, = pipeline.outpaint(image, (3, 0, 5, 8), PROMPTS[1], seed=2)
+    assert larger.size == (24, 24) and np.array_equal(np.asarray(larger)[:16, 3:19], np.asarray(image))
+    ids, _ = pipeline.encode(image)
+    varied = pipeline.vary(image, 0.25, PROMPTS, seed=3, num_images_per_prompt=2, output_type="ids").flatten(1)
+    assert varied.shape == (4, 64) and ((varied != ids).sum(1) <= 16).all() and (varied != ids).any()
+    embedded = pipeline.text_encoder(PROMPTS[1:])
+    again = pipeline.vary(image, 0.25, conditions=embedded, seed=3, output_type="ids")
+    assert torch.equal(again, pipeline.vary(image, 0.25, PROMPTS[1], seed=3, output_type="ids"))
+    with pytest.raises(ValueError, match="4 whole numbers"):
+        pipeline.outpaint(image, (0, -1, 0, 0), "two")
+
+
+@pytest.fixture(scope="module")
+def tasks(pipeline, folder):
+    image, = pipeline(PROMPTS[0], seed=0)
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (0, 8, 16, 16))
+    common = dict(seed=5, model=str(folder), num_images_per_prompt=2)
+    return {
+        "generate": Task(PROMPTS, negative_prompt="red", generation={"steps": 3, "sampler": "remasking"}, **common),
+        "inpaint": Task(PROMPTS[0], image=image, mask=mask, **common),
+        "outpaint": Task(PROMPTS[0], image=image, margins=(4, 0, 4, 0), **common),
+        "vary": Task(PROMPTS[0], image=image, ratio=0.5, **common),
+    }
+
+
+@pytest.mark.parametrize("kind", ("generate", "inpaint", "outpaint", "vary"))
+def test_a_picture_is_made_again_from_itself(pipeline, tasks, kind, tmp_path):
+    sheet, task = draw_sheet(pipeline, tasks[kind])
+    write_sheet(sheet, task, tmp_path / "one.png")
+    again, same_task = draw_again(tmp_path / "one.png")  # the model is found by its name
+    assert np.array_equal(again, sheet) and same_task.seed == 5
+    other, _ = draw_again(tmp_path / "one.png", pipeline, seed=6)
+    assert not np.array_equal(other, sheet)
+    assert set(task.generation) == set(vars(GenerationConfig())), "every setting is written out"
+
+
+def test_later_defaults_of_the_model_do_not_change_a_written_picture(tasks, folder, tmp_path):
+    pipeline = Pipeline.from_pretrained(folder)
+    sheet, task = draw_sheet(pipeline, tasks["inpaint"])
+    write_sheet(sheet, task, tmp_path / "one.png")
+    pipeline.generation = GenerationConfig(steps=2, guidance_scale=7.0, sampler="random")
+    assert np.array_equal(draw_again(tmp_path / "one.png", pipeline)[0], sheet)
+
+
+def test_generate_inpaint_and_again_on_the_command_line(tasks, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawn = lambda *words: main([str(word) for word in words]) == 0 and capsys.readouterr().out
+    tasks["inpaint"].image.save("image.png")
+    tasks["inpaint"].mask.save("mask.png")
+    how = ["--num-images", 2, "--sampler", "remasking", "--set", "sampler_params.eta=0.3", "--set", "guidance_interval=[0, 0.5]"]
+    assert drawn("inpaint", "image.png", "mask.png", PROMPTS[0], "--model", folder, "--out", "one.png", *how) == "one.png\n"
+    generation = read_task("one.png").generation
+    assert generation["sampler_params"] == {"eta": 0.3} and generation["guidance_interval"] == [0, 0.5]
+    Path("image.png").unlink(), Path("mask.png").unlink()
+    assert drawn("generate", "--again", "one.png", "--out", "two.png")
+    assert np.array_equal(Image.open("one.png"), Image.open("two.png"))
+    shutil.copytree(folder, "moved")
+    assert drawn("generate", "--again", "one.png", "--out", "three.png", "--model", "moved", "--seed", 9, "--sampler", "random")
+    assert not np.array_equal(Image.open("one.png"), Image.open("three.png"))
+    assert read_task("three.png").generation["sampler_params"] == {} and read_task("three.png").model == "moved"
+
+
+@pytest.mark.parametrize("words, told", (
+    (["inpaint", "missing.png", "mask.png", "two"], "no picture missing.png"), (["inpaint", "here.png"], "MASK"),
+    (["generate"], "PROMPT"), (["generate", "--again", "here.png"], "holds no task"), (["generate", "two", "--set", "steps"], "KEY=VALUE"),
+))
+def test_what_cannot_be_done_is_told_in_a_line(tmp_path, capsys, monkeypatch, words, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo" / "pipeline").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save("here.png")
+    try:
+        status = main(words)
+    except SystemExit as end:
+        status = end.code
+    said = capsys.readouterr().err
+    assert status == 2 and told in said and said.count("\n") == 1 and not (tmp_path / "generated.png").exists()
+
+
+def test_model_classes_are_found_by_name_alone():
+    assert find_model_class("MaskGiTUViT_v2") is MaskGiTUViT
+    with pytest.raises(ValueError, match="known are"):
+        find_model_class("os.system")
