@@ -32,7 +32,7 @@ test: $(STAMP) ## notebooks clean, package and README in sync, notebooks and tes
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS) --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests
 
-test-lab: $(STAMP) ## run every notebook in JupyterLab in a browser (needs chromium and chromium-driver)
+test-lab: $(STAMP) ## run every notebook in JupyterLab in a browser and move its widgets (needs chromium and chromium-driver)
 	$(BIN)/python tests/lab.py $(ARGS)
 
 clean: ## remove the environment; runs/ stays

@@ -239,5 +239,5 @@ def canvas(open_panel):
 
 
 MOVES = {
-    "63_lab.explorers": both(explorers, player), "64_lab.canvas": canvas, "65_lab.live": live, "70_lab.browsers": browsers,
+    "73_lab.explorers": both(explorers, player), "74_lab.canvas": canvas, "75_lab.live": live, "76_lab.browsers": browsers,
 }
