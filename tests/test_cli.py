@@ -21,7 +21,7 @@ from musekit.data.packing import write_shards
 from musekit.models.transformer import MaskGitTransformer
 from musekit.training.history import read_log
 from musekit.training.resume import checkpoints, on_main_process
-from test_processes import free_port
+from toy_training import free_port
 
 TINY = [
     "model.vq_model.params.c_hidden=16", "model.vq_model.params.codebook_size=32", "model.vq_model.train.steps=10",

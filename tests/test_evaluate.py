@@ -18,7 +18,7 @@ from musekit.pipeline import Pipeline
 from musekit.plots import run_figures
 from musekit.training.callbacks import Callback, drawn_by_all, evaluate, inpainting_sheet, standard_callbacks
 from musekit.training.history import read_log
-from test_processes import launch
+from toy_training import launch
 from toy_training import tiny_trainer, write_data
 
 DIAGNOSTICS = ["grad_norm", "pixel_entropy", "image_entropy", "cross_entropy", "token_probability_distributions"]

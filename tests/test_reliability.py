@@ -87,16 +87,14 @@ def dies_at_event(folder, data, number):
 
 
 class Tell(Callback):
-    "Tells the parent that the run has begun, and gives it time to kill."
+    "Tells the parent that a step was taken, and gives it time to kill."
 
     def __init__(self, begun):
         super().__init__()
         self.begun = begun
 
-    def on_start(self, trainer):
-        self.begun.set()
-
     def on_step(self, trainer):
+        self.begun.set()
         time.sleep(0.1)
 
 
@@ -139,14 +137,15 @@ def test_killed_at_twenty_random_moments(data, whole, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_stop_it_saves(data, whole, tmp_path, number):
-    rng = random.Random(int(number))
+    rng, before = random.Random(int(number)), 0
     for _ in range(3):
         child = begin(tmp_path, data, SHORT)
         time.sleep(rng.uniform(0, 0.4))
         os.kill(child.pid, number)
         child.join(120)
-        assert child.exitcode == 0 and steps_saved(tmp_path) and not list(tmp_path.glob(f"{PARTIAL}*"))
-    assert len({step % SAVE_EVERY for step in steps_saved(tmp_path)} | {0}) > 1  # saved between the usual steps
+        assert child.exitcode == 0 and not list(tmp_path.glob(f"{PARTIAL}*"))
+        assert steps_saved(tmp_path)[-1] > before  # the steps of this life are kept, though none may have been due
+        before = steps_saved(tmp_path)[-1]
     assert ends_like(whole, tmp_path, data, SHORT)
 
 

@@ -18,7 +18,7 @@ from musekit.training.resume import checkpoints
 from musekit.training.tokenizer import VQConfig, VQTrainer
 from test_cli import TINY, assert_refused, here, make_photos, musekit, some_digits  # noqa: F401, a fixture among them
 from test_cli import launch as launch_command
-from test_processes import launch
+from toy_training import launch
 from toy_training import CHILDREN, DieAt
 
 STEPS = 10

@@ -92,12 +92,15 @@ def all_weights(trainer):
     return torch.cat([p.detach().flatten() for p in [*trainer.network.parameters(), *trainer.ema.shadow]])
 
 
-def launch(function, folder, data, processes=2, environment=()):
-    "Runs `function(folder, data, rank)` in each process; gives what they returned."
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    given = function, str(folder), str(data), processes, port, dict(environment)
+        return s.getsockname()[1]
+
+
+def launch(function, folder, data, processes=2, environment=()):
+    "Runs `function(folder, data, rank)` in each process; gives what they returned."
+    given = function, str(folder), str(data), processes, free_port(), dict(environment)
     started = [CHILDREN.Process(target=_enter, args=(rank, *given)) for rank in range(processes)]
     for child in started:
         child.start()

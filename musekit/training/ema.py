@@ -113,7 +113,7 @@ def make_ema(model: nn.Module, training: Steps) -> EMA | None:
 
 # %% ../../nbs/33_training.ema.ipynb #708d60d9
 def keep_whole(model: nn.Module):
-    "Before a model is sharded: puts a copy aside, on the CPU, which `evaluating` fills with the gathered weights."
+    "Before a model is sharded: puts a copy aside, which `evaluating` fills with the gathered weights."
     model._whole = (copy.deepcopy(model),)  # in a tuple, so that it is no part of the model
 
 
