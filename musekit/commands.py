@@ -232,8 +232,8 @@ def add_evaluate(commands):
     add("--steps", type=whole, metavar="N", help="decoding steps (default: the pipeline's)")
     add("--guidance-scale", type=float, metavar="W", help="weight of the prompt (default: the pipeline's)")
     add("--temperature", type=float, metavar="T", help="randomness of the order (default: the pipeline's)")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting of decoding, such "
-        "sampler=halton or guidance_schedule=linear")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting of decoding, "
+        "such as sampler=halton or guidance_schedule=linear")
     add("--out", metavar="FILE.json", help="write the numbers, too")
     parser.set_defaults(run=_evaluate)
 

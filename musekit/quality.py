@@ -59,6 +59,8 @@ class QualityConfig:
         if self.features is None and self.data != "digits":
             raise ValueError(f"say what looks at the images of {self.data}: features inception=FILE or "
                              "clip=FOLDER; the built-in classifier knows digits only")
+        if self.samples < 20:
+            raise ValueError(f"samples={self.samples} must be at least 20, for ten blocks in the kernel distance")
         self.features = self.features or "digits"
         if self.judge and self.judge.startswith("inception"):
             raise ValueError(f"judge {self.judge!r} knows no texts; use clip=FOLDER, or digits")

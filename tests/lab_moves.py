@@ -69,9 +69,19 @@ class Panel:
     def changes(self, act, what: str, look=None):
         "Does something and waits until what `look` sees, the picture unless given, is another."
         look = look or self.pixels
-        before = look()
+        before = self.settled(look)
         act()
         self.until(lambda: look() not in ("", before), f"a change after {what}")
+        self.settled(look)
+
+    def settled(self, look):
+        "What is to be seen once it no longer changes: a drag may be followed by several late pictures."
+        def still():
+            seen = look()
+            time.sleep(0.7)
+            return seen and look() == seen
+        self.until(still, "a picture that keeps still")
+        return look()
 
     def drag(self, label: str, pixels: int):
         "Drags a slider with the mouse."
@@ -128,7 +138,7 @@ def player(open_panel):
     panel.shot("first")
     panel.changes(lambda: panel.drag("step", -60), "dragging the step")
     panel.changes(lambda: panel.write("prompt", "an orange four on grey paper"), "another prompt")
-    panel.changes(lambda: panel.choose("sampler", "halton"), "choosing the sampler")
+    panel.changes(lambda: panel.choose("sampler", "random"), "choosing the sampler")
     panel.shot("moved")
     value = lambda: panel.control("step").find_element(By.CSS_SELECTOR, ".widget-readout").text
     for presses in range(12):

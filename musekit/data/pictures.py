@@ -112,16 +112,18 @@ def token_mask(
     mask = torch.from_numpy(np.pad(mask, ((0, -height % factor), (0, -width % factor))))
     return mask.unflatten(1, (-1, factor)).unflatten(0, (-1, factor)).any(3).any(1).flatten()
 
-# %% ../../nbs/27_data.pictures.ipynb #3703aac5
+# %% ../../nbs/27_data.pictures.ipynb #dc431629
 def fade_tokens(
     image: Image.Image,  # decoded from the tokens
     hidden: Tensor,  # (N,) bool
     grid: tuple[int, int],  # (height, width) in tokens
     strength: float = 0.75,  # 0 leaves the picture, 1 covers it
 ) -> Image.Image:
-    "The picture with the squares of hidden tokens faint."
+    "The picture with the squares of hidden tokens faint under stripes, which show on grey paper, too."
+    rows, columns = np.indices((image.height, image.width)) // max(1, image.width // 32)
+    stripes = Image.fromarray(np.where((rows + columns) % 4 < 2, 84, 172).astype(np.uint8)).convert("RGB")
     squares = Image.fromarray(hidden.view(grid).cpu().numpy()).resize(image.size, Image.Resampling.NEAREST)
-    faint = Image.blend(image, Image.new("RGB", image.size, (128, 128, 128)), strength)
+    faint = Image.blend(image.convert("RGB"), stripes, strength)
     return Image.composite(faint, image, squares)
 
 # %% ../../nbs/27_data.pictures.ipynb #54bcaa3a
