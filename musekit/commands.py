@@ -92,12 +92,14 @@ def _find_demo(model):
 
 
 def _draw_task(options, task):
+    import torch
+
     from musekit.pipeline import Pipeline
     from musekit.sheets import draw_sheet, write_sheet
 
     _find_demo(task.model)
     quiet()
-    pipeline = Pipeline.from_pretrained(task.model)
+    pipeline = Pipeline.from_pretrained(task.model, "cuda" if torch.cuda.is_available() else "cpu")
     if options.compile:
         pipeline.transformer.compile()
     write_sheet(*draw_sheet(pipeline, task, batch_size=options.batch_size), options.out)

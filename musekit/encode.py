@@ -34,6 +34,7 @@ from .data.image_text import ImageTextConfig, ShardReader
 from .data.packing import expand_urls, left_out
 from musekit.data.pre_encoded import (
     clear_parts, facts_digest, finished_record, network_digest, shard_names, source_fact, text_probe,
+    refuse_other_codes,
     write_manifest,
 )
 from .data.token_shards import member_name, token_members, write_unconditional
@@ -306,6 +307,8 @@ def encode_shards(
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     names, networks = shard_names(_find(config, options, base_dir, world)), load_networks(config)
     facts = encoding_facts(config, options, networks)
+    refuse_other_codes(options.out, facts)
+    options.out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         write_manifest(options.out, facts, names)
         if options.form == "tar" and networks[1] is not None:

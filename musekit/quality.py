@@ -74,6 +74,7 @@ def read_real(
     config: QualityConfig,
     extractor: Callable,
     side: int,  # pixels
+    kind: str = "clip",  # of the pipeline's conditions: for "class" the classes are the captions
     progress: bool | None = None,
 ) -> tuple[FeatureTable, list[str]]:
     "Features of the real images, and the captions that came with them."
@@ -84,26 +85,36 @@ def read_real(
 
     def batches(loader):
         for batch in tqdm(loader, "real images", disable=_hidden(progress), unit="batch"):
-            texts.extend(batch["text"])
+            texts.extend(map(str, batch["class_ids"].tolist()) if kind == "class" else batch["text"])
             yield batch
 
     with tempfile.TemporaryDirectory() as place:
-        urls = find_shards(config.data, place, "test")
-        loader = make_loader(urls, ImageTextConfig(resolution=side, batch_size=64), training=False)
+        captions = kind not in ("class", "none") and not config.prompts
+        urls = find_shards(config.data, place, "test", captions=captions)
+        layout = "classification" if kind == "class" else "image_text"
+        reading = ImageTextConfig(resolution=side, batch_size=64, layout=layout, captions=captions)
+        loader = make_loader(urls, reading, training=False)
         if known:
-            return known, [text for batch in batches(loader) for text in batch["text"]]
+            for _ in batches(loader):
+                if config.real and len(texts) >= config.real:
+                    break
+            return known, texts
         table = collect_features(batches(loader), extractor, limit=config.real, seed=config.seed)
     if path:
         table.save(path)
     return table, texts
 
 
-def find_prompts(config: QualityConfig, captions: list[str]) -> list:
+def find_prompts(config: QualityConfig, captions: list[str], kind: str = "clip") -> list:
     "What is drawn: prompts of a file, those that no digit was trained with, or the captions; in mixed order."
+    if kind == "none":
+        return [""]
     if config.prompts:
         prompts = read_prompts(config.prompts)
     else:
         prompts = test_prompts() if config.data == "digits" else list(captions)
+        if kind == "class" and config.data == "digits":
+            prompts = [str(prompt["digit"]) for prompt in prompts]
     return random.Random(config.seed).sample(prompts, len(prompts))
 
 
@@ -118,10 +129,11 @@ def evaluate_pipeline(config: QualityConfig, progress: bool | None = None) -> di
     extractor = _on(make_extractor(config.features), config.device)
     judge = _on(make_extractor(config.judge), config.device) if config.judge else extractor
     agreement = getattr(judge, "agreement", None)
-    if config.prompts and isinstance(judge, DigitFeatures):
+    kind = pipeline.text_encoder.settings["kind"] if pipeline.text_encoder else "none"
+    if (config.prompts or kind in ("class", "none")) and isinstance(judge, DigitFeatures):
         agreement = None  # a text alone does not tell it which digit is meant
-    real, captions = read_real(config, extractor, min(pipeline.grid) * pipeline.factor, progress)
-    prompts = find_prompts(config, captions)
+    real, captions = read_real(config, extractor, min(pipeline.grid) * pipeline.factor, kind, progress)
+    prompts = find_prompts(config, captions, kind)
     metrics = MetricsConfig(samples=config.samples, seed=config.seed, options=config.options)
     with tqdm(total=config.samples, desc="drawn images", disable=_hidden(progress), unit="image") as bar:
 

@@ -24,7 +24,7 @@ from .data.conditions import train_clip
 from .data.encoded import BatchEncoder, encode_dataset
 from .data.image_text import make_loader
 from .data.packing import left_out
-from .data.pre_encoded import EncodedSource, open_encoded
+from .data.pre_encoded import EncodedSource, first_batch, open_encoded
 from .data.pictures import SamplePool
 from .files import make_once
 from .finetune import adopt_pipeline
@@ -39,6 +39,7 @@ from musekit.training.config import (
     Config, check_conditions, check_encoding, check_folder, check_network, condition_of, load_config,
     sample_prompts,
 )
+from .training.history import check_trackers
 from .training.resume import find_checkpoint, latest_checkpoint, on_main_process, refuse_other_run
 from .training.tokenizer import train_vq_model
 from .training.trainer import Trainer, make_accelerator
@@ -57,6 +58,7 @@ def check_recipe(config: Config):
         if not section.pretrained:
             check_training(config)
     check_encoding(config)
+    check_trackers(config.experiment.trackers)
     image_text_config(config)
     generation_config(config)
     sample_prompts(config, [""])
@@ -290,7 +292,7 @@ def fit(recipe: Recipe):
     "Sets `trainer`: trains the transformer and saves the pipeline, unless the run was stopped on the way."
     config, seed = recipe.config, recipe.config.training.seed
     encoded = config.training.pre_encode
-    first = recipe.sources["train"].first() if encoded else next(iter(recipe.everything(recipe.train_urls)))
+    first = recipe.sources["train"].first() if encoded else first_batch(recipe.everything(recipe.train_urls))
     recipe.micro_conds = first["micro_conds"].median(0).values.tolist()
     prompts = sample_prompts(config, first["text"])
     recipe.text_encoder(prompts)  # what cannot be drawn shows now
@@ -317,7 +319,7 @@ def _tell_progress(recipe):
     found = find_checkpoint(recipe.folder, recipe.config.experiment.resume_from_checkpoint)
     done = int(found.name.split("-")[1]) if found and found.name.startswith("checkpoint-") else 0
     if done:
-        told = "already trained," if done >= steps else "going on"
+        told = "already trained (training.max_train_steps=N for more)," if done >= steps else "going on"
         recipe.accelerator.print(f"  {told} after step {done} of {steps}")
 
 # %% ../nbs/45_train.ipynb #c926ccb7

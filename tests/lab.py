@@ -141,7 +141,10 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="notebooks without .ipynb (default: all)")
     parser.add_argument("--seconds", type=int, default=1200, help="longest time for a notebook (default: %(default)s)")
     options = parser.parse_args()
-    names = options.names or sorted(path.stem for path in (ROOT / "nbs").glob("*.ipynb"))
+    known = sorted(path.stem for path in (ROOT / "nbs").glob("*.ipynb"))
+    names = options.names or known
+    if unknown := set(names) - set(known):
+        raise SystemExit(f"no notebook {', '.join(unknown)}; there are {', '.join(known)}")
     SHOTS.mkdir(exist_ok=True)
     os.environ.setdefault("MUSEKIT_GOLDEN", str(ROOT.parent / "shared" / "golden"))
     failed = {}

@@ -196,7 +196,7 @@ class NoEncoder(_WithoutText):
         "`nothing` (B, 0)."
         if any(texts):
             raise ValueError(f"this model draws without prompts and cannot read {next(filter(None, texts))!r}; "
-                             "leave the prompts out, num_images_per_prompt says how many images")
+                             "leave the prompts out (\"\" on the command line), num_images_per_prompt says how many images")
         return {"nothing": torch.empty(len(texts), 0)}
 
 # %% ../../nbs/23_data.conditions.ipynb #f9440750

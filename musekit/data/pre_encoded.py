@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAME', 'MANIFEST', 'network_digest', 'text_probe', 'probe_distance', 'plot_distances', 'facts_digest',
-           'write_manifest', 'clear_parts', 'shard_names', 'source_fact', 'finished_record', 'EncodedSource',
-           'open_encoded']
+           'refuse_other_codes', 'write_manifest', 'clear_parts', 'shard_names', 'source_fact', 'finished_record',
+           'first_batch', 'EncodedSource', 'open_encoded']
 
 # %% ../../nbs/29_data.pre_encoded.ipynb #28b10003
 import glob
@@ -15,7 +15,7 @@ import math
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -90,17 +90,24 @@ def facts_digest(facts: dict) -> str:
     return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
 
+def refuse_other_codes(folder: Path, facts: dict) -> dict | None:
+    "The manifest of a folder if it has one; raises ValueError where it is of other codes."
+    if not (folder / MANIFEST).is_file():
+        return None
+    old = json.loads((folder / MANIFEST).read_text())
+    before, now = dict(_flat(old)), dict(_flat(facts))
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed:
+        raise ValueError(f"{folder} holds codes made otherwise (changed: {', '.join(changed)}); choose "
+                         "another folder, or delete that one")
+    return old
+
+
 def write_manifest(folder: Path, facts: dict, shards: Iterable[str]):
     "Writes or extends the manifest of a folder; raises ValueError where it is of other codes."
     path = folder / MANIFEST
     folder.mkdir(parents=True, exist_ok=True)
-    if path.is_file():
-        old = json.loads(path.read_text())
-        before, now = dict(_flat(old)), dict(_flat(facts))
-        changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        if changed:
-            raise ValueError(f"{folder} holds codes made otherwise (changed: {', '.join(changed)}); choose "
-                             "another folder, or delete that one")
+    if old := refuse_other_codes(folder, facts):
         facts, shards = {**facts, **old}, {*shards, *old["shards"]}
     for name in (MANIFEST, UNCONDITIONAL):
         clear_parts(folder / name)
@@ -160,7 +167,20 @@ def _read_folder(folder):
             f"yet, such as {missing[0]}; run the same musekit encode again, and it goes on"
         )
     records = [json.loads((folder / f"{name}.json").read_text()) for name in manifest["shards"]]
+    digest = facts_digest({name: value for name, value in manifest.items() if name != "shards"})
+    for name, record in zip(manifest["shards"], records):
+        if record["facts"] != digest:
+            raise ValueError(f"{folder}/{name} was encoded otherwise than {MANIFEST} says; run musekit encode "
+                             "again, which makes it anew")
     return manifest, [record for record in records if record["samples"]]
+
+
+def first_batch(batches: Iterable[dict]) -> dict:
+    "The first batch; a ValueError where there is none."
+    for batch in batches:
+        return batch
+    raise ValueError("no sample of the data can be used: the metadata filter (dataset.params."
+                     "use_filtered_dataset) rejects each one, a missing value too, or the shards are empty.")
 
 
 class EncodedSource:
@@ -206,6 +226,7 @@ class EncodedSource:
         **place,  # rank, world_size, start_batch, as in `make_loader`
     ) -> Iterable[dict]:
         "Batches of image_ids (B, N) int64, text states, micro_conds (B, 5), perhaps class_ids; and `keys`."
+        self._check_filter(config.metadata_filter)
         if self.dataset is not None:
             ahead = {"num_workers": config.num_workers, "pin_memory": config.pin_memory,
                      "persistent_workers": config.persistent_workers and config.num_workers > 0}
@@ -214,6 +235,13 @@ class EncodedSource:
         if self.manifest:  # what the filter rejects was not encoded
             config = replace(config, metadata_filter=None)
         return make_loader(self.urls, config, training=training, make_reader=self._reader(), **place)
+
+    def _check_filter(self, wanted):
+        "Codes were filtered when they were made; only tars from elsewhere still hold what a filter reads."
+        made_with = (self.manifest or {}).get("filter")
+        if wanted and (self.dataset is not None or self.manifest) and made_with != asdict(wanted):
+            raise ValueError(f"the data were encoded with the filter {made_with}; encode them anew with this "
+                             "one, or set dataset.params.use_filtered_dataset=false")
 
     def _reader(self):
         known = {}
@@ -227,7 +255,7 @@ class EncodedSource:
     def first(self, count: int = 64) -> dict:
         "The first samples as one batch, with their captions under `text`."
         if self.dataset is None:
-            return next(iter(self.loader(ImageTextConfig(batch_size=count), training=False)))
+            return first_batch(self.loader(ImageTextConfig(batch_size=count), training=False))
         rows = range(min(count, len(self.dataset)))
         return {**self.dataset.get_batch(rows), "text": list(islice(self.dataset.words(), len(rows)))}
 
@@ -241,7 +269,8 @@ def open_encoded(
     dtype: torch.dtype | None = torch.float32,  # of text states handed out; None: as stored
 ) -> EncodedSource:
     "Opens pre-encoded data; raises FileNotFoundError or ValueError where there is none, or only a part."
-    for folder in (Path(str(spec)).expanduser(), Path(base_dir or "") / str(spec)):
+    places = (Path(spec).expanduser(), Path(base_dir or "") / spec) if isinstance(spec, (str, Path)) else ()
+    for folder in places:
         if (folder / MANIFEST).is_file():
             manifest, records = _read_folder(folder)
             if not records:

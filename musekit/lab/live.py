@@ -131,7 +131,7 @@ class LiveTraining(Closing):
     def __init__(self, trainer: Loop, share: float = 0.01):  # share of the time for drawing, at most
         self.trainer, self.thread, self.error, self.stopping = trainer, None, None, False
         self.live = Live(self._look, share)
-        trainer.callbacks.append(self.live)
+        trainer.callbacks.insert(0, self.live)  # before checkpoints, which keep its curve
         self.figure, self.began, self.sample = Figure(figsize=(6.4, 2.6)), (0.0, 0), None
         FigureCanvasAgg(self.figure)
         steps = max(1, trainer.config.training.max_train_steps)
@@ -155,7 +155,7 @@ class LiveTraining(Closing):
         "Starts the run or goes on with it; nothing if it runs."
         if self.running and not self.stopping:
             return
-        self.wait()
+        self._join()
         self.trainer.stop, self.trainer.interrupted, self.stopping, self.error = False, None, False, None
         self.thread = threading.Thread(target=self._fit, name="training", daemon=True)
         self.thread.start()
@@ -172,10 +172,15 @@ class LiveTraining(Closing):
         if self.error is not None:
             raise self.error
 
+    def _join(self):
+        "Waits for the end of the thread, however it ends."
+        if self.thread is not None:
+            self.thread.join()
+
     def close(self):
         "Stops the run and closes the panel."
         self.stop()
-        self.wait()
+        self._join()
         if self.live in self.trainer.callbacks:
             self.trainer.callbacks.remove(self.live)
         super().close()

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['evaluate', 'Evaluate', 'track_image', 'SampleImages', 'drawn_by_all', 'prompt_sheet', 'inpainting_sheet', 'Diagnose',
-           'gradient_norms', 'token_diagnostics', 'as_image', 'DiagnoseTokens', 'Checkpoint', 'standard_callbacks']
+           'gradient_norms', 'token_diagnostics', 'as_image', 'DiagnoseTokens', 'leave_later', 'Checkpoint',
+           'standard_callbacks']
 
 # %% ../../nbs/39_training.callbacks.ipynb #3aa7781a
 import shutil
 from io import BytesIO
+from pathlib import Path
 from typing import Callable
 
 import numpy as np
@@ -25,7 +27,7 @@ from ..files import PARTIAL, publish, sweep, write_aside
 from .config import Config, save_config
 from .ema import evaluating, save_model
 from .history import Callback, Log, read_log
-from .resume import Loop, failing_clearly, keep_newest, latest_checkpoint, save_run
+from .resume import Loop, checkpoints, failing_clearly, keep_newest, latest_checkpoint, save_run
 from .trainer import Trainer
 
 # %% ../../nbs/39_training.callbacks.ipynb #bc95cef8
@@ -226,6 +228,15 @@ class DiagnoseTokens(Callback):
                 track_image(trainer, "token_probabilities", as_image(figure))
 
 # %% ../../nbs/39_training.callbacks.ipynb #fe3d05d1
+def leave_later(folder: Path, step: int):
+    "Calls checkpoints after that step abandoned, so that a run which went back does not take them for its own."
+    for path in checkpoints(folder):
+        if int(path.name.split("-")[1]) > step:
+            aside = path.with_name(f"abandoned-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
 class Checkpoint(Callback):
     "Saves every so often, when the run is stopped, and at the end."
 
@@ -246,6 +257,7 @@ class Checkpoint(Callback):
         self.saved = trainer.step
         if trainer.accelerator.is_main_process:
             sweep(trainer.output_dir)
+            leave_later(trainer.output_dir, trainer.step)
             save_config(trainer.config)
 
     def on_step(self, trainer):

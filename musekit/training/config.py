@@ -120,8 +120,10 @@ def load_config(
 
 def _merge(schema, *layers):
     typed = OmegaConf.structured(schema)
-    given = _without_empty(OmegaConf.to_container(OmegaConf.merge(*layers)), schema)
-    _modernise(given, schema)
+    layers = [_without_empty(OmegaConf.to_container(layer), schema) for layer in layers]
+    for layer in layers:  # each by itself: a later one counts, whichever of two names it uses
+        _modernise(layer, schema)
+    given = OmegaConf.to_container(OmegaConf.merge(*layers))
     defaults = OmegaConf.create(OmegaConf.to_container(typed))
     full = OmegaConf.to_container(OmegaConf.merge(defaults, given), resolve=True)
     _drop_old(full)

@@ -75,7 +75,7 @@ def check_trackers(names: list[str]):
 def start_trackers(trainer, run_id: str | None = None):
     "Starts the trackers of `experiment.trackers` with the flat configuration."
     experiment, entity, resumed = trainer.config.experiment, trainer.config.wandb.entity, trainer.step > 0
-    if not experiment.trackers:
+    if not experiment.trackers or trainer.accelerator.trackers:  # a run that goes on has them
         return
     folder = Path(trainer.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import math
-import re
+import os
 import shutil
 import signal
 import threading
@@ -64,7 +64,7 @@ STATE_FILE = "trainer_state.json"
 def checkpoints(folder: str | Path) -> list[Path]:
     "The complete checkpoints of a run's folder, oldest step first."
     found = [state.parent for state in Path(folder).glob(f"checkpoint-*/{STATE_FILE}")]
-    named = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
+    named = [path for path in found if path.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(named, key=lambda path: int(path.name.split("-")[1]))
 
 
@@ -142,7 +142,7 @@ def refuse_other_run(config: Section):
 def _plain(config):
     "The settings that make a run what it is; a file or folder is the same however its path is written."
     kept = {key: value for key, value in flatten(config).items() if key.startswith(config.SAME_RUN)}
-    same = lambda value: str(Path(value).resolve()) if value and Path(value).exists() else value.rstrip("/")
+    same = lambda value: str(Path(value).resolve()) if os.path.exists(value) else value.rstrip("/")
     return {key: same(value) if isinstance(value, str) else value for key, value in kept.items()}
 
 # %% ../../nbs/35_training.resume.ipynb #53345d40

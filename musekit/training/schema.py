@@ -293,7 +293,7 @@ class Training(Steps):
     use_soft_code_target: bool = setting(False, "train towards the tokenizer's distribution")
     use_stochastic_code: bool = setting(False, "draw the tokens from it")
     soft_code_temp: float = setting(1.0, "its temperature", above=0)
-    split_vae_encode: Optional[int] = setting(None, "parts in which a batch is encoded", low=1)
+    split_vae_encode: Optional[int] = setting(None, "images encoded at once; null = the whole batch", low=1)
     use_empty_embeds_for_uncond: bool = setting(True, "a dropped condition is the empty prompt, or zeros")
     encode_first: bool = setting(False, "encode every image once, centre-cropped; train on the tokens")
     pre_encode: bool = setting(False, "the data holds tokens and text states already")
