@@ -20,31 +20,38 @@ def _wide(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _unit(wide, eps, centre):
+    """The rows of (B, N, D) at length sqrt(D), their means (None unless `centre`) and scales (B, N, 1)."""
+    if centre:
+        return torch.native_layer_norm(wide, wide.shape[-1:], None, None, eps)
+    energy = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+    scale = energy.div_(wide.shape[-1]).add_(eps).rsqrt_()
+    return wide * scale, None, scale
+
+
 class _Normalise(torch.autograd.Function):
     """normalise(x) * weight + bias for x (B, N, D), weight and bias (B, 1, D); keeps x, means and scales."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, centre):
-        wide = _wide(x)
-        mean = wide.mean(-1, keepdim=True) if centre else None
-        wide = wide - mean if centre else wide
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, scale, mean)
-        y = wide * scale
-        return (y * weight if bias is None else torch.addcmul(bias, y, weight)).to(x.dtype)
+        y, mean, scale = _unit(_wide(x), eps, centre)
+        ctx.save_for_backward(x, weight, mean, scale)
+        return (y.mul_(weight) if bias is None else torch.addcmul(bias, y, weight)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weight, scale, mean = ctx.saved_tensors
-        wide, grad, weight = (_wide(x) if mean is None else _wide(x) - mean), _wide(grad), _wide(weight)
-        product = wide * grad
+        x, weight, mean, scale = ctx.saved_tensors
+        wide, grad, weight = _wide(x), _wide(grad), _wide(weight)
+        product = wide * grad if mean is None else (wide - mean).mul_(grad)
         grad_weight = scale.transpose(1, 2) @ product if ctx.needs_input_grad[1] else None
         grad_bias = grad.sum(1, keepdim=True) if ctx.needs_input_grad[2] else None
-        shrink = product @ weight.transpose(1, 2) * (scale.pow(3) / x.shape[-1])
-        grad_x = (grad * weight).mul_(scale).addcmul_(wide, shrink, value=-1)
-        if mean is not None:
-            grad_x -= grad_x.mean(-1, keepdim=True)
+        if mean is None:
+            shrink = product @ weight.transpose(1, 2) * (scale.pow(3) / x.shape[-1])
+            grad_x = (grad * weight).mul_(scale).addcmul_(wide, shrink, value=-1)
+        else:
+            arguments = wide, wide.shape[-1:], mean, scale, None, None, [True, False, False]
+            grad_x = torch.ops.aten.native_layer_norm_backward(grad * weight, *arguments)[0]
         return grad_x.to(x.dtype), grad_weight, grad_bias, None, None
 
 
@@ -54,6 +61,8 @@ def normalise(x, weight=None, bias=None, modulation=None, eps=1e-6, centre=False
     weight, bias: (dim) or None; modulation: None, or (B, 2 * dim) with B the first axis of x, a scale and a
     shift of every channel, which gives norm(x) * (1 + scale) + shift
     """
+    if centre and modulation is None:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     weight = x.new_ones(x.shape[-1]) if weight is None else weight
     if modulation is None:
         rows = x.reshape(1, -1, x.shape[-1])
