@@ -406,6 +406,7 @@ def test_bad_sources(cache, tmp_path, capsys, make, arguments, told):
     (["--repo", "https://a/b", "--pattern", "0.parquet"], 1, "owner/name"), (["--repo", "a/b", "--pattern", "*.parquet"], 1, "braces"),
     (["fineweb", "--cache-dir", "broken.yaml"], 1, "no folder"), (["--from", "https://a/*.parquet"], 1, "braces"),
     (["--from", "a.parquet", "--repo", "a/b"], 2, "not allowed"), (["fineweb", "--pattern", "a.parquet"], 2, "--repo"),
+    (["own.parquet"], 1, "--from"), (["me/words"], 1, "--repo"), (["https://a/b.parquet"], 1, "--from"),
     (["--from", "https://"], 1, "https://"), (["--from", "http://["], 1, "http://["), (["--from", "s3://a/b.parquet"], 1, "s3://a/b.parquet"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, status, told):
@@ -488,8 +489,7 @@ def test_two_repositories_with_one_last_name_are_kept_apart(server, cache, monke
         assert made.setdefault(owner, manifest["shards"]) == manifest["shards"]
     assert made["alice"] != made["bob"]
     names = ["texts", "texts-2"] if "texts" in shared else ["alice--texts", "bob--texts"]
-    backups = [backup.name for backup in list_backups(cache.folder)]
-    assert backups == ["climbmix", *names], backups
+    assert [backup.name for backup in list_backups(cache.folder)] == ["climbmix", *names]
     if not shared:
         assert not list(cache.folder.rglob("*.bad")) and len(server.asked) == 4
     for name, owner in zip(names, made):

@@ -109,13 +109,14 @@ def backups_table(folder: str | Path) -> str:
     backups = list_backups(folder)
     if not backups:
         return f"no backups in {Cache(folder).folder}"
-    lines = [f"{'name':20} {'origin':20} {'shards':>6} {'size':>9}  date"]
+    width = max(20, *(len(backup.name) for backup in backups), *(len(backup.origin) for backup in backups))
+    lines = [f"{'name':{width}} {'origin':{width}} {'shards':>6} {'size':>9}  date"]
     for backup in backups:
         what = f"cannot be restored: {backup.problem}"
         if not backup.problem:
             size = f"{backup.shards:6} {readable_size(backup.bytes):>9}"
-            what = f"{backup.origin:20} {size}  {backup.date:%Y-%m-%d %H:%M}"
-        lines.append(f"{backup.name:20} {what}")
+            what = f"{backup.origin:{width}} {size}  {backup.date:%Y-%m-%d %H:%M}"
+        lines.append(f"{backup.name:{width}} {what}")
     return "\n".join(lines)
 
 # %% ../../nbs/57_shards.command.ipynb #383735bb
@@ -214,6 +215,8 @@ def chosen_dataset(arguments: argparse.Namespace) -> Dataset:
     if arguments.repo:
         name = arguments.name or arguments.repo.replace("/", "--")
         return Dataset(name, arguments.repo, pattern=arguments.pattern or "", **given)
+    if "/" in arguments.name or arguments.name.endswith(".parquet"):
+        raise ValueError(f"{arguments.name!r} is no name; files go with --from, a repository with --repo.")
     return replace(find_dataset(arguments.name, own), **given)
 
 
