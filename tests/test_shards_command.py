@@ -403,15 +403,18 @@ def test_bad_sources(cache, tmp_path, capsys, make, arguments, told):
     (["fineweb", "--num-shards", "7000"], 1, "7000"), (["--pattern", "a.parquet"], 2, "--repo"), (["--restore", "--dry-run"], 2, "not allowed"),
     (["--repo", "a/b", "--pattern", "0.parquet", "1.parquet", "2.parquet"], 2, "quotes"), (["--datasets", "own.yaml"], 2, "own.yaml"),
     (["--repo", "a/b", "--pattern", "0.parquet", "data/1.parquet", "--dry-run"], 1, "quotes"), (["x", "--datasets", "broken.yaml"], 1, "broken.yaml"),
+    (["x", "--datasets", "number.yaml"], 1, "'5'"), (["x", "--datasets", "count.yaml"], 1, "count.yaml: x"), (["fineweb", "--num-shards", "6543"], 1, "at most 6542"),
     (["--repo", "https://a/b", "--pattern", "0.parquet"], 1, "owner/name"), (["--repo", "a/b", "--pattern", "*.parquet"], 1, "braces"),
     (["fineweb", "--cache-dir", "broken.yaml"], 1, "no folder"), (["--from", "https://a/*.parquet"], 1, "braces"),
     (["--from", "a.parquet", "--repo", "a/b"], 2, "not allowed"), (["fineweb", "--pattern", "a.parquet"], 2, "--repo"),
-    (["own.parquet"], 1, "--from"), (["me/words"], 1, "--repo"), (["https://a/b.parquet"], 1, "--from"),
+    (["words", "--restore"], 2, "behind --restore"), (["own.parquet"], 1, "--from"), (["me/words"], 1, "--repo"), (["https://a/b.parquet"], 1, "--from"),
     (["--from", "https://"], 1, "https://"), (["--from", "http://["], 1, "http://["), (["--from", "s3://a/b.parquet"], 1, "s3://a/b.parquet"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, status, told):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.yaml").write_text("x: [1")
+    (tmp_path / "number.yaml").write_text("x: {files: [5]}")
+    (tmp_path / "count.yaml").write_text("x: {files: 5}")
     arguments = arguments if "--cache-dir" in arguments else [*arguments, "--cache-dir", "cache"]
     try:
         assert main(arguments) == status

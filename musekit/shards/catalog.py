@@ -134,9 +134,9 @@ def find_dataset(name: str, extra: dict[str, Dataset] | None = None) -> Dataset:
 def dataset_of(patterns: str | Iterable[str], name: str | None = None, **fields) -> Dataset:
     "A dataset of Parquet files: local ones, stars allowed, or addresses, braces allowed; fields as in `Dataset`."
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    files = tuple(dict.fromkeys(file for pattern in patterns for file in _find(pattern)))
+    files = tuple(dict.fromkeys(file for pattern in patterns for file in _find(str(pattern))))
     folder = next((file.partition("//")[2].rpartition("/")[0] for file in files if is_remote(file)), "local")
-    return Dataset(name or re.sub(r"[^\w.]+", "--", folder), files=files, **fields)
+    return Dataset(name or re.sub(r"[^\w.-]+", "--", folder), files=files, **fields)
 
 
 def _find(pattern):
@@ -170,11 +170,11 @@ def _read_entry(path, name, entry):
             raise ValueError(f"{path}: {name} has an unknown field {field!r}; known are {', '.join(known)}.")
     try:
         numbers = {key: float(entry[key]) for key in ("min_score", "gigabytes") if entry.get(key) is not None}
+        entry = {**entry, **numbers}
+        files = entry.pop("files", None)
+        return dataset_of(files, name, **entry) if files else Dataset(name, **entry)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {name}: {error}.") from error
-    entry = {**entry, **numbers}
-    files = entry.pop("files", None)
-    return dataset_of(files, name, **entry) if files else Dataset(name, **entry)
+        raise ValueError(f"{path}: {name}: {str(error).rstrip('.')}.") from error
 
 # %% ../../nbs/50_shards.catalog.ipynb #6b3dc0d8
 _BUSY, _BROKEN = (408, 425, 429, 500, 502, 503, 504), requests.exceptions.ChunkedEncodingError

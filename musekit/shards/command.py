@@ -220,8 +220,10 @@ def chosen_dataset(arguments: argparse.Namespace) -> Dataset:
     return replace(find_dataset(arguments.name, own), **given)
 
 
-def _what_is_missing(arguments):
-    "What else has to be given; empty if nothing."
+def _what_is_wrong(arguments, back):
+    "What is missing or too much; empty if nothing. `back` tells that backups are asked for."
+    if back and (arguments.name or arguments.files or arguments.repo or arguments.datasets):
+        return "--restore and --list-backups go without a dataset; a backup's name stands behind --restore"
     if arguments.pattern and not arguments.repo:
         return "--pattern goes with --repo OWNER/NAME"
     nameless = arguments.datasets and not arguments.name
@@ -295,10 +297,10 @@ def main(argv: list[str] | None = None) -> int:
     "Runs `musekit-shards`; gives the exit status: 0 only when what was asked for is done."
     parser = make_parser()
     arguments = parser.parse_args(argv)
-    asked = arguments.list_backups or arguments.restore is not None
-    if missing := not asked and _what_is_missing(arguments):
-        parser.error(missing)
-    if not (arguments.name or arguments.files or arguments.repo or asked):
+    back = arguments.list_backups or arguments.restore is not None
+    if wrong := _what_is_wrong(arguments, back):
+        parser.error(wrong)
+    if not (arguments.name or arguments.files or arguments.repo or back):
         parser.print_help()
         return 2
     try:
