@@ -630,7 +630,7 @@ def test_ctrl_c_is_one_line(server, cache, more):
         said = process.communicate()[1]
         assert time.perf_counter() - stopped < 5
     assert process.returncode == 130 and said.count("\n") == 1 and "stopped" in said, said
-    assert digests(cache.data) == old and list((cache.folder / "raw_words").glob("*.part"))
+    assert digests(cache.data) == old and list((cache.folder / "raw_me--words").glob("*.part"))
 
 
 def test_the_download_folder_may_not_be_the_trainers(server, cache):
