@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from moody_server import serving
-from musekit.shards.catalog import Dataset, local_dataset
+from musekit.shards.catalog import Dataset, dataset_of
 from musekit.shards.command import main
 from musekit.shards.convert import Options, convert
 from musekit.shards.download import Connection
@@ -66,7 +66,7 @@ def first_set(tmp_path_factory):
     """A cache folder with the data and the tokenizer of the original, as the trainer's preparation leaves them."""
     folder = tmp_path_factory.mktemp("first")
     source = write_source(folder / "source.parquet", texts("original", 1_050))
-    convert(local_dataset(str(source)), Options(folder / "cache", quiet=True), SMALL)
+    convert(dataset_of(str(source)), Options(folder / "cache", quiet=True), SMALL)
     (folder / "cache" / "data" / "manifest.json").unlink()
     return folder / "cache" / "data"
 
@@ -403,12 +403,18 @@ def test_bad_sources(cache, tmp_path, capsys, make, arguments, told):
     (["fineweb", "--num-shards", "7000"], 1, "7000"), (["--pattern", "a.parquet"], 2, "--repo"), (["--restore", "--dry-run"], 2, "not allowed"),
     (["--repo", "a/b", "--pattern", "0.parquet", "1.parquet", "2.parquet"], 2, "quotes"), (["--datasets", "own.yaml"], 2, "own.yaml"),
     (["--repo", "a/b", "--pattern", "0.parquet", "data/1.parquet", "--dry-run"], 1, "quotes"), (["x", "--datasets", "broken.yaml"], 1, "broken.yaml"),
+    (["x", "--datasets", "number.yaml"], 1, "'5'"), (["x", "--datasets", "count.yaml"], 1, "count.yaml: x"), (["fineweb", "--num-shards", "6543"], 1, "at most 6542"),
     (["--repo", "https://a/b", "--pattern", "0.parquet"], 1, "owner/name"), (["--repo", "a/b", "--pattern", "*.parquet"], 1, "braces"),
-    (["fineweb", "--cache-dir", "broken.yaml"], 1, "no folder"),
+    (["fineweb", "--cache-dir", "broken.yaml"], 1, "no folder"), (["--from", "https://a/*.parquet"], 1, "braces"),
+    (["--from", "a.parquet", "--repo", "a/b"], 2, "not allowed"), (["fineweb", "--pattern", "a.parquet"], 2, "--repo"),
+    (["words", "--restore"], 2, "behind --restore"), (["own.parquet"], 1, "--from"), (["me/words"], 1, "--repo"), (["https://a/b.parquet"], 1, "--from"),
+    (["--from", "https://"], 1, "https://"), (["--from", "http://["], 1, "http://["), (["--from", "s3://a/b.parquet"], 1, "s3://a/b.parquet"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, status, told):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.yaml").write_text("x: [1")
+    (tmp_path / "number.yaml").write_text("x: {files: [5]}")
+    (tmp_path / "count.yaml").write_text("x: {files: 5}")
     arguments = arguments if "--cache-dir" in arguments else [*arguments, "--cache-dir", "cache"]
     try:
         assert main(arguments) == status
@@ -468,6 +474,76 @@ def test_skip_backup_and_a_missing_file(server, cache, monkeypatch, capsys):
     assert digests(cache.data) == old
     assert main(["--repo", "me/words", "--pattern", "part-{0..1}.parquet", *place]) == 0
     assert list_backups(cache.folder) == []
+
+
+@pytest.mark.parametrize("shared", [[], ["--download-dir", "one"], ["texts"]], ids=str)
+def test_two_repositories_with_one_last_name_are_kept_apart(server, cache, monkeypatch, capsys, shared):
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.chdir(cache.folder.parent)
+    place, made = ["--pattern", "part-{0..1}.parquet", "--quiet", "--cache-dir", str(cache.folder), *shared], {}
+    for number, owner in enumerate(("alice", "bob")):
+        for part in range(2):
+            source = server.files[f"datasets/me/words/resolve/main/part-{part + number}.parquet"]
+            server.files[f"datasets/{owner}/texts/resolve/main/part-{part}.parquet"] = source
+    for owner in ("alice", "bob", "alice"):
+        assert main(["--repo", f"{owner}/texts", *place]) == 0
+        manifest = read_manifest(cache.data)
+        assert all(f"/{owner}/texts/" in source["from"] for source in manifest["sources"])
+        assert made.setdefault(owner, manifest["shards"]) == manifest["shards"]
+    assert made["alice"] != made["bob"]
+    names = ["texts", "texts-2"] if "texts" in shared else ["alice--texts", "bob--texts"]
+    assert [backup.name for backup in list_backups(cache.folder)] == ["climbmix", *names]
+    if not shared:
+        assert not list(cache.folder.rglob("*.bad")) and len(server.asked) == 4
+    for name, owner in zip(names, made):
+        assert main(["--restore", name, "--quiet", "--cache-dir", str(cache.folder)]) == 0
+        assert read_manifest(cache.data)["shards"] == made[owner]
+
+
+@pytest.mark.parametrize("arguments", [["--from", "own.parquet"], ["--repo", "me/words", "--pattern", "part-0.parquet"],
+                                       ["--datasets", "own.yaml"]], ids=" ".join)
+def test_nothing_of_ones_own_passes_for_the_catalogue(cache, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(cache.folder.parent)
+    write_source(cache.folder.parent / "own.parquet", [LONG] * 9)
+    (cache.folder.parent / "own.yaml").write_text("climbmix: {repo: me/words, pattern: part-0.parquet}")
+    assert main(["climbmix", *arguments, "--cache-dir", str(cache.folder)]) == 1
+    assert_one_line(capsys, "another name")
+
+
+@pytest.mark.parametrize("more", [[], ["--remote"], ["--processes", "2"]], ids=str)
+def test_addresses_beside_local_files(server, cache, tmp_path, capsys, more):
+    own, folder = write_source(tmp_path / "own.parquet", texts("own", 300)), f"{server.url}/datasets/me/words/resolve/main"
+    files = [f"{folder}/part-0.parquet", str(own), f"{folder}/part-{{1..2}}.parquet"]
+    server.moods["datasets/me/words/resolve/main/part-1.parquet"] = [(503, {})]
+    place = ["--cache-dir", str(cache.folder), "--quiet", *more]
+    assert main(["--from", *files, *place]) == 0
+    rows = [text for seed, count in ((0, 420), ("own", 300), (1, 420), (2, 420)) for text in texts(seed, count) if len(text) >= 50]
+    kept = [text for name in list_shards(cache.data) for text in pq.read_table(cache.data / name).column("text").to_pylist()]
+    assert kept == rows and len(server.asked) > 3
+    manifest, host = read_manifest(cache.data), server.url.removeprefix("http://").replace(":", "--")
+    assert [source["from"] for source in manifest["sources"]] == [f"{folder}/part-0.parquet", str(own),
+                                                                  f"{folder}/part-1.parquet", f"{folder}/part-2.parquet"]
+    assert manifest["dataset"] == f"{host}--datasets--me--words--resolve--main"
+    server.asked.clear()
+    assert main(["--from", *files, *place]) == 0 and bool(server.asked) == ("--remote" in more)
+    assert bool(list(cache.folder.glob("raw_*"))) == ("--remote" not in more)
+
+
+@pytest.mark.parametrize("mood, told", [("page", "not Parquet"), ((404, {}), "404"), ("truncated", "bytes instead of|not whole"),
+                                        ((503, {}), "503")], ids=str)
+def test_what_an_address_gives_is_never_taken_for_data(server, cache, mood, told):
+    old, address = digests(cache.data), "datasets/me/words/resolve/main/part-0.parquet"
+    server.moods[address] = [mood] * 9
+    options = Options(cache.folder, quiet=True, connection=Connection(sleep=lambda seconds: None))
+    with pytest.raises((OSError, ValueError), match=told):
+        convert(dataset_of(f"{server.url}/{address}"), options, SMALL)
+    assert digests(cache.data) == old and not list(cache.folder.rglob("part-0.parquet"))
+
+
+def test_a_dry_run_of_addresses_and_local_files(tmp_path, capsys):
+    own = write_source(tmp_path / "own.parquet", [LONG] * 9)
+    assert main(["--from", "http://127.0.0.1:9/a.parquet", str(own), "--dry-run", "--cache-dir", str(tmp_path / "cache")]) == 0
+    assert "download of unknown size, " in (said := capsys.readouterr().out) and "are read here" in said and "127.0.0.1:9/a.parquet" in said
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", "null", "\udcff"])
@@ -554,7 +630,7 @@ def test_ctrl_c_is_one_line(server, cache, more):
         said = process.communicate()[1]
         assert time.perf_counter() - stopped < 5
     assert process.returncode == 130 and said.count("\n") == 1 and "stopped" in said, said
-    assert digests(cache.data) == old and list((cache.folder / "raw_words").glob("*.part"))
+    assert digests(cache.data) == old and list((cache.folder / "raw_me--words").glob("*.part"))
 
 
 def test_the_download_folder_may_not_be_the_trainers(server, cache):

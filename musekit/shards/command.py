@@ -23,7 +23,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .catalog import CATALOG, Dataset, find_dataset, local_dataset, read_datasets
+from .catalog import CATALOG, Dataset, dataset_of, find_dataset, is_remote, read_datasets
 from .convert import FULL, Options, convert, readable_size
 from .download import Connection
 from .plan import list_shards
@@ -91,12 +91,12 @@ def dry_run(dataset: Dataset, options: Options = Options(), layout: Layout = Lay
     "The files, and the estimated sizes of the download and of the shards."
     connection = options.connection or Connection.from_environment()
     urls = dataset.urls(options.num_source, connection.endpoint)
-    if dataset.files:
-        size = readable_size(sum(Path(path).stat().st_size for path in urls))
-        known = f"nothing to download, {size} are read here"
-    else:
-        size = f"about {dataset.gigabytes * len(urls):.2f} GB" if dataset.gigabytes else "unknown size"
-        known = f"download of {size}" + (" at most, read in place" if options.remote else "")
+    here = [Path(url).stat().st_size for url in urls if not is_remote(url)]
+    far = len(urls) - len(here)
+    size = f"about {dataset.gigabytes * far:.2f} GB" if dataset.gigabytes else "unknown size"
+    known = f"download of {size}" + (" at most, read in place" if options.remote else "")
+    known = known if far else "nothing to download"
+    known += f", {readable_size(sum(here))} are read here" if here else ""
     per_row = 1_020 if layout.codec == "snappy" else 0.65 * 1_020  # bytes; shards of the original have 88 MB
     files = f"{len(urls)} of {len(dataset.paths)} files"
     made = f"{layout.num_shards} + 1 shards of {layout.rows_per_shard:,} rows"
@@ -109,13 +109,14 @@ def backups_table(folder: str | Path) -> str:
     backups = list_backups(folder)
     if not backups:
         return f"no backups in {Cache(folder).folder}"
-    lines = [f"{'name':20} {'origin':20} {'shards':>6} {'size':>9}  date"]
+    width = max(20, *(len(backup.name) for backup in backups), *(len(backup.origin) for backup in backups))
+    lines = [f"{'name':{width}} {'origin':{width}} {'shards':>6} {'size':>9}  date"]
     for backup in backups:
         what = f"cannot be restored: {backup.problem}"
         if not backup.problem:
             size = f"{backup.shards:6} {readable_size(backup.bytes):>9}"
-            what = f"{backup.origin:20} {size}  {backup.date:%Y-%m-%d %H:%M}"
-        lines.append(f"{backup.name:20} {what}")
+            what = f"{backup.origin:{width}} {size}  {backup.date:%Y-%m-%d %H:%M}"
+        lines.append(f"{backup.name:{width}} {what}")
     return "\n".join(lines)
 
 # %% ../../nbs/57_shards.command.ipynb #383735bb
@@ -141,8 +142,9 @@ def _at_least(low, read=int):
 # %% ../../nbs/57_shards.command.ipynb #6490f7af
 _EPILOG = f"""datasets:
   {", ".join(CATALOG)}
-  and your own, three ways:
+  and your own:
   musekit-shards --from 'texts/*.parquet' --text-column body
+  musekit-shards --from 'https://example.org/texts/{{0..3}}.parquet' more.parquet
   musekit-shards --repo owner/name --pattern 'data/train-{{00000..00003}}.parquet'
   musekit-shards mine --datasets mine.yaml    with, in mine.yaml:
       mine: {{repo: owner/name, pattern: 'data/{{0..3}}.parquet', text_column: body}}
@@ -188,12 +190,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_own(group):
     add = group.add_argument
-    add("--from", nargs="+", dest="files", metavar="FILE",
-        help="local Parquet files or patterns; all of them are used")
-    add("--repo", metavar="OWNER/NAME", help="a dataset repository on the hub")
+    one_of = group.add_mutually_exclusive_group().add_argument
+    one_of("--from", nargs="+", dest="files", metavar="FILE",
+           help="Parquet files, patterns of them, or http(s) addresses; all of them are used")
+    one_of("--repo", metavar="OWNER/NAME", help="a dataset repository on the hub")
+    one_of("--datasets", metavar="FILE.yaml", help="a file of datasets by name")
     add("--pattern", metavar="PATHS", help="its Parquet files, in braces: 'data/{0..3}.parquet'")
     add("--revision", help="its branch (default: main)")
-    add("--datasets", metavar="FILE.yaml", help="a file of datasets by name")
     add("--text-column", metavar="COLUMN", help="column of the texts (default: text)")
     add("--score-column", metavar="COLUMN", help="keep rows by the number in this column")
     add("--min-score", type=_at_least(0.0, float), metavar="X", help="the least score that is kept")
@@ -204,22 +207,27 @@ def chosen_dataset(arguments: argparse.Namespace) -> Dataset:
     names = ("text_column", "score_column", "min_score", "revision")
     given = {name: getattr(arguments, name) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
-    if arguments.files:
-        return local_dataset(arguments.files, arguments.name or "local", **given)
-    if arguments.repo or arguments.pattern:
-        name = arguments.name or (arguments.repo or "").rpartition("/")[2]
-        return Dataset(name, arguments.repo or "", pattern=arguments.pattern or "", **given)
     own = read_datasets(arguments.datasets) if arguments.datasets else {}
+    if arguments.name in CATALOG and (arguments.files or arguments.repo or arguments.name in own):
+        raise ValueError(f"{arguments.name!r} is a dataset of the catalogue; give yours another name.")
+    if arguments.files:
+        return dataset_of(arguments.files, arguments.name, **given)
+    if arguments.repo:
+        name = arguments.name or arguments.repo.replace("/", "--")
+        return Dataset(name, arguments.repo, pattern=arguments.pattern or "", **given)
+    if "/" in arguments.name or arguments.name.endswith(".parquet"):
+        raise ValueError(f"{arguments.name!r} is no name; files go with --from, a repository with --repo.")
     return replace(find_dataset(arguments.name, own), **given)
 
 
-def _what_is_missing(arguments):
-    "What else has to be given; empty if nothing."
-    if arguments.name or arguments.files or arguments.repo:
-        return ""
-    if arguments.datasets:
-        return f"give the name of a dataset in {arguments.datasets} as well"
-    return "--pattern goes with --repo OWNER/NAME" if arguments.pattern else ""
+def _what_is_wrong(arguments, back):
+    "What is missing or too much; empty if nothing. `back` tells that backups are asked for."
+    if back and (arguments.name or arguments.files or arguments.repo or arguments.datasets):
+        return "--restore and --list-backups go without a dataset; a backup's name stands behind --restore"
+    if arguments.pattern and not arguments.repo:
+        return "--pattern goes with --repo OWNER/NAME"
+    nameless = arguments.datasets and not arguments.name
+    return f"give the name of a dataset in {arguments.datasets} as well" if nameless else ""
 
 # %% ../../nbs/57_shards.command.ipynb #2dda5379
 def _end_with_parent():
@@ -289,10 +297,10 @@ def main(argv: list[str] | None = None) -> int:
     "Runs `musekit-shards`; gives the exit status: 0 only when what was asked for is done."
     parser = make_parser()
     arguments = parser.parse_args(argv)
-    asked = arguments.list_backups or arguments.restore is not None
-    if missing := not asked and _what_is_missing(arguments):
-        parser.error(missing)
-    if not (arguments.name or arguments.files or arguments.repo or asked):
+    back = arguments.list_backups or arguments.restore is not None
+    if wrong := _what_is_wrong(arguments, back):
+        parser.error(wrong)
+    if not (arguments.name or arguments.files or arguments.repo or back):
         parser.print_help()
         return 2
     try:

@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .. import __version__
-from .catalog import Dataset, RemoteFile, chunk_ranges, find_dataset
+from .catalog import Dataset, RemoteFile, chunk_ranges, find_dataset, is_remote
 from .download import Connection, Source, download_all, file_names
 from .plan import make_plan, run_plan, verify_shards
 from .rechunk import Layout, rechunk
@@ -69,12 +69,17 @@ def readable_size(count: float) -> str:
 def _sources(dataset, cache, options):
     "The source files, fetched if need be."
     connection = options.connection or Connection.from_environment()
-    urls = dataset.urls(options.num_source, connection.endpoint)
-    if dataset.files:
-        return [Source(Path(path), size=Path(path).stat().st_size) for path in urls]
-    if options.remote:
-        return [_look_at(url) for url in urls]
+    places = dataset.urls(options.num_source, connection.endpoint)
+    urls = [place for place in places if is_remote(place)]
     raw = _download_dir(dataset, cache, options)
+    fetched = map(_look_at, urls) if options.remote else _download(urls, raw, dataset, connection, options)
+    known = dict(zip(urls, fetched))
+    return [known.get(place) or Source(Path(place), size=Path(place).stat().st_size) for place in places]
+
+
+def _download(urls, raw, dataset, connection, options):
+    if not urls:
+        return []
     with lock(raw):
         missing = [name for name in file_names(urls) if not (raw / name).exists()]
         here = sum(part.stat().st_size for part in raw.glob("*.part"))
@@ -184,7 +189,7 @@ def convert(dataset: str | Dataset, options: Options = Options(), layout: Layout
         options.tell(f"backup: {kept.name if kept else 'none'}")
         clock.note("backup")
         sources = _sources(dataset, cache, options)
-        options.tell(_describe(sources, dataset, options))
+        options.tell(_describe(sources, dataset))
         clock.note("download")
         with _setting_aside(sources):
             groups = _row_groups(sources, selection)
@@ -218,9 +223,9 @@ class _Clock:
         self.seconds[step], self.last = round(now - self.last, 3), now
 
 
-def _describe(sources, dataset, options):
+def _describe(sources, dataset):
     size = readable_size(sum(source.size for source in sources))
-    in_place = ", read in place" if options.remote and not dataset.files else ""
+    in_place = ", read in place" if any(is_remote(_place(source)) for source in sources) else ""
     return f"sources: {len(sources)} of {len(dataset.paths)} files, {size}{in_place}"
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -287,12 +287,15 @@ def _in_threads(function, items, workers, stop):
 # %% ../../nbs/51_shards.download.ipynb #eb72a6e1
 def file_names(urls: Iterable[str]) -> list[str]:
     "A file name for each address, as short as they can be while no two are equal."
-    parts = [[part for part in unquote(urlsplit(url).path).split("/") if part] for url in urls]
+    urls = list(urls)
+    parts = [re.findall("[^/]+", unquote(url.partition("//")[2].partition("?")[0])) for url in urls]
     for depth in range(1, max(map(len, parts), default=0) + 1):
         names = ["--".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    raise ValueError(f"the same file is asked for twice among {len(parts)} addresses; give each once.")
+    if len(set(urls)) < len(urls):
+        raise ValueError(f"the same file is asked for twice among {len(urls)} addresses; give each once.")
+    return [hashlib.sha256(url.encode()).hexdigest()[:16] + ".parquet" for url in urls]  # they differ after the ?
 
 
 def _count_bytes(stop, quiet, watch):

@@ -55,7 +55,7 @@ class Layout:
             raise ValueError(f"codec={self.codec!r}, validation={self.validation!r}: the codec is "
                              "zstd or snappy, the validation shard is the last or the first.")
         if shard_name(self.num_shards - 1) >= VALIDATION_SHARD:
-            raise ValueError(f"num_shards={self.num_shards}: at most {VALIDATION_SHARD[6:11]}, since "
+            raise ValueError(f"num_shards={self.num_shards}: at most {int(VALIDATION_SHARD[6:11])}, since "
                              f"{VALIDATION_SHARD} is the name of the validation shard.")
 
     @property

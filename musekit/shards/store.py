@@ -323,7 +323,7 @@ def _check_backup(backup):
             elif file_sha256(folder / shard) != known[shard]:
                 raise ValueError("it is not the shard that was kept")
         except (pa.ArrowException, OSError, ValueError) as error:
-            told = f"{folder / shard}: {error}"
+            told = f"{folder / shard}: {error}".rstrip(".")
             raise ValueError(f"backup {backup.name!r} cannot be restored: {told}.") from error
 
 
