@@ -126,8 +126,8 @@ def _train(options):
         return _stopped(recipe.trainer, *_resumed("train", options.arguments))
     if recipe.accelerator.is_main_process:
         model = shlex.quote(str(recipe.folder / "pipeline"))
-        told = {"class": "0", "none": '""'}.get(recipe.text_encoder.settings["kind"], '"a prompt"')
-        print(f"model in {model}; draw with it: musekit generate {told} --model {model}")
+        told = {"class": "0 ", "none": ""}.get(recipe.text_encoder.settings["kind"], '"a prompt" ')
+        print(f"model in {model}; draw with it: musekit generate {told}--model {model}")
 
 
 def _add_train(commands):

@@ -102,14 +102,25 @@ def _draw_task(options, task):
     pipeline = Pipeline.from_pretrained(task.model, "cuda" if torch.cuda.is_available() else "cpu")
     if options.compile:
         pipeline.transformer.compile()
+    task = task if task.prompts else task.change(prompts=_unprompted(pipeline.text_encoder))
     write_sheet(*draw_sheet(pipeline, task, batch_size=options.batch_size), options.out)
     print(options.out)
 
 
+def _unprompted(encoder):
+    "The one empty prompt of a model that is told nothing; another model must be told something."
+    kind = encoder.settings["kind"] if encoder else "none"
+    if kind == "class":
+        names = ", ".join(list(encoder.names.values())[:3])
+        named = f", or the name of one, such as {names}" if names else ""
+        raise ValueError(f"say which class to draw: a number, 0 to {encoder.num_classes - 1}{named}")
+    if kind != "none":
+        raise ValueError('give at least one PROMPT, such as "a blue three on yellow paper", or --again PICTURE')
+    return [""]
+
+
 def _generate(options):
     check_picture_file(options.out)
-    if not (options.prompts or options.again):
-        raise ValueError("give at least one PROMPT, or --again PICTURE")
     if not options.again:
         _find_demo(options.model or DEMO_MODEL)
     from musekit.sheets import Task, read_task
@@ -144,7 +155,8 @@ def add_generate(commands):
         "keeps the prompts and all settings; --again draws it once more, with what else is given changed.",
     )
     add = parser.add_argument
-    add("prompts", nargs="*", metavar="PROMPT", help='such as "a blue three on yellow paper"')
+    add("prompts", nargs="*", metavar="PROMPT", help='such as "a blue three on yellow paper"; of a model '
+        "of classes their numbers or names; of a model that is told nothing none")
     add("--again", metavar="PICTURE", help="a PNG that musekit wrote, the start of the settings")
     _add_decoding(parser)
     parser.set_defaults(run=_generate)
@@ -180,7 +192,7 @@ def add_inpaint(commands):
     add = parser.add_argument
     add("image", metavar="IMAGE", help="picture of any size, best of that of the training pictures")
     add("mask", metavar="MASK", help="picture of the same size, white where to draw anew")
-    add("prompts", nargs="+", metavar="PROMPT", help="what the whole picture shall show")
+    add("prompts", nargs="*", metavar="PROMPT", help="what the whole picture shall show; as of generate")
     _add_decoding(parser)
     parser.set_defaults(run=_inpaint)
 

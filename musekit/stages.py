@@ -24,7 +24,7 @@ from .data.conditions import ClassEncoder, ClipTrainingConfig, NoEncoder, TextEn
 from .data.digits import make_digits
 from .data.image_text import ImageTextConfig
 from .data.metadata import MetadataFilter
-from .data.packing import digest, expand_urls, file_facts, pack_once
+from .data.packing import digest, expand_urls, file_facts, forms_of, pack_once
 from .finetune import load_pretrained
 from .generation import GenerationConfig
 from .models.maskgit_vqgan import MaskGitVQGAN
@@ -33,7 +33,9 @@ from .models.paella_vq import PaellaVQModel
 from .models.transformer import MaskGitTransformer
 from .models.uvit import MaskGiTUViT
 from .models.vqgan import VQGANModel
-from .training.config import Config, class_names, condition_of, layout_of, num_classes, reads_pooled
+from musekit.training.config import (
+    Config, class_names, condition_of, known_classes, layout_of, num_classes, reads_pooled,
+)
 from .training.tokenizer import VQTrainingConfig
 
 # %% ../nbs/44_stages.ipynb #baf2b0c6
@@ -49,6 +51,8 @@ def find_shards(
     "The shard urls of a data specification; images in a folder are packed into shards first."
     if spec == "digits":
         return make_digits(Path(work) / "digits")[split]
+    if forms_of(spec, base_dir) == {"codes"}:
+        raise ValueError(f"{spec} holds codes and no pictures; to train on them set training.pre_encode=true")
     for place in ([Path(spec).expanduser(), Path(base_dir or "") / spec] if isinstance(spec, str) else []):
         if place.is_dir() and not any(place.glob("*.tar")):
             return expand_urls(pack_once(place, Path(work) / split, replace, **packing))
@@ -77,10 +81,13 @@ def image_text_config(config: Config) -> ImageTextConfig:
 
 
 def _text_of_classes(config):
-    "What the loader calls each class; None where the data has none."
+    "What the loader calls each class; None where the data has none, or it is not known which there are."
     if config.dataset.type != "classification":
         return None
-    return class_names(config) or {number: str(number) for number in range(num_classes(config))}
+    names = class_names(config)
+    if names or known_classes(config) is None:
+        return names
+    return {number: str(number) for number in range(num_classes(config))}
 
 # %% ../nbs/44_stages.ipynb #c7427aa5
 def _typed(cls, given: dict, path: str):
