@@ -83,7 +83,18 @@ def _wanted(options):
     names = ("negative_prompt", "seed", "steps", "guidance_scale", "temperature", "sampler", "model")
     typed = {name: getattr(options, name) for name in names}
     return {"prompts": options.prompts or None, "num_images_per_prompt": options.num_images,
-            **typed, **read_settings(options.set)}
+            **typed, **_decoding(options.set)}
+
+
+def _decoding(pairs):
+    "Settings of decoding, and no others."
+    from dataclasses import fields
+
+    from musekit.generation import GenerationConfig, refuse_unknown
+
+    settings = read_settings(pairs)
+    refuse_unknown(settings, [field.name for field in fields(GenerationConfig)])
+    return settings
 
 
 def _find_demo(model):
@@ -136,7 +147,7 @@ def _add_decoding(parser):
     add("--out", default="generated.png", metavar="FILE",
         help="picture to write; a PNG keeps all settings (default: %(default)s)")
     add("--num-images", type=whole, metavar="N", help="images a prompt (default: 4)")
-    add("--seed", type=number_between(0), help="same seed, same images (default: 0)")
+    add("--seed", type=number_between(0, 2**63 - 1), help="same seed, same images (default: 0)")
     add("--negative-prompt", metavar="PROMPT", help="what to steer away from")
     add("--steps", type=whole, metavar="N", help="decoding steps (default: the pipeline's)")
     add("--guidance-scale", type=float, metavar="W", help="weight of the prompt (default: the pipeline's)")
@@ -203,12 +214,14 @@ def _evaluate(options):
     quiet()
     if options.out and os.path.splitext(options.out)[1] != ".json":
         raise ValueError(f"--out {options.out} gets the numbers as JSON; call it .json")
+    if options.out:
+        os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
     data = [each.removeprefix("data=") for each in options.data]
     how = {name: getattr(options, name) for name in ("steps", "guidance_scale", "temperature", "batch_size")}
     given = {name: getattr(options, name) for name in ("features", "judge", "prompts", "statistics", "real")}
     result = evaluate_pipeline(QualityConfig(
         options.model, data[0] if len(data) == 1 else data, samples=options.samples, seed=options.seed,
-        options={k: v for k, v in how.items() if v is not None} | read_settings(options.set), **given,
+        options={k: v for k, v in how.items() if v is not None} | _decoding(options.set), **given,
     ))
     print(describe_quality(result))
     if options.out:

@@ -59,6 +59,8 @@ class QualityConfig:
         if self.features is None and self.data != "digits":
             raise ValueError(f"say what looks at the images of {self.data}: features inception=FILE or "
                              "clip=FOLDER; the built-in classifier knows digits only")
+        if self.prompts and not Path(self.prompts).is_file():
+            raise FileNotFoundError(f"there is no file of prompts {self.prompts}")
         if self.samples < 20:
             raise ValueError(f"samples={self.samples} must be at least 20, for ten blocks in the kernel distance")
         self.features = self.features or "digits"

@@ -119,6 +119,8 @@ def clip_training(config: Config) -> ClipTrainingConfig:
     for name in ("steps", "learning_rate", "hidden_size", "layers", "patch_size", "projection_dim"):
         if getattr(options, name) <= 0:
             raise ValueError(f"{path}.{name}={getattr(options, name)} cannot be: it must be above 0.")
+    if options.hidden_size % 2:
+        raise ValueError(f"{path}.hidden_size={options.hidden_size} must be even: there are two attention heads.")
     if options.patch_size > pixels.resolution:
         raise ValueError(f"{path}.patch_size={options.patch_size} does not fit into images of "
                          f"{pixels.resolution} pixels; it must be at most that.")
@@ -193,6 +195,12 @@ def build_transformer(
     return TRANSFORMERS[config.model.architecture].from_config({**known, **config.model.transformer})
 
 
+def _refuse_other_codes(model, codes):
+    if model.config.codebook_size != codes:
+        raise ValueError(f"the transformer knows {model.config.codebook_size} codes and the tokenizer has {codes}; "
+                         "use a tokenizer and a transformer that belong together.")
+
+
 def make_transformer(config: Config, vq_model: nn.Module, text_encoder: nn.Module) -> nn.Module:
     "The transformer of a configuration, loaded or fresh, that fits the tokenizer and the conditions."
     codes = vq_model.codebook_size
@@ -202,11 +210,7 @@ def make_transformer(config: Config, vq_model: nn.Module, text_encoder: nn.Modul
     else:
         num_tokens = (config.dataset.preprocessing.resolution // vq_model.downsample_factor) ** 2
         model = build_transformer(config, codes, condition_sizes(text_encoder), num_tokens)
-    if model.config.codebook_size != codes:
-        raise ValueError(
-            f"The transformer knows {model.config.codebook_size} codes and the tokenizer has {codes}; "
-            "use a tokenizer and a transformer that belong together."
-        )
+    _refuse_other_codes(model, codes)
     always = {"micro_conds", "encoder_attention_mask"}  # the one is in all data, the other may be left out
     missing = read_conditions(model) - always - set(text_encoder.unconditional())
     if missing:
@@ -265,6 +269,7 @@ def _sizes_to_be(config):
 
 def _try_transformer(config, codes, side, told):
     model = build_transformer(config, codes, told, side * side)
+    _refuse_other_codes(model, codes)
     length = {"encoder_hidden_states": [config.dataset.preprocessing.max_seq_length]}
     rows = {name: torch.zeros(1, *length.get(name, []), size) for name, size in told.items()}
     rows |= {"micro_conds": torch.zeros(1, 5), "class_ids": torch.zeros(1, dtype=torch.long)}

@@ -41,6 +41,7 @@ from musekit.training.config import (
     sample_prompts,
 )
 from .training.history import check_trackers
+from .training.optim import check_optimization
 from .training.resume import find_checkpoint, latest_checkpoint, on_main_process, refuse_other_run
 from .training.tokenizer import train_vq_model
 from .training.trainer import Trainer, make_accelerator
@@ -58,13 +59,11 @@ def check_recipe(config: Config):
         check_network(f"model.{name}", section, config.training.pre_encode)
         if not section.pretrained:
             check_training(config)
-    check_encoding(config)
+    for check in (check_encoding, image_text_config, generation_config, check_networks, check_optimization):
+        check(config)
     check_trackers(config.experiment.trackers)
-    image_text_config(config)
-    generation_config(config)
     sample_prompts(config, [""])
     inpainting_sheet(None, config)
-    check_networks(config)
 
 # %% ../nbs/45_train.ipynb #ee77b54d
 SMALL = resources.files("musekit") / "configs" / "small.yaml"

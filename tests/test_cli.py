@@ -134,10 +134,26 @@ def test_a_process_finds_a_wrong_argument_at_once(tmp_path):
     (["generate", "a two", "--out", "/proc/no/two.png"], "cannot be written"),
     (["train", "data=digits", "training.max_train_steps=few"], "training.max_train_steps: Value 'few'"),
     (["train", "data=digits", "dataset.preprocessing.random_flip=true"], "set training.encode_first=false"),
+    (["train", "data=digits", "mask_schedule.schedule=sigmoid", "mask_schedule.params.tau=abc"], "needs a number for tau"),
+    (["train", "data=digits", "lr_scheduler.params.options.num_cycles=abc"], "num_cycles"),
+    (["train", "data=digits", "optimizer.name=lion", "optimizer.params.epsilon=1e-3"], "lion divides by nothing"),
+    (["train", "data=digits", "training.eval_mask_ratios=[]"], "names no ratio"),
+    (["train", "data=digits", "training.seed=99999999999999999999"], "at most"),
+    (["train", "data=digits", "experiment.trackers=tensorboard"], "give a list"),
+    (["train", "data=digits", "model.text_encoder.train.hidden_size=7"], "must be even"),
+    (["train", "data=digits", "model.transformer.codebook_size=10"], "belong together"),
+    (["train", "data=digits", "dataset.preprocessing.max_seq_length=1"], "at least 2"),
+    (["evaluate", "here", "data=digits", "--prompts", "nowhere"], "no file of prompts nowhere"),
+    (["train", "--check", "data=digits", "--chekc"], "unrecognized arguments: --chekc"),
 ])
 def test_what_is_wrong_is_found_before_anything_is_written(tmp_path, here, arguments, told):
     assert_refused(here(tmp_path, *arguments), told)
     assert not list(tmp_path.iterdir())
+
+
+def test_settings_may_stand_on_both_sides_of_an_option(tmp_path, here):
+    assert_refused(here(tmp_path, "encode", "data=digits", "--out", "codes", "training.batch_size=0"), "training.batch_size=0 cannot be")
+    assert_refused(here(tmp_path, "train", "data=digits", "--check", "training.batch_size=0"), "training.batch_size=0 cannot be")
 
 
 def test_bad_folders(tmp_path, here):

@@ -105,6 +105,8 @@ class TextEncoder(nn.Module):
         options = {} if dtype is None else {"dtype": dtype}
         model = _TEXT_MODELS[kind, projected].from_pretrained(path, subfolder=model_folder, **options)
         tokenizer = AutoTokenizer.from_pretrained(path, subfolder=tokenizer_folder)
+        if pad_token_id is not None and pad_token_id >= len(tokenizer):
+            raise ValueError(f"pad_token_id={pad_token_id}: the tokenizer of {path} has ids below {len(tokenizer)}")
         if pad_token_id is not None:
             tokenizer.pad_token_id = pad_token_id
         return cls(model, tokenizer, max_seq_length=max_seq_length, use_pooled=use_pooled)

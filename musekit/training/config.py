@@ -105,13 +105,15 @@ def load_config(
     paths = path if isinstance(path, list) else [path]
     try:
         config = _merge(schema, *map(_read_yaml, paths), _read_overrides(overrides))
-    except YAMLError as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         told = " ".join(str(error).split())
         names = " or ".join(str(each) for each in paths if each) or "an override"
         raise ValueError(f"{names} is no valid YAML: {told}") from error
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
-        raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
+        told = str(error).splitlines()[0]
+        told = "give a list, such as [one] or [one,two]" if "is not a ListConfig" in told else told
+        raise ValueError(f"{key}: {told}") from error
     config.experiment.name = config.experiment.name or Path(config.experiment.output_dir).resolve().name
     config.experiment.resume_from_checkpoint = config.experiment.resume_from_checkpoint or None
     config.check("")
