@@ -126,8 +126,8 @@ def _train(options):
         return _stopped(recipe.trainer, *_resumed("train", options.arguments))
     if recipe.accelerator.is_main_process:
         model = shlex.quote(str(recipe.folder / "pipeline"))
-        told = {"class": "0", "none": '""'}.get(recipe.text_encoder.settings["kind"], '"a prompt"')
-        print(f"model in {model}; draw with it: musekit generate {told} --model {model}")
+        told = {"class": "0 ", "none": ""}.get(recipe.text_encoder.settings["kind"], '"a prompt" ')
+        print(f"model in {model}; draw with it: musekit generate {told}--model {model}")
 
 
 def _add_train(commands):
@@ -251,6 +251,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(parser, arguments):
+    "Options, with the words that argparse gives up on because an option stands before them."
+    options, late = parser.parse_known_args(arguments)
+    words = next((vars(options)[name] for name in ("arguments", "overrides", "prompts") if name in options), None)
+    if late and (words is None or any(word.startswith("-") for word in late)):
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    if late:
+        words.extend(late)
+    return options
+
+
 def _interrupt(number, frame):
     raise KeyboardInterrupt
 
@@ -263,7 +274,7 @@ def _say(told):
 def main(arguments: list[str] | None = None) -> int:  # None: those of the process
     "Runs one command; 0 if it did its job, 2 if the input was wrong, 130 if it was interrupted."
     parser = make_parser()
-    options = parser.parse_args(arguments)
+    options = _parse(parser, arguments)
     if not hasattr(options, "run"):
         parser.print_help()
         return 2

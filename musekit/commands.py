@@ -83,7 +83,18 @@ def _wanted(options):
     names = ("negative_prompt", "seed", "steps", "guidance_scale", "temperature", "sampler", "model")
     typed = {name: getattr(options, name) for name in names}
     return {"prompts": options.prompts or None, "num_images_per_prompt": options.num_images,
-            **typed, **read_settings(options.set)}
+            **typed, **_decoding(options.set)}
+
+
+def _decoding(pairs):
+    "Settings of decoding, and no others."
+    from dataclasses import fields
+
+    from musekit.generation import GenerationConfig, refuse_unknown
+
+    settings = read_settings(pairs)
+    refuse_unknown(settings, [field.name for field in fields(GenerationConfig)])
+    return settings
 
 
 def _find_demo(model):
@@ -102,14 +113,25 @@ def _draw_task(options, task):
     pipeline = Pipeline.from_pretrained(task.model, "cuda" if torch.cuda.is_available() else "cpu")
     if options.compile:
         pipeline.transformer.compile()
+    task = task if task.prompts else task.change(prompts=_unprompted(pipeline.text_encoder))
     write_sheet(*draw_sheet(pipeline, task, batch_size=options.batch_size), options.out)
     print(options.out)
 
 
+def _unprompted(encoder):
+    "The one empty prompt of a model that is told nothing; another model must be told something."
+    kind = encoder.settings["kind"] if encoder else "none"
+    if kind == "class":
+        names = ", ".join(list(encoder.names.values())[:3])
+        named = f", or the name of one, such as {names}" if names else ""
+        raise ValueError(f"say which class to draw: a number, 0 to {encoder.num_classes - 1}{named}")
+    if kind != "none":
+        raise ValueError('give at least one PROMPT, such as "a blue three on yellow paper", or --again PICTURE')
+    return [""]
+
+
 def _generate(options):
     check_picture_file(options.out)
-    if not (options.prompts or options.again):
-        raise ValueError("give at least one PROMPT, or --again PICTURE")
     if not options.again:
         _find_demo(options.model or DEMO_MODEL)
     from musekit.sheets import Task, read_task
@@ -125,7 +147,7 @@ def _add_decoding(parser):
     add("--out", default="generated.png", metavar="FILE",
         help="picture to write; a PNG keeps all settings (default: %(default)s)")
     add("--num-images", type=whole, metavar="N", help="images a prompt (default: 4)")
-    add("--seed", type=number_between(0), help="same seed, same images (default: 0)")
+    add("--seed", type=number_between(0, 2**63 - 1), help="same seed, same images (default: 0)")
     add("--negative-prompt", metavar="PROMPT", help="what to steer away from")
     add("--steps", type=whole, metavar="N", help="decoding steps (default: the pipeline's)")
     add("--guidance-scale", type=float, metavar="W", help="weight of the prompt (default: the pipeline's)")
@@ -144,7 +166,8 @@ def add_generate(commands):
         "keeps the prompts and all settings; --again draws it once more, with what else is given changed.",
     )
     add = parser.add_argument
-    add("prompts", nargs="*", metavar="PROMPT", help='such as "a blue three on yellow paper"')
+    add("prompts", nargs="*", metavar="PROMPT", help='such as "a blue three on yellow paper"; of a model '
+        "of classes their numbers or names; of a model that is told nothing none")
     add("--again", metavar="PICTURE", help="a PNG that musekit wrote, the start of the settings")
     _add_decoding(parser)
     parser.set_defaults(run=_generate)
@@ -180,7 +203,7 @@ def add_inpaint(commands):
     add = parser.add_argument
     add("image", metavar="IMAGE", help="picture of any size, best of that of the training pictures")
     add("mask", metavar="MASK", help="picture of the same size, white where to draw anew")
-    add("prompts", nargs="+", metavar="PROMPT", help="what the whole picture shall show")
+    add("prompts", nargs="*", metavar="PROMPT", help="what the whole picture shall show; as of generate")
     _add_decoding(parser)
     parser.set_defaults(run=_inpaint)
 
@@ -191,12 +214,14 @@ def _evaluate(options):
     quiet()
     if options.out and os.path.splitext(options.out)[1] != ".json":
         raise ValueError(f"--out {options.out} gets the numbers as JSON; call it .json")
+    if options.out:
+        os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
     data = [each.removeprefix("data=") for each in options.data]
     how = {name: getattr(options, name) for name in ("steps", "guidance_scale", "temperature", "batch_size")}
     given = {name: getattr(options, name) for name in ("features", "judge", "prompts", "statistics", "real")}
     result = evaluate_pipeline(QualityConfig(
         options.model, data[0] if len(data) == 1 else data, samples=options.samples, seed=options.seed,
-        options={k: v for k, v in how.items() if v is not None} | read_settings(options.set), **given,
+        options={k: v for k, v in how.items() if v is not None} | _decoding(options.set), **given,
     ))
     print(describe_quality(result))
     if options.out:

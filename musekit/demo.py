@@ -125,7 +125,7 @@ def demo(
     folder: str | Path = "runs/demo",
     overrides: list[str] = (),  # such as "training.max_train_steps=500"
     prompts: int = 400,  # held-out prompts to draw and score
-    progress: bool | None = None,  # show bars; None = only in a terminal
+    progress: bool | None = None,  # show it, see `watched`
 ) -> Recipe:  # with `results`, unless the run was stopped on the way
     "Trains on the built-in digits, scores the model on held-out prompts, draws pictures, prints a report."
     start = time.perf_counter()

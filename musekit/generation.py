@@ -8,6 +8,7 @@ __all__ = ['GUIDANCE_SCHEDULES', 'guide', 'guidance_weights', 'refuse_unknown', 
 
 # %% ../nbs/05_generation.ipynb #544d6946
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -81,6 +82,10 @@ class GenerationConfig:
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # share of the steps that are guided; 1 elsewhere
 
     def __post_init__(self):
+        for name in ("guidance_interval", "temperature"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)) and len(value) != 2:
+                raise ValueError(f"{name} must be a pair of numbers, got {value}")
         self.guidance_interval = tuple(self.guidance_interval)
         if isinstance(self.temperature, list):
             self.temperature = tuple(self.temperature)
@@ -100,7 +105,12 @@ class GenerationConfig:
 
     def token_sampler(self) -> Callable:
         "Which tokens stay hidden, as a function of a `Moment`."
-        return get_sampler(self.sampler, **self.sampler_params)
+        sampler = get_sampler(self.sampler, **self.sampler_params)
+        for name, value in self.sampler_params.items():
+            wanted = inspect.signature(getattr(sampler, "func", sampler)).parameters[name].default
+            if isinstance(wanted, float) and not isinstance(value, (int, float)):
+                raise ValueError(f"sampler {self.sampler!r} needs a number for {name}, got {value!r}")
+        return sampler
 
     def guidance_weights(self) -> list[float]:
         "The guidance of every step."
@@ -118,7 +128,10 @@ class GenerationConfig:
         for name in ("schedule", "sampler"):
             if given.get(name, getattr(self, name)) != getattr(self, name):
                 given.setdefault(f"{name}_params", {})
-        return dataclasses.replace(self, **given)
+        try:
+            return dataclasses.replace(self, **given)
+        except TypeError as error:
+            raise ValueError(f"{given}: one of these is of a wrong type: {error}") from error
 
 # %% ../nbs/05_generation.ipynb #1c6e5fa7
 def prompt_conditions(

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from tqdm import tqdm
 
 from .data.digits import test_prompts
 from .data.features import ClipFeatures, FeatureTable, InceptionFeatures, collect_features
 from .data.image_text import ImageTextConfig, make_loader
+from .inspection import watched
 from .metrics import DigitFeatures, MetricsConfig, evaluate
 from .pipeline import Pipeline
 from .stages import find_shards
@@ -59,6 +59,8 @@ class QualityConfig:
         if self.features is None and self.data != "digits":
             raise ValueError(f"say what looks at the images of {self.data}: features inception=FILE or "
                              "clip=FOLDER; the built-in classifier knows digits only")
+        if self.prompts and not Path(self.prompts).is_file():
+            raise FileNotFoundError(f"there is no file of prompts {self.prompts}")
         if self.samples < 20:
             raise ValueError(f"samples={self.samples} must be at least 20, for ten blocks in the kernel distance")
         self.features = self.features or "digits"
@@ -84,7 +86,7 @@ def read_real(
         return known, texts
 
     def batches(loader):
-        for batch in tqdm(loader, "real images", disable=_hidden(progress), unit="batch"):
+        for batch in watched(loader, progress, desc="real images", unit="batch"):
             texts.extend(map(str, batch["class_ids"].tolist()) if kind == "class" else batch["text"])
             yield batch
 
@@ -117,25 +119,20 @@ def find_prompts(config: QualityConfig, captions: list[str], kind: str = "clip")
             prompts = [str(prompt["digit"]) for prompt in prompts]
     return random.Random(config.seed).sample(prompts, len(prompts))
 
-
-def _hidden(progress):
-    "What tqdm takes: None is a bar in a terminal only."
-    return None if progress is None else not progress
-
 # %% ../nbs/67_quality.ipynb #b4893cb6
 def evaluate_pipeline(config: QualityConfig, progress: bool | None = None) -> dict:  # JSON types
     "Draws with a saved pipeline and compares with real images; the same call gives the same numbers."
     pipeline = Pipeline.from_pretrained(config.model, config.device)
     extractor = _on(make_extractor(config.features), config.device)
     judge = _on(make_extractor(config.judge), config.device) if config.judge else extractor
-    agreement = getattr(judge, "agreement", None)
     kind = pipeline.text_encoder.settings["kind"] if pipeline.text_encoder else "none"
-    if (config.prompts or kind in ("class", "none")) and isinstance(judge, DigitFeatures):
-        agreement = None  # a text alone does not tell it which digit is meant
     real, captions = read_real(config, extractor, min(pipeline.grid) * pipeline.factor, kind, progress)
     prompts = find_prompts(config, captions, kind)
+    if kind == "class":
+        prompts = [_class_prompt(pipeline.text_encoder, text) for text in prompts]
+    agreement = getattr(judge, "agreement", None) if _can_judge(judge, prompts) else None
     metrics = MetricsConfig(samples=config.samples, seed=config.seed, options=config.options)
-    with tqdm(total=config.samples, desc="drawn images", disable=_hidden(progress), unit="image") as bar:
+    with watched(None, progress, total=config.samples, desc="drawn images", unit="image") as bar:
 
         def counted(texts, **options):
             images = pipeline(texts, **options)
@@ -145,6 +142,21 @@ def evaluate_pipeline(config: QualityConfig, progress: bool | None = None) -> di
         told = evaluate(counted, real, prompts, extractor, agreement, metrics)
     asked = {"model": str(config.model), "data": config.data, "prompts": len(prompts), "seed": config.seed}
     return asked | {"options": config.options} | told
+
+
+def _class_prompt(encoder, text):
+    "What is drawn for the number or name of a class, and which digit that is, if it is one."
+    number, names = encoder.find(text), list(encoder.names.values())
+    name = encoder.names.get(number, "")
+    return {"text": name if names.count(name) == 1 else str(number), "digit": number}
+
+
+def _can_judge(judge, prompts):
+    "Digits must be named to their judge; another one reads texts, but no numbers of classes."
+    if isinstance(judge, DigitFeatures):
+        return all(isinstance(prompt, dict) and "digit" in prompt for prompt in prompts)
+    texts = (prompt["text"] if isinstance(prompt, dict) else prompt for prompt in prompts)
+    return any(text and not text.isdecimal() for text in texts)
 
 
 def _on(extractor, device):

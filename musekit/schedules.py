@@ -119,6 +119,9 @@ def get_schedule(name: str | Callable,  # one of `schedule_names()`; a callable 
     unknown = sorted(set(params) - set(allowed))
     if unknown:
         raise ValueError(f"mask schedule {name!r} takes {allowed or 'no parameters'}, not {unknown}")
+    for param, value in params.items():
+        if not isinstance(value, (int, float)):
+            raise ValueError(f"mask schedule {name!r} needs a number for {param}, not {value!r}")
     return Schedule(name, function, params)
 
 

@@ -24,7 +24,7 @@ from .data.conditions import ClassEncoder, ClipTrainingConfig, NoEncoder, TextEn
 from .data.digits import make_digits
 from .data.image_text import ImageTextConfig
 from .data.metadata import MetadataFilter
-from .data.packing import digest, expand_urls, file_facts, pack_once
+from .data.packing import digest, expand_urls, file_facts, forms_of, pack_once
 from .finetune import load_pretrained
 from .generation import GenerationConfig
 from .models.maskgit_vqgan import MaskGitVQGAN
@@ -33,7 +33,9 @@ from .models.paella_vq import PaellaVQModel
 from .models.transformer import MaskGitTransformer
 from .models.uvit import MaskGiTUViT
 from .models.vqgan import VQGANModel
-from .training.config import Config, class_names, condition_of, layout_of, num_classes, reads_pooled
+from musekit.training.config import (
+    Config, class_names, condition_of, known_classes, layout_of, num_classes, reads_pooled,
+)
 from .training.tokenizer import VQTrainingConfig
 
 # %% ../nbs/44_stages.ipynb #baf2b0c6
@@ -49,6 +51,8 @@ def find_shards(
     "The shard urls of a data specification; images in a folder are packed into shards first."
     if spec == "digits":
         return make_digits(Path(work) / "digits")[split]
+    if forms_of(spec, base_dir) == {"codes"}:
+        raise ValueError(f"{spec} holds codes and no pictures; to train on them set training.pre_encode=true")
     for place in ([Path(spec).expanduser(), Path(base_dir or "") / spec] if isinstance(spec, str) else []):
         if place.is_dir() and not any(place.glob("*.tar")):
             return expand_urls(pack_once(place, Path(work) / split, replace, **packing))
@@ -77,10 +81,13 @@ def image_text_config(config: Config) -> ImageTextConfig:
 
 
 def _text_of_classes(config):
-    "What the loader calls each class; None where the data has none."
+    "What the loader calls each class; None where the data has none, or it is not known which there are."
     if config.dataset.type != "classification":
         return None
-    return class_names(config) or {number: str(number) for number in range(num_classes(config))}
+    names = class_names(config)
+    if names or known_classes(config) is None:
+        return names
+    return {number: str(number) for number in range(num_classes(config))}
 
 # %% ../nbs/44_stages.ipynb #c7427aa5
 def _typed(cls, given: dict, path: str):
@@ -112,6 +119,8 @@ def clip_training(config: Config) -> ClipTrainingConfig:
     for name in ("steps", "learning_rate", "hidden_size", "layers", "patch_size", "projection_dim"):
         if getattr(options, name) <= 0:
             raise ValueError(f"{path}.{name}={getattr(options, name)} cannot be: it must be above 0.")
+    if options.hidden_size % 2:
+        raise ValueError(f"{path}.hidden_size={options.hidden_size} must be even: there are two attention heads.")
     if options.patch_size > pixels.resolution:
         raise ValueError(f"{path}.patch_size={options.patch_size} does not fit into images of "
                          f"{pixels.resolution} pixels; it must be at most that.")
@@ -186,6 +195,12 @@ def build_transformer(
     return TRANSFORMERS[config.model.architecture].from_config({**known, **config.model.transformer})
 
 
+def _refuse_other_codes(model, codes):
+    if model.config.codebook_size != codes:
+        raise ValueError(f"the transformer knows {model.config.codebook_size} codes and the tokenizer has {codes}; "
+                         "use a tokenizer and a transformer that belong together.")
+
+
 def make_transformer(config: Config, vq_model: nn.Module, text_encoder: nn.Module) -> nn.Module:
     "The transformer of a configuration, loaded or fresh, that fits the tokenizer and the conditions."
     codes = vq_model.codebook_size
@@ -195,11 +210,7 @@ def make_transformer(config: Config, vq_model: nn.Module, text_encoder: nn.Modul
     else:
         num_tokens = (config.dataset.preprocessing.resolution // vq_model.downsample_factor) ** 2
         model = build_transformer(config, codes, condition_sizes(text_encoder), num_tokens)
-    if model.config.codebook_size != codes:
-        raise ValueError(
-            f"The transformer knows {model.config.codebook_size} codes and the tokenizer has {codes}; "
-            "use a tokenizer and a transformer that belong together."
-        )
+    _refuse_other_codes(model, codes)
     always = {"micro_conds", "encoder_attention_mask"}  # the one is in all data, the other may be left out
     missing = read_conditions(model) - always - set(text_encoder.unconditional())
     if missing:
@@ -258,6 +269,7 @@ def _sizes_to_be(config):
 
 def _try_transformer(config, codes, side, told):
     model = build_transformer(config, codes, told, side * side)
+    _refuse_other_codes(model, codes)
     length = {"encoder_hidden_states": [config.dataset.preprocessing.max_seq_length]}
     rows = {name: torch.zeros(1, *length.get(name, []), size) for name, size in told.items()}
     rows |= {"micro_conds": torch.zeros(1, 5), "class_ids": torch.zeros(1, dtype=torch.long)}

@@ -29,6 +29,7 @@ from .data.pictures import SamplePool
 from .files import make_once
 from .finetune import adopt_pipeline
 from .hub import write_card
+from .inspection import watched
 from .pipeline import Pipeline
 from musekit.stages import (
     TRANSFORMERS, VQ_MODELS, check_networks, clip_training, find_shards, generation_config, image_text_config,
@@ -40,6 +41,7 @@ from musekit.training.config import (
     sample_prompts,
 )
 from .training.history import check_trackers
+from .training.optim import check_optimization
 from .training.resume import find_checkpoint, latest_checkpoint, on_main_process, refuse_other_run
 from .training.tokenizer import train_vq_model
 from .training.trainer import Trainer, make_accelerator
@@ -57,13 +59,11 @@ def check_recipe(config: Config):
         check_network(f"model.{name}", section, config.training.pre_encode)
         if not section.pretrained:
             check_training(config)
-    check_encoding(config)
+    for check in (check_encoding, image_text_config, generation_config, check_networks, check_optimization):
+        check(config)
     check_trackers(config.experiment.trackers)
-    image_text_config(config)
-    generation_config(config)
     sample_prompts(config, [""])
     inpainting_sheet(None, config)
-    check_networks(config)
 
 # %% ../nbs/45_train.ipynb #ee77b54d
 SMALL = resources.files("musekit") / "configs" / "small.yaml"
@@ -72,6 +72,7 @@ SMALL = resources.files("musekit") / "configs" / "small.yaml"
 def configure(
     path: str | Path | list | None = None,  # YAML files, later ones over earlier; None = "small"
     overrides: list[str] = (),  # such as "data=photos/"
+    check: Callable[[Config], object] = check_recipe,  # what it must be good for
 ) -> Config:
     "The checked configuration of a run; the name \"small\" stands for the model that the kit brings along."
     paths = path if isinstance(path, list) else [path or "small"]
@@ -81,7 +82,7 @@ def configure(
     adopt_pipeline(config.model, TRANSFORMERS, VQ_MODELS)
     if "small" in paths:
         _fit_small(config)
-    check_recipe(config)
+    check(config)
     return config
 
 
@@ -104,7 +105,7 @@ class Recipe:
         *,
         accelerator: Accelerator | None = None,
         base_dir: str | Path | None = None,  # where relative shard names are also looked for
-        progress: bool | None = None,  # show bars; None = only in a terminal
+        progress: bool | None = None,  # show it, see `watched`
     ):
         check_recipe(config)
         self.config, self.base_dir, self.progress = config, base_dir, progress
@@ -152,7 +153,8 @@ class Recipe:
     def pool(self) -> SamplePool:
         "Samples that tokenizer and text encoder are trained on, read when first needed."
         if self._pool is None:
-            self._pool = SamplePool(self.everything(self.train_urls))
+            read = watched(self.everything(self.train_urls), self.progress, unit="batch", desc="reading")
+            self._pool = SamplePool(read)
         return self._pool
 
     @property
@@ -273,7 +275,7 @@ def _check_encoded(recipe, source, text_encoder):
 def _tell_left_out(recipe, split, urls):
     "The batches of all samples; says at the end how many could not be used."
     last, used = {"skipped": 0}, 0
-    for last in recipe.everything(urls):
+    for last in watched(recipe.everything(urls), recipe.progress, unit="batch", desc=split):
         used += len(last["text"])
         yield last
     if bad := last["skipped"]:
@@ -332,7 +334,7 @@ STAGES = {
 def train(
     config: Config,  # of `configure`
     *,
-    progress: bool | None = None,  # show bars; None = only in a terminal
+    progress: bool | None = None,  # show it, see `watched`
     base_dir: str | Path | None = None,  # where relative shard names are also looked for
 ) -> Recipe:  # with its models, times and `trainer`
     "Runs every stage of the recipe and saves the pipeline; goes on with a run that was stopped."

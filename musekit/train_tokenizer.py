@@ -229,7 +229,7 @@ def make_tokenizer(config: TokenizerConfig) -> nn.Module:
 def train_tokenizer(
     config: TokenizerConfig,  # of `configure_tokenizer`
     *,
-    progress: bool | None = None,  # show a bar; None = only in a terminal
+    progress: bool | None = None,  # show it, see `watched`
     base_dir: str | Path | None = None,  # where relative names are also looked for
 ) -> VQTrainer:  # its `stop` is true if the run was stopped
     "Trains a tokenizer, or goes on with it; leaves the model and a report in the folder of the run."

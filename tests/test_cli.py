@@ -1,7 +1,9 @@
 """The command line as people meet it: help, a folder of pictures, mistakes, interruptions, two processes."""
+import io
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -15,7 +17,7 @@ import yaml
 from PIL import Image
 from torch import distributed
 
-from musekit import cli
+from musekit import cli, inspection
 from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples
 from musekit.data.packing import write_shards
 from musekit.models.transformer import MaskGitTransformer
@@ -124,7 +126,7 @@ def test_a_process_finds_a_wrong_argument_at_once(tmp_path):
     (["demo", "--prompts", "0"], "1 to 400"),
     (["demo", "--prompts", "401"], "1 to 400"),
     (["demo", "--seed", "one"], "--seed"),
-    (["generate"], "PROMPT"),
+    (["generate"], "musekit demo"),
     (["generate", "a two", "--num-images", "0"], "--num-images"),
     (["generate", "a two", "--steps", "0"], "--steps"),
     (["generate", "a two"], "musekit demo"),
@@ -132,10 +134,26 @@ def test_a_process_finds_a_wrong_argument_at_once(tmp_path):
     (["generate", "a two", "--out", "/proc/no/two.png"], "cannot be written"),
     (["train", "data=digits", "training.max_train_steps=few"], "training.max_train_steps: Value 'few'"),
     (["train", "data=digits", "dataset.preprocessing.random_flip=true"], "set training.encode_first=false"),
+    (["train", "data=digits", "mask_schedule.schedule=sigmoid", "mask_schedule.params.tau=abc"], "needs a number for tau"),
+    (["train", "data=digits", "lr_scheduler.params.options.num_cycles=abc"], "num_cycles"),
+    (["train", "data=digits", "optimizer.name=lion", "optimizer.params.epsilon=1e-3"], "lion divides by nothing"),
+    (["train", "data=digits", "training.eval_mask_ratios=[]"], "names no ratio"),
+    (["train", "data=digits", "training.seed=99999999999999999999"], "at most"),
+    (["train", "data=digits", "experiment.trackers=tensorboard"], "give a list"),
+    (["train", "data=digits", "model.text_encoder.train.hidden_size=7"], "must be even"),
+    (["train", "data=digits", "model.transformer.codebook_size=10"], "belong together"),
+    (["train", "data=digits", "dataset.preprocessing.max_seq_length=1"], "at least 2"),
+    (["evaluate", "here", "data=digits", "--prompts", "nowhere"], "no file of prompts nowhere"),
+    (["train", "--check", "data=digits", "--chekc"], "unrecognized arguments: --chekc"),
 ])
 def test_what_is_wrong_is_found_before_anything_is_written(tmp_path, here, arguments, told):
     assert_refused(here(tmp_path, *arguments), told)
     assert not list(tmp_path.iterdir())
+
+
+def test_settings_may_stand_on_both_sides_of_an_option(tmp_path, here):
+    assert_refused(here(tmp_path, "encode", "data=digits", "--out", "codes", "training.batch_size=0"), "training.batch_size=0 cannot be")
+    assert_refused(here(tmp_path, "train", "data=digits", "--check", "training.batch_size=0"), "training.batch_size=0 cannot be")
 
 
 def test_bad_folders(tmp_path, here):
@@ -176,6 +194,42 @@ def test_a_plain_transformer_from_end_to_end(place, here):
     assert model.config.add_cross_attention and model.default_shape == (8, 8)
     drawn = here(place, "generate", "a blue two on white paper", "--model", run / "pipeline", "--out", "plain.png", "--num-images", "2")
     assert (drawn.returncode, drawn.stderr) == (0, "") and Image.open(place / "plain.png").width == 210
+
+
+def test_a_model_of_texts_says_what_to_give(place, trained, here):
+    model = "--model", "runs/small"
+    assert_refused(here(place, "generate", *model), "at least one PROMPT", "a blue three")
+    assert_refused(here(place, "inpaint", "photos/00.png", "photos/01.png", *model), "at least one PROMPT")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_log_gets_lines(place, trained, here, monkeypatch):
+    """Every half minute in truth: here after every step."""
+    monkeypatch.setattr(inspection, "LINE_EVERY", 0)
+    given = ["experiment.output_dir=runs/lines", "model.vq_model.pretrained=null", "training.max_grad_norm=null"]
+    process = here(place, "train", "data=photos", *TINY, *given)
+    lines = process.stderr.splitlines()
+    assert process.returncode == 0 and "\r" not in process.stderr
+    for steps in (10, 5, 10):  # of tokenizer, text encoder, transformer
+        last = [line for line in lines if line.startswith(f"step {steps} of {steps}, loss=")]
+        assert last and all(re.search(r", 00:\d\d gone, 00:\d\d to go$", line) for line in last), lines
+    assert "step 3 of 10" in process.stderr and any(line.startswith("train: batch 1, ") for line in lines)
+    networks = "model.vq_model.pretrained=runs/small/vq_model", "model.text_encoder.pretrained=runs/small/clip"
+    process = here(place, "encode", "small", f"data={place}/runs/small/data/train", *networks, "--out", "codes")
+    assert process.returncode == 0 and "shard 1 of 1, left_out=0, samples=40, " in process.stderr
+    process = here(place, "train-tokenizer", "data=photos", "training.max_train_steps=2", "training.batch_size=2",
+                   "experiment.output_dir=runs/tokenizer", "experiment.log_every=1")
+    assert process.returncode == 0 and "step 2 of 2, loss=" in process.stderr, process.stderr
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    list(inspection.watched(range(3)))
+    assert "100%|" in sys.stderr.getvalue() and "\r" in sys.stderr.getvalue()
 
 
 def test_the_folder_of_a_run_belongs_to_it(place, trained, here):

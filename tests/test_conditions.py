@@ -1,10 +1,12 @@
 """Runs with every kind of condition and input: each trains, evaluates, saves a pipeline that draws, and resumes exactly."""
 import io
 import json
+import random
 import shutil
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,16 +14,20 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 
 from conftest import ROOT
 from musekit.check import find_networks, memory_report
+from musekit.cli import main
 from musekit.data.conditions import TextEncoder, train_tokenizer
-from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples
+from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples, test_prompts as held_out_prompts
 from musekit.data.encoded import BatchEncoder, encode_dataset
+from musekit.data.features import FeatureTable, collect_features
 from musekit.data.image_text import ImageTextConfig, make_loader
 from musekit.data.packing import write_shards, write_tars
 from musekit.data.token_shards import write_token_shards
+from musekit.metrics import DigitFeatures
 from musekit.models.paella_vq import PaellaVQModel
 from musekit.pipeline import Pipeline
 from musekit.train import configure, train
 from musekit.training.history import read_log
+from musekit.training.resume import step_seed
 
 SETTINGS = [
     "model.transformer.hidden_size=32", "model.transformer.num_hidden_layers=1", "model.transformer.intermediate_size=64",
@@ -66,6 +72,8 @@ def place(tmp_path_factory):
         write_shards(samples, folder / "digits" / split)
         write_shards(map(sheet, samples), folder / "sheets" / split)
         write_tars(map(candidates, samples), folder / "scored" / split)
+    pixels = torch.stack([torch.from_numpy(np.array(sample["image"])).permute(2, 0, 1) / 255 for sample in digits(100, 40)])
+    collect_features([pixels], DigitFeatures()).save(folder / "real.safetensors")
     (folder / "names.json").write_text(json.dumps([f"the digit {number}" for number in range(10)]))
     words = [sample["text"] for sample in digits(0, 40)]
     PaellaVQModel(levels=2, c_hidden=16, c_latent=4, bottleneck_blocks=1, codebook_size=32, scale_factor=1.0).save_pretrained(folder / "vq")
@@ -137,7 +145,7 @@ def test_texts(place, name):
 
 
 @pytest.mark.parametrize("encode_first", [False, True], ids=["images", "encoded"])
-def test_classes(place, encode_first):
+def test_classes(place, encode_first, capsys):
     recipe, pipeline = run_and_resume(place, f"classes {encode_first}", CLASSES, "model.transformer.num_classes=10",
                                       f"training.encode_first={str(encode_first).lower()}")
     assert pipeline.transformer.config.num_classes == 10 and recipe.unconditional["class_ids"].item() == 10
@@ -148,12 +156,23 @@ def test_classes(place, encode_first):
     assert torch.equal(ids(3, guidance_scale=0.0), ids("", guidance_scale=1.0))
     with pytest.raises(ValueError, match=r"draws classes 0 \.\. 9, and '10' is neither"):
         pipeline(10)
+    real, out = FeatureTable.load(place / "real.safetensors"), recipe.folder / "quality.json"
+    command = "evaluate", recipe.folder, "data=digits", "--samples", 40, "--steps", 2, "--statistics", place / "real.safetensors", "--out", out
+    assert main(list(map(str, command))) == 0 and "agreement" in capsys.readouterr().out
+    asked = [prompt["digit"] for prompt in random.Random(0).sample(held_out_prompts(), 400)][:40]
+    drawn = pipeline(asked, seed=step_seed(0, 0, "evaluate"), steps=2)
+    read = DigitFeatures().judge(drawn)["digit"]
+    told = json.loads(out.read_text())
+    assert told["agreement"] == pytest.approx(np.mean([one == other for one, other in zip(read, asked)])) and told["real"] == real.count
 
 
-def test_classes_with_names(place):
+def test_classes_with_names(place, capsys):
     recipe, pipeline = run_and_resume(place, "named classes", CLASSES, names(place), NO_TEXT)
     assert torch.equal(pipeline.ids("the digit 4", seed=0), pipeline.ids(4, seed=0))
     assert set(recipe.text_encoder.names) == set(range(10))
+    draw = lambda *prompts: main(["generate", *prompts, "--model", str(recipe.folder), "--out", str(place / "named.png"), "--num-images", "1"])
+    assert draw("the digit 4", "7") == 0
+    assert draw() == 2 and "say which class to draw: a number, 0 to 9, or the name of one, such as the digit 0" in capsys.readouterr().err
 
 
 def test_dropped_classes_are_the_mask_token(place):
@@ -184,6 +203,8 @@ def test_nothing(place):
     assert recipe.unconditional == {} and pipeline.generation.guidance_scale == 1
     with pytest.raises(ValueError, match="draws without prompts and cannot read 'a cat'"):
         pipeline("a cat")
+    assert main(["generate", "--model", str(recipe.folder), "--out", str(place / "any.png"), "--num-images", "3"]) == 0
+    assert Image.open(place / "any.png").width > 300
 
 
 def test_pictures_without_captions(place):
@@ -244,6 +265,9 @@ def test_pre_encoded_classes(place):
     recipe, pipeline = run_and_resume(place, "pre classes", *told)
     batch = next(iter(recipe.train_batches(0)))
     assert batch["class_ids"].dtype == torch.long and len(pipeline([1, 2])) == 2
+    few = configure(None, [*settings_of(place, "few codes"), *told, "model.transformer.num_classes=5"])
+    with pytest.raises(ValueError, match=r"holds class \d, which is none of the 5 known classes"):
+        train(few, progress=False)
 
 
 def test_pre_encoded_is_what_encoding_first_gives(place):
@@ -252,6 +276,20 @@ def test_pre_encoded_is_what_encoding_first_gives(place):
     shared = f"data={first.folder}/encoded/train", f"dataset.params.eval_shards_path_or_url={first.folder}/encoded/test"
     later = train(configure(None, [*settings_of(place, "later", clip(place)), *shared, "training.pre_encode=true"]), progress=False)
     assert weights(first.folder) == weights(later.folder)
+
+
+@pytest.mark.parametrize("form", ["parquet", "tar"])
+def test_codes_and_pictures_are_told_apart(place, form):
+    "Before a sample is read, in a sentence with the setting to change."
+    codes, networks = encoded(place, form, True), clip(place)
+    given = [*settings_of(place, "bad", networks), *pre_encoded(codes)]
+    for name in ("", "/digits.parquet" if form == "parquet" else "/tokens-000000.tar"):
+        pictures_wanted = configure(None, [*given, "training.pre_encode=false", f"data={codes}/train{name}"])
+        with pytest.raises(ValueError, match="holds codes and no pictures; to train on them set training.pre_encode=true"):
+            train(pictures_wanted, progress=False)
+    for name in ("", "/shard-000000.tar"):
+        with pytest.raises(ValueError, match="holds pictures and no codes; set training.pre_encode=false"):
+            train(configure(None, [*given, f"data={place}/digits/train{name}"]), progress=False)
 
 
 def test_pre_encoded_refusals(place):

@@ -263,7 +263,7 @@ def test_classes_and_pictures_without_text(place, tmp_path, form, told):
     rows = list(islice(train_samples(1), 12))
     members = [{"png": save(row["image"])} | ({"cls": str(row["class_id"]).encode()} if told == "class" else {}) for row in rows]
     write_tars(members, tmp_path / "data")
-    more = ["dataset.type=classification", "model.transformer.num_classes=10"] if told == "class" else ["model.text_encoder.type=none"]
+    more = ["dataset.type=classification"] if told == "class" else ["model.text_encoder.type=none"]
     given = [setting for setting in settings(place) if "text_encoder" not in setting]
     config = configure_encoding("small", [*given, f"data={tmp_path}/data", *more])
     assert encode_shards(config, EncodeOptions(tmp_path / "codes", form=form), progress=False).samples == 12

@@ -2,7 +2,6 @@
 import ast
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,18 +10,16 @@ from PIL import Image
 from conftest import ROOT
 from key_tests import DRAWS, KEY_TESTS, LOG, READS, WEIGHTS
 from musekit.data.conditions import TextEncoder, train_tokenizer
-from musekit.data.encoded import BatchEncoder
-from musekit.finetune import add_lora
 from musekit.models.paella_vq import PaellaVQModel
 from musekit.stages import generation_config, image_text_config, make_transformer
-from musekit.train import sample_prompts
+from musekit.train import Recipe, configure, encode, make_text_encoder, make_vq_model, sample_prompts
 from musekit.training.callbacks import Evaluate, standard_callbacks
 from musekit.training.config import known_keys, load_config
 from musekit.training.history import Log, read_log
 from musekit.training.resume import checkpoints
 from musekit.training.schema import Config
 from musekit.training.trainer import make_accelerator
-from toy_training import all_weights, tiny_model, tiny_trainer, write_data
+from toy_training import tiny_trainer, write_data
 
 
 def leaves(section=Config, path=""):
@@ -227,25 +224,45 @@ def test_label_smoothing(data, tmp_path):
     assert not torch.equal(after_steps(tmp_path, data, ["training.label_smoothing=0.3"]), after_steps(tmp_path, data, []))
 
 
-# What the tokenizer gives
+# What the stages of a run make of its two frozen networks
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def networks(tmp_path_factory):
+    "An image tokenizer and a text encoder on the disk, untrained."
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    folder = tmp_path_factory.mktemp("networks")
     torch.manual_seed(0)
-    return PaellaVQModel(levels=2, c_hidden=16, c_latent=4, bottleneck_blocks=1, codebook_size=32, scale_factor=1.0).eval()
+    PaellaVQModel(levels=2, c_hidden=16, c_latent=4, bottleneck_blocks=1, codebook_size=32, scale_factor=1.0).save_pretrained(folder / "vq")
+    words = train_tokenizer(["a red seven", "a green two"], 600, 12)
+    special = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    sizes = dict(vocab_size=len(words), hidden_size=16, intermediate_size=32, projection_dim=16, num_hidden_layers=2, num_attention_heads=2)
+    clip = CLIPTextModelWithProjection(CLIPTextConfig(**sizes, max_position_embeddings=12, **special))
+    TextEncoder(clip, words, use_pooled=True).save_pretrained(folder / "clip")
+    return folder
 
 
-PIXELS = {"pixel_values": torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)), "text": ["x"] * 6}
+def staged(networks, *settings):
+    "A run whose stages before training are done, but for the data."
+    given = [f"model.vq_model.pretrained={networks}/vq", f"model.text_encoder.pretrained={networks}/clip", "training.encode_first=false"]
+    recipe = Recipe(configure(None, ["data=digits", "dataset.preprocessing.max_seq_length=12", *given, *settings]), progress=False)
+    for stage in (make_vq_model, make_text_encoder, encode):
+        stage(recipe)
+    return recipe
 
 
-def test_soft_targets(tokenizer, data, tmp_path):
-    warm, cold = (BatchEncoder(tokenizer, soft_code_temp=temperature)(PIXELS) for temperature in (1.0, 0.05))
+PIXELS = {"pixel_values": torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)), "text": ["a red seven"] * 6}
+
+
+def test_soft_targets(networks, data, tmp_path):
+    soft = "training.use_soft_code_target=true"
+    warm, cold = (staged(networks, soft, f"training.soft_code_temp={temperature}").prepare(PIXELS) for temperature in (1.0, 0.05))
     entropy = lambda targets: -(targets * targets.clamp(min=1e-12).log()).sum(-1).mean()
     assert warm["soft_targets"].shape == (6, 64, 32) and entropy(cold["soft_targets"]) < entropy(warm["soft_targets"])
-    assert torch.equal(warm["soft_targets"].argmax(-1), warm["image_ids"])
+    assert torch.equal(warm["soft_targets"].argmax(-1), warm["image_ids"]) and "soft_targets" not in staged(networks).prepare(PIXELS)
 
-    trainer, micros = micro(tmp_path, data, "training.use_soft_code_target=true", count=1)
+    trainer, micros = micro(tmp_path, data, soft, count=1)
     soft = torch.rand(8, 16, 64, generator=torch.Generator().manual_seed(1)).softmax(-1)
     trainer.prepare = lambda batch: {**batch, "soft_targets": soft}
     told = trainer.make_micro_batch(next(iter(trainer.data(0))), 0, 0)
@@ -259,47 +276,38 @@ def test_soft_targets(tokenizer, data, tmp_path):
     assert usual.make_micro_batch(next(iter(usual.data(0))), 0, 0).soft_targets is None
 
 
-def test_codes_that_are_drawn(tokenizer):
-    best = BatchEncoder(tokenizer)(PIXELS)["image_ids"]
-    encode = BatchEncoder(tokenizer, soft_code_temp=1.0, stochastic=True)
-    first, second = encode(PIXELS)["image_ids"], encode(PIXELS)["image_ids"]
+def test_codes_that_are_drawn(networks):
+    best = staged(networks).prepare(PIXELS)["image_ids"]
+    prepare = staged(networks, "training.use_stochastic_code=true").prepare
+    first, second = prepare(PIXELS)["image_ids"], prepare(PIXELS)["image_ids"]
     assert not torch.equal(first, second) and not torch.equal(first, best)
 
 
-def test_encoding_in_parts(tokenizer):
-    sizes, get_code = [], tokenizer.get_code
+def test_encoding_in_parts(networks):
+    def encoded(*settings):
+        recipe, sizes = staged(networks, *settings), []
+        recipe.vq_model.in_block.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
+        return recipe.prepare(PIXELS)["image_ids"], sizes
 
-    def watched(pixels):
-        sizes.append(len(pixels))
-        return get_code(pixels)
-
-    watching = SimpleNamespace(get_code=watched)
-    parts = BatchEncoder(watching, split_vae_encode=4)(PIXELS)["image_ids"]
-    assert sizes == [4, 2] and torch.equal(parts, BatchEncoder(tokenizer)(PIXELS)["image_ids"])
+    (parts, sizes), (whole, one) = encoded("training.split_vae_encode=4"), encoded()
+    assert (sizes, one) == ([4, 2], [6]) and torch.equal(parts, whole)
 
 
-# What the text encoder gives
+def test_prompts_are_as_long(networks):
+    length = lambda most: staged(networks, f"dataset.preprocessing.max_seq_length={most}").prepare(PIXELS)["encoder_hidden_states"].shape[1]
+    assert [length(5), length(12)] == [5, 12]
 
 
-@pytest.fixture(scope="module")
-def clip():
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    words = train_tokenizer(["a red seven", "a green two"], 600, 12)
-    special = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    sizes = dict(vocab_size=len(words), hidden_size=16, intermediate_size=32, projection_dim=16, num_hidden_layers=2, num_attention_heads=2)
-    return lambda length: TextEncoder(CLIPTextModelWithProjection(CLIPTextConfig(**sizes, max_position_embeddings=12, **special)), words, use_pooled=True, max_seq_length=length)
+def test_padding(networks):
+    last = lambda *settings: staged(networks, *settings).text_encoder.tokenize(["a red seven"])[0, -1].item()
+    assert last("model.text_encoder.pad_token_id=0") == 0 != last()
 
 
-def test_prompts_are_as_long(clip):
-    assert [clip(length)(["a red seven"])["encoder_hidden_states"].shape[1] for length in (5, 12)] == [5, 12]
-
-
-def test_what_is_told_instead(clip):
-    encoder = clip(8)
-    empty, zeros = encoder.unconditional(False), encoder.unconditional(True)
-    assert torch.equal(empty["encoder_hidden_states"], encoder([""])["encoder_hidden_states"][0])
-    assert empty["cond_embeds"].any() and not zeros["cond_embeds"].any() and not zeros["encoder_hidden_states"].any()
+def test_what_is_told_instead(networks):
+    recipe, told = staged(networks), "encoder_hidden_states"
+    assert torch.equal(recipe.unconditional[told], recipe.text_encoder([""])[told][0]) and recipe.unconditional["cond_embeds"].any()
+    zeros = staged(networks, "training.use_empty_embeds_for_uncond=false").unconditional
+    assert not zeros["cond_embeds"].any() and not zeros[told].any()
 
 
 # What the loader is told, whose own tests show what it makes of it (notebooks 20 and 22)
@@ -422,28 +430,36 @@ def test_the_tracker_is_told(data, tmp_path):
 # The model
 
 
-def test_updates():
-    trained = lambda **options: sorted(name for name, p in _with_updates(**options).named_parameters() if p.requires_grad)
-    assert len(trained(target=["query"])) < len(trained())
-    kinds = lambda **options: {module.p for name, module in _with_updates(**options).named_modules() if "lora_dropout" in name and hasattr(module, "p")}
-    assert kinds(dropout=0.25) == {0.25}
-    scaling = lambda alpha: {scale for module in _with_updates(alpha=alpha).modules() if hasattr(module, "scaling") for scale in module.scaling.values()}
-    assert scaling(4.0) == {2.0} and scaling(1.0) == {0.5}
+SMALLEST = {"hidden_size": 16, "in_channels": 16, "block_out_channels": "[16]", "num_res_blocks": 1, "block_num_heads": 2, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "intermediate_size": 32, "micro_cond_encode_dim": 8, "micro_cond_embed_dim": 40, "force_down_up_sample": "false"}
 
 
-def _with_updates(alpha=2.0, **options):
-    model = tiny_model()
-    add_lora(model, 2, alpha, **options)
-    return model
+def made(networks, *settings):
+    "The transformer of a run."
+    sizes = [] if any("pretrained_model_path" in setting for setting in settings) else [f"model.transformer.{name}={size}" for name, size in SMALLEST.items()]
+    recipe = staged(networks, *sizes, *settings)
+    return make_transformer(recipe.config, recipe.vq_model, recipe.text_encoder)
 
 
-def test_compiled(clip, tokenizer):
-    sizes = {"hidden_size": 16, "in_channels": 16, "block_out_channels": "[16]", "num_res_blocks": 1, "block_num_heads": 2, "num_hidden_layers": 1,
-             "num_attention_heads": 2, "intermediate_size": 32, "micro_cond_encode_dim": 8, "micro_cond_embed_dim": 40}
-    settings = ["dataset.preprocessing.resolution=32", *(f"model.transformer.{name}={size}" for name, size in sizes.items())]
-    made = lambda *more: make_transformer(config_of(*settings, *more), tokenizer, clip(8))
-    assert made()._compiled_call_impl is None and made("model.compile=true")._compiled_call_impl is not None
-    assert made("model.compile=true").state_dict().keys() == made().state_dict().keys()
+def test_updates(networks, tmp_path):
+    made(networks).save_pretrained(tmp_path)
+    updated = lambda *settings: made(networks, f"model.pretrained_model_path={tmp_path}", "model.lora.rank=2", *settings)
+    trained = lambda *settings: [name for name, p in updated(*settings).named_parameters() if p.requires_grad]
+    assert 0 < len(trained("model.lora.target=[query]")) < len(trained())
+    dropped = lambda *settings: {m.p for name, m in updated(*settings).named_modules() if "lora_dropout" in name and hasattr(m, "p")}
+    assert dropped("model.lora.dropout=0.25") == {0.25} != dropped()
+    scaling = lambda *settings: {scale for m in updated(*settings).modules() if hasattr(m, "scaling") for scale in m.scaling.values()}
+    assert scaling() == {8.0} and scaling("model.lora.alpha=1") == {0.5}
+
+
+def test_compiled(networks):
+    assert made(networks)._compiled_call_impl is None and made(networks, "model.compile=true")._compiled_call_impl is not None
+    assert made(networks, "model.compile=true").state_dict().keys() == made(networks).state_dict().keys()
+
+
+def test_checkpointed(networks):
+    "What it saves is told by test_checkpointing_keeps_less."
+    assert made(networks, "model.gradient_checkpointing=true").gradient_checkpointing and not made(networks).gradient_checkpointing
 
 
 def test_attention_is_one_thing(data, tmp_path):

@@ -18,11 +18,12 @@ import torch
 from accelerate import PartialState
 from tokenizers import pre_tokenizers, trainers
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import (
     AutoConfig, AutoTokenizer, CLIPConfig, CLIPModel, CLIPTextModel, CLIPTextModelWithProjection,
     CLIPTokenizer, T5EncoderModel,
 )
+
+from ..inspection import watched
 
 # %% ../../nbs/23_data.conditions.ipynb #5438106b
 def train_tokenizer(
@@ -104,6 +105,8 @@ class TextEncoder(nn.Module):
         options = {} if dtype is None else {"dtype": dtype}
         model = _TEXT_MODELS[kind, projected].from_pretrained(path, subfolder=model_folder, **options)
         tokenizer = AutoTokenizer.from_pretrained(path, subfolder=tokenizer_folder)
+        if pad_token_id is not None and pad_token_id >= len(tokenizer):
+            raise ValueError(f"pad_token_id={pad_token_id}: the tokenizer of {path} has ids below {len(tokenizer)}")
         if pad_token_id is not None:
             tokenizer.pad_token_id = pad_token_id
         return cls(model, tokenizer, max_seq_length=max_seq_length, use_pooled=use_pooled)
@@ -196,7 +199,7 @@ class NoEncoder(_WithoutText):
         "`nothing` (B, 0)."
         if any(texts):
             raise ValueError(f"this model draws without prompts and cannot read {next(filter(None, texts))!r}; "
-                             "leave the prompts out (\"\" on the command line), num_images_per_prompt says how many images")
+                             "leave the prompts out; num_images_per_prompt (--num-images) says how many images")
         return {"nothing": torch.empty(len(texts), 0)}
 
 # %% ../../nbs/23_data.conditions.ipynb #f9440750
@@ -271,7 +274,7 @@ def train_clip(
     captions: Iterable[str],  # what the tokenizer is trained on
     out_folder: str | Path,
     config: ClipTrainingConfig | None = None,
-    progress: bool | None = None,  # show a bar; None = only in a terminal
+    progress: bool | None = None,  # show it, see `watched`
     device: str | torch.device | None = None,  # None = the one that accelerate gives this process
 ) -> dict[str, list[float]]:
     "Trains and writes a small CLIP and its tokenizer; gives loss and retrieval accuracy of every step."
@@ -279,7 +282,7 @@ def train_clip(
     torch.manual_seed(config.seed)
     tokenizer = train_tokenizer(captions, config.vocab_size, config.max_seq_length)
     history, model = {"loss": [], "accuracy": []}, None
-    bar = tqdm(range(config.steps), unit="step", disable=None if progress is None else not progress)
+    bar = watched(range(config.steps), progress, unit="step")
     for _, batch in zip(bar, batches):
         pixels = batch["pixel_values"].to(device)
         if model is None:
@@ -299,6 +302,7 @@ def train_clip(
         schedule.step()
         history["loss"].append(loss.item())
         history["accuracy"].append(retrieval_accuracy(logits.detach(), input_ids))
+        bar.set_postfix(loss=f"{loss.item():.3g}", refresh=False)
     if model is None:
         raise ValueError("no batch to train on")
     TextEncoder(text_tower(model.cpu()), tokenizer, use_pooled=True).save_pretrained(out_folder)

@@ -14,6 +14,7 @@ import random
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 
@@ -245,9 +246,11 @@ def read_sample(
 # %% ../../nbs/20_data.metadata.ipynb #e57bdbb8
 def load_class_names(path) -> dict[int, str]:
     "Class names by id from a JSON object or list; of pairs like ImageNet's [id, name] the last counts."
-    with open(path, encoding="utf-8") as file:
-        names = json.load(file)
-    if not isinstance(names, dict | list):
-        raise ValueError(f"{path} must hold a list or an object of class names, not {type(names).__name__}")
-    pairs = names.items() if isinstance(names, dict) else enumerate(names)
-    return {int(key): name[-1] if isinstance(name, list) else str(name) for key, name in pairs}
+    try:
+        names = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(names, dict | list):
+            raise TypeError(f"not {type(names).__name__}")
+        pairs = list(names.items() if isinstance(names, dict) else enumerate(names))
+        return {int(key): name[-1] if isinstance(name, list) else str(name) for key, name in pairs}
+    except (TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"{path} must hold a list or an object of class names: {error}") from error

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAME', 'MANIFEST', 'network_digest', 'text_probe', 'probe_distance', 'plot_distances', 'facts_digest',
            'refuse_other_codes', 'write_manifest', 'clear_parts', 'shard_names', 'source_fact', 'finished_record',
-           'first_batch', 'EncodedSource', 'open_encoded']
+           'Counts', 'Totals', 'first_batch', 'EncodedSource', 'open_encoded']
 
 # %% ../../nbs/29_data.pre_encoded.ipynb #28b10003
 import glob
@@ -15,7 +15,7 @@ import math
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import nn
 
 from .encoded import EncodedDataset, encoded_loader
 from .image_text import ImageTextConfig, make_loader
-from .packing import expand_urls
+from .packing import expand_urls, forms_of
 from .token_shards import UNCONDITIONAL, TokenReader, member_name, read_unconditional
 from ..files import write_aside
 
@@ -156,6 +156,44 @@ def finished_record(folder: Path, name: str, url: str, facts_digest: str) -> dic
     whole = file is None or (file.is_file() and file.stat().st_size == record["bytes"])
     return record if same and whole else None
 
+# %% ../../nbs/29_data.pre_encoded.ipynb #d3bdd1e6
+@dataclass
+class Counts:
+    "What became of the samples of a shard."
+
+    samples: int = 0
+    filtered: int = 0  # by the metadata filter
+    skipped: int = 0  # that could not be used
+    last_problem: str = ""
+
+
+@dataclass
+class Totals(Counts):
+    "What became of all shards of this process."
+
+    shards: int = 0
+    already: int = 0  # of them encoded before
+
+    def add(self, record: dict):
+        "Counts one shard."
+        self.shards += 1
+        for name in ("samples", "filtered", "skipped"):
+            setattr(self, name, getattr(self, name) + record[name])
+        self.last_problem = record["last_problem"] or self.last_problem
+
+    def check(self, max_bad_share: float, at_least: int = 0):
+        "Raises ValueError when more samples than allowed could not be used."
+        seen = self.samples + self.filtered + self.skipped
+        if self.skipped > max_bad_share * max(seen, at_least):
+            told = f"{self.skipped} of {seen} samples could not be used"
+            raise ValueError(f"{told}, more than dataset.params.max_bad_share={max_bad_share} allows; the "
+                             f"last: {self.last_problem}")
+
+    def __str__(self):
+        told = f"{self.samples:,} samples of {self.shards} shards ({self.already} of them encoded before)"
+        left_out = f"left out: {self.filtered:,} by the filter, {self.skipped:,} unusable"
+        return f"{told}; {left_out}" + (f", the last: {self.last_problem}" if self.last_problem else "")
+
 # %% ../../nbs/29_data.pre_encoded.ipynb #c3b711f3
 def _read_folder(folder):
     "The manifest of a folder, and the records of its shards."
@@ -226,7 +264,7 @@ class EncodedSource:
         **place,  # rank, world_size, start_batch, as in `make_loader`
     ) -> Iterable[dict]:
         "Batches of image_ids (B, N) int64, text states, micro_conds (B, 5), perhaps class_ids; and `keys`."
-        self._check_filter(config.metadata_filter)
+        self._check_filter(config.metadata_filter), self._check_classes(config.class_names)
         if self.dataset is not None:
             ahead = {"num_workers": config.num_workers, "pin_memory": config.pin_memory,
                      "persistent_workers": config.persistent_workers and config.num_workers > 0}
@@ -235,6 +273,14 @@ class EncodedSource:
         if self.manifest:  # what the filter rejects was not encoded
             config = replace(config, metadata_filter=None)
         return make_loader(self.urls, config, training=training, make_reader=self._reader(), **place)
+
+    def _check_classes(self, known):
+        "A class that a run does not know is an error here; in tars it is an unusable sample."
+        if self.dataset is None or known is None or "class_ids" not in self.dataset.columns:
+            return
+        if others := {row[0] for row in self.dataset.words("class_ids")} - set(known):
+            raise ValueError(f"{self.urls[0]} holds class {min(others)}, which is none of the {len(known)} known "
+                             "classes; see model.transformer.num_classes")
 
     def _check_filter(self, wanted):
         "Codes were filtered when they were made; only tars from elsewhere still hold what a filter reads."
@@ -269,6 +315,9 @@ def open_encoded(
     dtype: torch.dtype | None = torch.float32,  # of text states handed out; None: as stored
 ) -> EncodedSource:
     "Opens pre-encoded data; raises FileNotFoundError or ValueError where there is none, or only a part."
+    if forms_of(spec, base_dir) == {"images"}:
+        raise ValueError(f"{spec} holds pictures and no codes; set training.pre_encode=false to train on them, or "
+                         "make codes of them first: musekit encode")
     places = (Path(spec).expanduser(), Path(base_dir or "") / spec) if isinstance(spec, (str, Path)) else ()
     for folder in places:
         if (folder / MANIFEST).is_file():

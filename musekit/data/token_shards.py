@@ -161,6 +161,9 @@ class TokenReader(ShardReader):
                 found = ", ".join(sorted(member for member in members if not member.startswith("__")))
                 raise ValueError(f"no member {name}, found {found}")
         text, class_id = members.get("txt", b"").decode(), int(members["cls"]) if "cls" in members else None
+        known = self.config.class_names
+        if None not in (known, class_id) and class_id not in known:
+            raise ValueError(f"class {class_id} is none of the {len(known)} known classes")
         states = members[self.text_member] if self.text_member else None
         return TokenSample(members[self.vq_member], states, text, read_metadata(members), class_id)
 

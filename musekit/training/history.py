@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
-from tqdm import tqdm
 
 from ..files import write_aside
+from ..inspection import watched
 from .config import flatten
 
 # %% ../../nbs/34_training.history.ipynb #f16abe92
@@ -88,7 +88,7 @@ def start_trackers(trainer, run_id: str | None = None):
 
 
 class Log(Callback):
-    "Writes the metrics of the steps and their speed; shows a bar on the main process."
+    "Writes the metrics of the steps and their speed; shows how far the run is."
 
     COUNTS = ("skipped", "filtered")
     SHOWN = ("loss", "masking_rate", "codes_used", "learning_rate", "samples_per_second", "data_time")
@@ -96,7 +96,7 @@ class Log(Callback):
     def __init__(
         self,
         every: int | None = 50,
-        progress: bool | None = None,  # show a bar; None = only in a terminal
+        progress: bool | None = None,  # show it, see `watched`
     ):
         super().__init__(every)
         self.progress, self.sums, self.steps, self.run_id = progress, {}, 0, None
@@ -106,10 +106,8 @@ class Log(Callback):
             rewind_log(trainer.output_dir, trainer.step)
         self.run_id = trainer.config.wandb.run_id or self.run_id or uuid.uuid4().hex[:12]
         start_trackers(trainer, self.run_id)
-        hidden = None if self.progress is None else not self.progress
-        hidden = hidden if trainer.accelerator.is_main_process else True
         total = trainer.config.training.max_train_steps
-        self.bar = tqdm(total=total, initial=trainer.step, disable=hidden, unit="step")
+        self.bar = watched(None, self.progress, total=total, initial=trainer.step, unit="step")
 
     def on_step(self, trainer):
         metrics = trainer.metrics
@@ -120,9 +118,9 @@ class Log(Callback):
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value
         self.steps += 1
-        self.bar.update()
         if self.due(trainer):
             self.write(trainer)
+        self.bar.update()
 
     def on_end(self, trainer):
         if self.every and self.steps and trainer.metrics and not trainer.stop:
@@ -147,7 +145,8 @@ class Log(Callback):
             batches = trainer.batches_seen * trainer.processes
             values["epoch"] = batches * trainer.config.training.batch_size / experiment.max_train_examples
         trainer.log(values)
-        self.bar.set_postfix({name: f"{values[name]:.3g}" for name in self.SHOWN if name in values})
+        shown = {name: f"{values[name]:.3g}" for name in self.SHOWN if name in values}
+        self.bar.set_postfix(shown, refresh=False)
         self.sums, self.steps = {}, 0
 
     def state_dict(self) -> dict:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_DECAY', 'decays', 'parameter_groups', 'plot_parameter_groups', 'scaled_learning_rate', 'make_optimizer',
-           'make_scheduler', 'learning_rates', 'plot_learning_rates']
+           'make_scheduler', 'learning_rates', 'check_optimization', 'plot_learning_rates']
 
 # %% ../../nbs/32_training.optim.ipynb #fcd8b7c0
 import importlib
@@ -103,7 +103,10 @@ def make_scheduler(optimizer: Optimizer, config: Config) -> LRScheduler:
         raise ValueError(f"lr_scheduler.params.options={params.options}: {name} has none; leave them out.")
     steps = {"num_warmup_steps": params.warmup_steps, "num_training_steps": config.training.max_train_steps}
     try:
-        return get_scheduler(name, optimizer, **steps, scheduler_specific_kwargs=dict(params.options))
+        schedule = get_scheduler(name, optimizer, **steps, scheduler_specific_kwargs=dict(params.options))
+        for factor in schedule.lr_lambdas:  # what is no number may show at the end only
+            factor(config.training.max_train_steps)
+        return schedule
     except (TypeError, ValueError) as error:
         raise ValueError(f"lr_scheduler.params.options={params.options} with {name}: {error}") from error
 
@@ -117,6 +120,11 @@ def learning_rates(config: Config) -> list[float]:
         optimizer.step()
         scheduler.step()
     return rates
+
+# %% ../../nbs/32_training.optim.ipynb #ccd77a3d
+def check_optimization(config: Config):
+    "Raises a ValueError for an optimizer that cannot be made here, or a schedule that cannot be followed."
+    make_scheduler(make_optimizer(nn.Linear(1, 1), config), config)
 
 # %% ../../nbs/32_training.optim.ipynb #76fd3045
 def plot_learning_rates(runs: dict[str, list[float]], ax=None):

@@ -199,7 +199,7 @@ class Preprocessing(Section):
     resolution: int = setting(256, "pixels of the shorter side", low=1)
     center_crop: bool = setting(False, "crop the middle in training; evaluation always does")
     random_flip: bool = setting(False, "mirror half of the training images")
-    max_seq_length: int = setting(77, "text tokens of a prompt", low=1)
+    max_seq_length: int = setting(77, "text tokens of a prompt", low=2)
 
 
 @dataclass
@@ -226,6 +226,11 @@ class Optimizer(Section):
     "Which optimizer."
     name: str = setting("adamw", "kind", choices=("adamw", "fused_adamw", "8bit_adamw", "lion"))
     params: OptimizerParams = field(default_factory=OptimizerParams)
+
+    def check(self, path):
+        super().check(path)
+        if self.name == "lion" and self.params.epsilon != OptimizerParams.epsilon:
+            raise ValueError(f"{path}.params.epsilon={self.params.epsilon}: lion divides by nothing; leave it out.")
 
 
 SCHEDULERS = (
@@ -266,7 +271,7 @@ class Steps(Section):
     gradient_accumulation_steps: int = setting(1, "micro-steps in an optimizer step", low=1)
     mixed_precision: str = setting("no", "precision of the forward pass", choices=("no", "fp16", "bf16"))
     enable_tf32: bool = setting(False, "TF32 matrix products on GPUs that have them")
-    seed: int = setting(42, "where all randomness starts", low=0)
+    seed: int = setting(42, "where all randomness starts", low=0, high=2**63 - 1)
     max_train_steps: int = setting(1000, "optimizer steps of the whole run, resumed or not", low=1)
     max_grad_norm: Optional[float] = setting(None, "clip the gradient to this length", above=0)
     overfit_one_batch: bool = setting(False, "train on the first batch alone, to find mistakes")
@@ -308,6 +313,8 @@ class Training(Steps):
         if not numbers or (isinstance(warmth, (list, tuple)) and len(warmth) != 2):
             raise ValueError(f"{path}.generation_temperature={warmth!r}: give a number or (start, end).")
         super().check(path)
+        if self.eval_mask_ratios == []:
+            raise ValueError(f"{path}.eval_mask_ratios=[] names no ratio; null follows the schedule.")
         for key in ("use_soft_code_target", "use_stochastic_code"):
             if getattr(self, key) and self.pre_encode:
                 raise ValueError(f"{path}.{key} needs images; with {path}.pre_encode there are no images.")

@@ -327,7 +327,7 @@ def train_vq_model(
     config: VQTrainingConfig | None = None,
     *,
     folder: str | Path | None = None,  # receives the model and `log.jsonl`
-    progress: bool | None = None,  # show a bar; None = only in a terminal
+    progress: bool | None = None,  # show it, see `watched`
 ) -> list[dict]:  # the rows of the log: step, reconstruction, codebook_loss, codes_used, ...
     "Trains a tokenizer by reconstruction, codebook loss and commitment (van den Oord et al. 2017, eq. 3)."
     config = config or VQTrainingConfig()
