@@ -225,10 +225,10 @@ class ImagePipeline(TokenPipeline):
         **options,  # of `__call__`
     ) -> list[Image.Image] | np.ndarray | Tensor | tuple:
         "Draws what might be around a picture, which itself stays as it is."
-        if len(margins) != 4 or min(margins) < 0 or not any(margins):
+        if len(margins) != 4 or not any(margins) or not all(hasattr(m, "__index__") and m >= 0 for m in margins):
             raise ValueError(f"margins must be 4 whole numbers (left, above, right, below), got {margins}")
-        left, above, right, below = margins
-        around, pixels = ((above, below), (left, right)), np.asarray(image.convert("RGB"))
+        (left, above, right, below), pixels = margins, np.asarray(image.convert("RGB"))
+        around = (above, below), (left, right)
         canvas = Image.fromarray(np.pad(pixels, (*around, (0, 0)), mode="edge"))
         hidden = np.pad(np.zeros(pixels.shape[:2], bool), around, constant_values=True)
         return self.inpaint(canvas, hidden, prompts, **options)

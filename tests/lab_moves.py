@@ -115,6 +115,8 @@ class Panel:
 def explorers(open_panel):
     panel = open_panel("schedules = explore_schedule()")
     panel.shot("first")
+    panel.changes(lambda: panel.choose("schedule", "powX"), "choosing powX")
+    panel.until(lambda: panel.control("exponent").is_displayed(), "the slider of the exponent")
     panel.changes(lambda: panel.choose("schedule", "sigmoid"), "choosing sigmoid")
     panel.until(lambda: panel.control("tau").is_displayed(), "the slider of tau")
     panel.changes(lambda: panel.drag("tau", -40), "dragging tau")
@@ -127,9 +129,9 @@ def explorers(open_panel):
     panel = open_panel("masks = explore_masking")
     panel.shot("first")
     panel.changes(lambda: panel.drag("share hidden", -80), "dragging the share")
-    panel.changes(lambda: panel.choose("shape", "scattered"), "choosing scattered tokens")
-    panel.changes(lambda: panel.choose("noise", "mask"), "choosing the noise")
-    panel.changes(lambda: panel.key("picture", Keys.ARROW_LEFT), "a key on picture")
+    panel.changes(lambda: panel.choose("shape", "one rectangle"), "choosing one rectangle")
+    panel.changes(lambda: panel.choose("noise", "random_replace"), "choosing the noise")
+    panel.changes(lambda: panel.key("picture"), "a key on picture")
     panel.shot("moved")
 
 
@@ -154,8 +156,12 @@ def player(open_panel):
     panel.shot("drawn")
 
 
-def live(open_panel):
-    panel = open_panel("watched")
+def watch(source):
+    return lambda open_panel: live(open_panel(source))
+
+
+def live(panel):
+    panel.seconds = 120  # a slow machine needs them for fifty steps
     step = lambda: int(re.search(r"step ([\d,]+) of", panel.text())[1].replace(",", ""))
     panel.shot("stopped")
     stopped = step()
@@ -249,5 +255,6 @@ def canvas(open_panel):
 
 
 MOVES = {
-    "73_lab.explorers": both(explorers, player), "74_lab.canvas": canvas, "75_lab.live": live, "76_lab.browsers": browsers,
+    "73_lab.explorers": both(explorers, player), "74_lab.canvas": canvas, "75_lab.live": watch("watched"),
+    "76_lab.browsers": browsers, "90_tutorial": watch("watched = LiveTraining"),
 }
