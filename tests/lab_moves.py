@@ -125,6 +125,7 @@ def explorers(open_panel):
     panel.drag("start", 250)
     panel.drag("end", -250)
     panel.until(lambda: "start < end" in panel.text(), "the refusal")
+    panel.settled(panel.text)
     panel.shot("refused")
     panel = open_panel("masks = explore_masking")
     panel.shot("first")
