@@ -32,8 +32,8 @@ test: $(STAMP) ## notebooks clean, package and README in sync, notebooks and tes
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS) --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests
 
-test-lab: $(STAMP) ## run every notebook in JupyterLab in a browser and move its widgets (needs chromium and chromium-driver)
-	$(BIN)/python tests/lab.py $(ARGS)
+test-lab: $(STAMP) ## run every notebook in JupyterLab in a browser and move its widgets (installs Debian's Chromium)
+	$(BIN)/python tests/lab.py --install $(ARGS)
 
 clean: ## remove the environment; runs/ stays
 	rm -rf .venv build dist *.egg-info

@@ -47,13 +47,16 @@ def check_picture_file(path: str):
         raise ValueError(f"--out {path} names no kind of picture; use .png, .jpg or .webp")
     if os.path.isdir(path):
         raise ValueError(f"--out {path} is a folder; name a file in it")
-    folder = os.path.dirname(os.path.abspath(path))
+    _check_folder(os.path.dirname(os.path.abspath(path)), f"--out {path}")
+
+
+def _check_folder(folder, asked):
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(f"--out {path} cannot be written: {error.strerror}; choose another folder") from error
+        raise OSError(f"{asked} cannot be written: {error.strerror}; choose another folder") from error
 
 # %% ../nbs/68_commands.ipynb #ba6d5043
 def read_settings(pairs: list[str]) -> dict:
@@ -106,16 +109,20 @@ def _draw_task(options, task):
     import torch
 
     from musekit.pipeline import Pipeline
-    from musekit.sheets import draw_sheet, write_sheet
+    from musekit.sheets import complete, draw_task, lay_out, write_sheet, write_singles
 
+    if options.singles:
+        _check_folder(options.singles, f"--singles {options.singles}")
     _find_demo(task.model)
     quiet()
     pipeline = Pipeline.from_pretrained(task.model, "cuda" if torch.cuda.is_available() else "cpu")
     if options.compile:
         pipeline.transformer.compile()
     task = task if task.prompts else task.change(prompts=_unprompted(pipeline.text_encoder))
-    write_sheet(*draw_sheet(pipeline, task, batch_size=options.batch_size), options.out)
-    print(options.out)
+    task = complete(pipeline, task)
+    images = draw_task(pipeline, task, batch_size=options.batch_size)
+    write_sheet(lay_out(pipeline, task, images), task, options.out)
+    print(options.out, *(write_singles(images, task, options.singles) if options.singles else ()), sep="\n")
 
 
 def _unprompted(encoder):
@@ -146,6 +153,7 @@ def _add_decoding(parser):
     add("--model", metavar="FOLDER", help=f"pipeline or hub id (default: {DEMO_MODEL})")
     add("--out", default="generated.png", metavar="FILE",
         help="picture to write; a PNG keeps all settings (default: %(default)s)")
+    add("--singles", metavar="FOLDER", help="write each picture there, too: a PNG that keeps how to draw it again")
     add("--num-images", type=whole, metavar="N", help="images a prompt (default: 4)")
     add("--seed", type=number_between(0, 2**63 - 1), help="same seed, same images (default: 0)")
     add("--negative-prompt", metavar="PROMPT", help="what to steer away from")

@@ -244,6 +244,8 @@ def generate_guided(
     grid: tuple[int, int] | None = None,  # (height, width) for samplers that ask where a token is
 ) -> Tensor | tuple[Tensor, list[dict]]:  # (B, N) ids, or ids and records
     "Parallel decoding under guidance (Chang et al. 2023, section 2.7)."
+    if seed is not None and not hasattr(seed, "__index__"):
+        raise ValueError(f"seed must be a whole number or None, got {seed!r}; for several seeds call once each")
     prompts = max((len(value) for value in conditions.values()), default=len(input_ids))
     if batch_size < 1 or len(input_ids) % prompts:
         raise ValueError(f"batch_size {batch_size} must be at least 1, and {len(input_ids)} rows a multiple "

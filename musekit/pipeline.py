@@ -149,11 +149,13 @@ class ImagePipeline(TokenPipeline):
         **options,  # generation, grid, zero_uncond of `TokenPipeline`
     ):
         super().__init__(transformer, text_encoder, **options)
-        known, needed = getattr(vq_model, "codebook_size", np.inf), transformer.config.codebook_size
-        if known < needed:
-            raise ValueError(f"the transformer draws {needed} image ids, the tokenizer knows {known}; "
-                             "they do not belong together")
+        known, config = getattr(vq_model, "codebook_size", np.inf), transformer.config
+        if known < config.codebook_size:
+            raise ValueError(f"the transformer draws {config.codebook_size} image ids, the tokenizer knows "
+                             f"{known}; they do not belong together")
         self.vq_model, self.factor = vq_model.eval(), vq_model.downsample_factor
+        halved = 2 if getattr(config, "force_down_up_sample", False) else 1
+        self.multiple = self.factor * halved * getattr(config, "patch_size", 1)  # pixels, of both sides
         height, width = (side * self.factor for side in self.grid)
         self.micro_conds = tuple(micro_conds or (width, height, 0, 0, 5.0))
 
@@ -186,10 +188,11 @@ class ImagePipeline(TokenPipeline):
 
     @torch.no_grad()
     def encode(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
-        "The tokens (1, N) of a picture of any size, and their grid."
-        pixels = to_pixels(image, self.factor)
+        "The tokens (1, N) of a picture, continued to a size that the transformer takes, and their grid."
+        pixels = to_pixels(image, self.multiple)
         grid = pixels.shape[-2] // self.factor, pixels.shape[-1] // self.factor
-        return self.vq_model.get_code(pixels.to(self.device, self._pixel_dtype())), grid
+        types = (weight.dtype for weight in self.vq_model.parameters() if weight.is_floating_point())
+        return self.vq_model.get_code(pixels.to(self.device, next(types, torch.float32))), grid
 
     @torch.no_grad()
     def decode(
@@ -209,10 +212,10 @@ class ImagePipeline(TokenPipeline):
         "Draws what is under the mask anew; every other pixel stays as it is."
         hidden = read_mask(mask, image.size)
         ids, grid = self.encode(image)
-        start = ids.masked_fill(token_mask(hidden, self.factor).to(ids.device), self.mask_token_id)
+        anew = token_mask(hidden, self.factor, self.multiple).to(ids.device)
         old, where = image.convert("RGB"), Image.fromarray(hidden)
         paste = lambda new: Image.composite(new.crop((0, 0, *image.size)), old, where)
-        return self(prompts, start=start, grid=grid, mend=paste, **options)
+        return self(prompts, start=ids.masked_fill(anew, self.mask_token_id), grid=grid, mend=paste, **options)
 
     def outpaint(
         self,
@@ -222,10 +225,10 @@ class ImagePipeline(TokenPipeline):
         **options,  # of `__call__`
     ) -> list[Image.Image] | np.ndarray | Tensor | tuple:
         "Draws what might be around a picture, which itself stays as it is."
-        if len(margins) != 4 or min(margins) < 0 or not any(margins):
+        if len(margins) != 4 or not any(margins) or not all(hasattr(m, "__index__") and m >= 0 for m in margins):
             raise ValueError(f"margins must be 4 whole numbers (left, above, right, below), got {margins}")
-        left, above, right, below = margins
-        around, pixels = ((above, below), (left, right)), np.asarray(image.convert("RGB"))
+        (left, above, right, below), pixels = margins, np.asarray(image.convert("RGB"))
+        around = (above, below), (left, right)
         canvas = Image.fromarray(np.pad(pixels, (*around, (0, 0)), mode="edge"))
         hidden = np.pad(np.zeros(pixels.shape[:2], bool), around, constant_values=True)
         return self.inpaint(canvas, hidden, prompts, **options)
@@ -253,9 +256,6 @@ class ImagePipeline(TokenPipeline):
         start = ids.expand(count, -1).masked_fill(hidden, self.mask_token_id)
         options |= dict(conditions=conditions, num_images_per_prompt=num_images_per_prompt, seed=seed)
         return self(prompts, start=start, grid=grid, mend=crop, **options)
-
-    def _pixel_dtype(self):
-        return next((p.dtype for p in self.vq_model.parameters() if p.is_floating_point()), torch.float32)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Pipeline":
         "Moves all models, in place."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'STAGES', 'check_recipe', 'configure', 'Recipe', 'find_data', 'make_vq_model', 'make_text_encoder', 'encode',
-           'fit', 'train']
+           'make_trainer', 'fit', 'train']
 
 # %% ../nbs/45_train.ipynb #dadb6b10
 import time
@@ -217,11 +217,10 @@ def _train_vq_model(recipe, folder):
     model = VQ_MODELS[section.type].from_config(section.params)
     resolution = recipe.config.dataset.preprocessing.resolution
     tokens = len(recipe.pool) * (resolution // model.downsample_factor) ** 2
-    codes = model.codebook_size
-    if tokens < codes and hasattr(model.quantize, "revive"):
+    if tokens < model.codebook_size and hasattr(model.quantize, "revive"):
         raise ValueError(
             f"{len(recipe.pool)} images of {resolution} pixels make {tokens} tokens, fewer than the "
-            f"tokenizer's {codes} codes; add images, or give model.vq_model.params a smaller codebook."
+            f"tokenizer's {model.codebook_size} codes; add images, or give model.vq_model.params a smaller codebook."
         )
     batches = recipe.pool.batches(64, options.seed)
     train_vq_model(model, batches, options, folder=folder, progress=recipe.progress)
@@ -259,8 +258,7 @@ def encode(recipe: Recipe):
         recipe.sources = {split: _encoded(recipe, split, urls[split]) for split in recipe.sources}
     recipe.prepare = None if training.pre_encode or training.encode_first else recipe.prepare
     recipe.train_batches = lambda start: recipe.batches("train", training=True, start_batch=start)
-    held_out = "test" in recipe.sources
-    recipe.eval_batches = (lambda: recipe.batches("test", training=False)) if held_out else None
+    recipe.eval_batches = (lambda: recipe.batches("test", training=False)) if "test" in recipe.sources else None
 
 
 def _check_encoded(recipe, source, text_encoder):
@@ -290,27 +288,32 @@ def _encoded(recipe, split, urls):
     return EncodedSource([str(recipe.make(f"encoded/{split}", write) / "tokens.parquet")], torch.float32)
 
 # %% ../nbs/45_train.ipynb #906d0b83
-def fit(recipe: Recipe):
-    "Sets `trainer`: trains the transformer and saves the pipeline, unless the run was stopped on the way."
-    config, seed = recipe.config, recipe.config.training.seed
-    encoded = config.training.pre_encode
+def make_trainer(recipe: Recipe) -> Trainer:
+    "Sets `trainer`, which has yet to run: from the start, or from the last checkpoint."
+    config, encoded = recipe.config, recipe.config.training.pre_encode
     first = recipe.sources["train"].first() if encoded else first_batch(recipe.everything(recipe.train_urls))
     recipe.micro_conds = first["micro_conds"].median(0).values.tolist()
     prompts = sample_prompts(config, first["text"])
     recipe.text_encoder(prompts)  # what cannot be drawn shows now
-    draw, fill = prompt_sheet(recipe.pipeline, prompts, seed), inpainting_sheet(recipe.pipeline, config)
+    draw = prompt_sheet(recipe.pipeline, prompts, config.training.seed)
     _tell_progress(recipe)
     transformer = make_transformer(config, recipe.vq_model, recipe.text_encoder)
     prepare = lambda batch: only_read(transformer, recipe.prepare(batch) if recipe.prepare else batch)
-    options = {"sample": draw, "inpaint": fill, "progress": recipe.progress}
+    options = {"sample": draw, "inpaint": inpainting_sheet(recipe.pipeline, config), "progress": recipe.progress}
     recipe.trainer = Trainer(
         transformer, recipe.train_batches, config, prepare=prepare,
         unconditional=only_read(transformer, recipe.unconditional), eval_batches=recipe.eval_batches,
         accelerator=recipe.accelerator,
         callbacks=standard_callbacks(config, evaluation=recipe.eval_batches is not None, **options),
-    ).fit()
-    if not recipe.trainer.stop and recipe.accelerator.is_main_process:
-        trained = type(transformer).from_pretrained(recipe.folder).to(recipe.accelerator.device)
+    )
+    return recipe.trainer
+
+
+def fit(recipe: Recipe):
+    "Trains the transformer and saves the pipeline, unless the run was stopped on the way."
+    trainer = make_trainer(recipe).fit()
+    if not trainer.stop and recipe.accelerator.is_main_process:
+        trained = type(trainer.network).from_pretrained(recipe.folder).to(recipe.accelerator.device)
         recipe.pipeline(trained).save_pretrained(recipe.folder / "pipeline")
         write_card(recipe.folder / "pipeline")
 

@@ -3,8 +3,8 @@
     python tests/lab.py                        every notebook
     python tests/lab.py 03_sampling 40_pipeline  some of them
 
-Needs Chromium and its driver (Debian: apt install chromium chromium-driver) and selenium. The notebooks are run as copies;
-screenshots go to `screenshots/`, which git ignores.
+Needs Chromium, its driver and selenium; --install, which `make test-lab` gives, fetches the first two from Debian. The notebooks
+are run as copies; screenshots go to `screenshots/`, which git ignores.
 """
 import argparse
 import os
@@ -84,17 +84,36 @@ def jupyter(folder: Path):
             server.wait()
 
 
+def missing_packages() -> list[str]:
+    """Debian's packages that are not here."""
+    return [package for program, package in (("chromium", "chromium"), ("chromedriver", "chromium-driver")) if not shutil.which(program)]
+
+
+def find_browser(install: bool):
+    """Sees to it that Chromium and its driver are here; a line that ends the program says what to do where they are not."""
+    if not (missing := missing_packages()):
+        return
+    asked = f"this needs {' and '.join(missing)}"
+    if not install:
+        raise SystemExit(f"{asked}: make test-lab installs them where it can, or apt-get install {' '.join(missing)}")
+    sudo = [] if os.geteuid() == 0 else ["sudo"]
+    if any(not shutil.which(program) for program in ("apt-get", *sudo)):
+        raise SystemExit(f"{asked}, and there is no {' or no '.join(['apt-get', *sudo])} here to install it with; install Chromium and its driver")
+    print(f"installing {' and '.join(missing)} ...", flush=True)
+    for command in (["update"], ["install", "--yes", "--no-install-recommends", *missing]):
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        if subprocess.run([*sudo, "apt-get", "--quiet=2", *command], env=environment, stdout=subprocess.DEVNULL).returncode:
+            raise SystemExit(f"{asked}, and apt-get {command[0]} failed; install them by hand")
+
+
 @contextmanager
 def browser():
     """Yields a headless Chromium."""
-    driver = shutil.which("chromedriver")
-    if not driver or not shutil.which("chromium"):
-        raise FileNotFoundError("chromium and chromedriver are not installed; apt install chromium chromium-driver")
     options = Options()
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1300,1600"):
         options.add_argument(argument)
     options.binary_location = shutil.which("chromium")
-    chromium = webdriver.Chrome(options=options, service=Service(driver))
+    chromium = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     try:
         yield chromium
     finally:
@@ -140,17 +159,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="notebooks without .ipynb (default: all)")
     parser.add_argument("--seconds", type=int, default=1200, help="longest time for a notebook (default: %(default)s)")
+    parser.add_argument("--install", action="store_true", help="install Chromium and its driver with apt-get if they are missing")
     options = parser.parse_args()
     known = sorted(path.stem for path in (ROOT / "nbs").glob("*.ipynb"))
     names = options.names or known
     if unknown := set(names) - set(known):
         raise SystemExit(f"no notebook {', '.join(unknown)}; there are {', '.join(known)}")
+    find_browser(options.install)
     SHOTS.mkdir(exist_ok=True)
     os.environ.setdefault("MUSEKIT_GOLDEN", str(ROOT.parent / "shared" / "golden"))
+    os.environ.setdefault("MUSEKIT_DEMO", str(ROOT / "runs" / "demo"))
     failed = {}
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "project"
-        for part in ("nbs", "musekit"):
+        for part in ("nbs", "musekit", "tests", "benchmarks"):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("runs", "__pycache__"))
         shutil.copy(ROOT / "settings.ini", copy)
         with jupyter(copy / "nbs") as address, browser() as chromium:

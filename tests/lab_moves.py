@@ -115,6 +115,8 @@ class Panel:
 def explorers(open_panel):
     panel = open_panel("schedules = explore_schedule()")
     panel.shot("first")
+    panel.changes(lambda: panel.choose("schedule", "powX"), "choosing powX")
+    panel.until(lambda: panel.control("exponent").is_displayed(), "the slider of the exponent")
     panel.changes(lambda: panel.choose("schedule", "sigmoid"), "choosing sigmoid")
     panel.until(lambda: panel.control("tau").is_displayed(), "the slider of tau")
     panel.changes(lambda: panel.drag("tau", -40), "dragging tau")
@@ -123,13 +125,14 @@ def explorers(open_panel):
     panel.drag("start", 250)
     panel.drag("end", -250)
     panel.until(lambda: "start < end" in panel.text(), "the refusal")
+    panel.settled(panel.text)
     panel.shot("refused")
     panel = open_panel("masks = explore_masking")
     panel.shot("first")
-    panel.changes(lambda: panel.drag("share hidden", -80), "dragging the share")
-    panel.changes(lambda: panel.choose("shape", "scattered"), "choosing scattered tokens")
-    panel.changes(lambda: panel.choose("noise", "mask"), "choosing the noise")
-    panel.changes(lambda: panel.key("picture", Keys.ARROW_LEFT), "a key on picture")
+    panel.changes(lambda: panel.drag("share hidden", -30), "dragging the share")
+    panel.changes(lambda: panel.choose("shape", "one rectangle"), "choosing one rectangle")
+    panel.changes(lambda: panel.choose("noise", "random_replace"), "choosing the noise")
+    panel.changes(lambda: panel.key("picture"), "a key on picture")
     panel.shot("moved")
 
 
@@ -146,6 +149,7 @@ def player(open_panel):
     panel.until(lambda: value() == "1", "the first step")
     panel.changes(lambda: panel.output.find_element(By.CSS_SELECTOR, ".widget-play button").click(), "pressing play", value)
     panel.until(lambda: value() == "12", "the last step")
+    panel.settled(panel.pixels)
     panel.shot("played")
     panel = open_panel("comparison = compare_settings")
     panel.shot("first")
@@ -154,8 +158,12 @@ def player(open_panel):
     panel.shot("drawn")
 
 
-def live(open_panel):
-    panel = open_panel("watched")
+def watch(source):
+    return lambda open_panel: live(open_panel(source))
+
+
+def live(panel):
+    panel.seconds = 120  # a slow machine needs them for fifty steps
     step = lambda: int(re.search(r"step ([\d,]+) of", panel.text())[1].replace(",", ""))
     panel.shot("stopped")
     stopped = step()
@@ -249,5 +257,6 @@ def canvas(open_panel):
 
 
 MOVES = {
-    "73_lab.explorers": both(explorers, player), "74_lab.canvas": canvas, "75_lab.live": live, "76_lab.browsers": browsers,
+    "73_lab.explorers": both(explorers, player), "74_lab.canvas": canvas, "75_lab.live": watch("watched"),
+    "76_lab.browsers": browsers, "90_tutorial": watch("watched = LiveTraining"),
 }

@@ -10,10 +10,12 @@ from PIL import Image
 
 from musekit.cli import main
 from musekit.data.conditions import TextEncoder, train_tokenizer
+from musekit.data.pictures import token_mask
 from musekit.generation import GenerationConfig
+from musekit.models.transformer import MaskGitTransformer
 from musekit.models.uvit import MaskGiTUViT
 from musekit.models.vqgan import VQGANModel
-from musekit.pipeline import OUTPUT_TYPES, Pipeline, find_model_class
+from musekit.pipeline import OUTPUT_TYPES, ImagePipeline, Pipeline, find_model_class
 from musekit.sampling import sampler_names
 from musekit.sheets import Task, draw_again, draw_sheet, read_task, write_sheet
 
@@ -107,6 +109,38 @@ def test_edits_change_what_they_say_and_nothing_else(pipeline):
         pipeline.outpaint(image, (0, -1, 0, 0), "two")
 
 
+@pytest.mark.parametrize("kind", ("halving", "patches"))
+def test_pictures_of_any_size_are_edited_by_models_that_take_even_grids_only(pipeline, kind):
+    torch.manual_seed(0)
+    if kind == "halving":
+        model = MaskGiTUViT(33, 32, encoder_hidden_size=16, cond_embed_dim=12, default_shape=(8, 8), force_down_up_sample=True, **UVIT)
+    else:
+        model = MaskGitTransformer(33, 16, None, 1, 2, 32, codebook_size=32, num_vq_tokens=64, add_cross_attention=True,
+                                   encoder_hidden_size=16, use_conv_in_out=True, patch_size=2)
+    even, sizes = ImagePipeline(model, pipeline.vq_model, pipeline.text_encoder, generation=GenerationConfig(steps=2)), []
+    model.register_forward_pre_hook(lambda module, args, options: sizes.append(options["grid"]), with_kwargs=True)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (17, 10, 3), dtype=np.uint8))  # 9 x 5 tokens
+    hole = np.zeros((17, 10), bool)
+    hole[12:, 3:] = True
+    drawn, = even.inpaint(image, hole, "two", seed=0)
+    assert drawn.size == image.size and np.array_equal(np.asarray(drawn)[~hole], np.asarray(image)[~hole])
+    assert (np.asarray(drawn)[hole] != np.asarray(image)[hole]).any()
+    larger, = even.outpaint(image, (0, 0, 1, 0), "two", seed=0)
+    assert larger.size == (11, 17) and np.array_equal(np.asarray(larger)[:, :10], np.asarray(image))
+    varied, = even.vary(image, 1.0, "two", seed=0)
+    assert varied.size == image.size
+    assert set(sizes) == {(10, 6)}
+    with pytest.raises(ValueError, match="even sides|multiples of 2"):
+        even("two", grid=(7, 8))
+
+
+def test_what_continues_a_masked_edge_is_drawn_anew_too():
+    "Beyond the edge the picture's last pixels are repeated, and those under the mask must not be seen."
+    hole = np.zeros((6, 5), bool)
+    hole[:, 4] = True
+    assert token_mask(hole, 1, 2).view(6, 6)[:, 5].all() and not token_mask(hole, 1, 2).view(6, 6)[:, :4].any()
+
+
 @pytest.fixture(scope="module")
 def tasks(pipeline, folder):
     image, = pipeline(PROMPTS[0], seed=0)
@@ -138,6 +172,29 @@ def test_later_defaults_of_the_model_do_not_change_a_written_picture(tasks, fold
     write_sheet(sheet, task, tmp_path / "one.png")
     pipeline.generation = GenerationConfig(steps=2, guidance_scale=7.0, sampler="random")
     assert np.array_equal(draw_again(tmp_path / "one.png", pipeline)[0], sheet)
+
+
+@pytest.mark.parametrize("words", (["generate", *PROMPTS], ["inpaint", "image.png", "mask.png", PROMPTS[0]]))
+def test_single_pictures_are_made_again_from_themselves(tasks, folder, tmp_path, capsys, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    tasks["inpaint"].image.save("image.png")
+    tasks["inpaint"].mask.save("mask.png")
+    drawn = lambda *words: main([str(word) for word in words]) == 0 and capsys.readouterr().out.split()
+    how = ["--model", folder, "--num-images", 2, "--seed", 4, "--batch-size", 3]
+    sheet, *singles = drawn(*words, *how, "--out", "sheet.png", "--singles", "drawn")
+    assert singles == [f"drawn/{number:03}.png" for number in range(len(words[words.index(PROMPTS[0]):]) * 2)]
+    images = [np.asarray(Image.open(path)) for path in singles]
+    assert {image.shape for image in images} == {(16, 16, 3)} and len({image.tobytes() for image in images}) == len(images)
+    for path, image in zip(singles, images):
+        assert drawn("generate", "--again", path, "--out", "again.png") == ["again.png"]
+        assert np.array_equal(Image.open("again.png"), image) and read_task("again.png") == read_task(path)
+    assert drawn("generate", "--again", singles[1], "--singles", "other", "--seed", 5) == ["generated.png", "other/001.png"]
+    assert not np.array_equal(Image.open("other/001.png"), images[1])
+    drawn("generate", "--again", singles[1], "--num-images", 3)
+    assert Image.open("generated.png").size != (16, 16)
+    Path("taken").write_text("")
+    assert main(["generate", "two", "--model", str(folder), "--singles", "taken/inside"]) == 2
+    assert "--singles taken/inside cannot be written" in capsys.readouterr().err
 
 
 def test_generate_inpaint_and_again_on_the_command_line(tasks, folder, tmp_path, capsys, monkeypatch):

@@ -106,10 +106,11 @@ def read_mask(
 def token_mask(
     mask: np.ndarray,  # (height, width) bool, True where to draw anew
     factor: int,  # pixels to a token along each side
+    multiple: int | None = None,  # both sides are continued to a multiple of it, as in `to_pixels`; None: factor
 ) -> Tensor:  # (N,) bool
-    "The tokens that hold at least one masked pixel; an image that ends inside a token is continued unmasked."
-    height, width = mask.shape
-    mask = torch.from_numpy(np.pad(mask, ((0, -height % factor), (0, -width % factor))))
+    "The tokens that hold at least one masked pixel."
+    (height, width), multiple = mask.shape, multiple or factor
+    mask = torch.from_numpy(np.pad(mask, ((0, -height % multiple), (0, -width % multiple)), mode="edge"))
     return mask.unflatten(1, (-1, factor)).unflatten(0, (-1, factor)).any(3).any(1).flatten()
 
 # %% ../../nbs/27_data.pictures.ipynb #dc431629

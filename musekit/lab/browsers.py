@@ -311,7 +311,7 @@ class ShardBrowser(Closing):
             samples = search_shard(self.shard, self.words.value, first, self.count)
             self.body.value = samples_html(samples)
             self.said.value = f"{first + 1} to {first + len(samples)}" if samples else "nothing more"
-            self.said.value += "" if self.words.value else f" of {len(self.shard):,}"
+            self.said.value += "" if self.words.value.split() else f" of {len(self.shard):,}"
             self.buttons[0].disabled, self.buttons[1].disabled = first == 0, len(samples) < self.count
         except (OSError, ValueError, tarfile.TarError) as error:
             self.body.value = f"<span style='color:#b00020'>{html.escape(str(error))}</span>"

@@ -190,6 +190,7 @@ class InpaintingCanvas(Closing):
         self.guidance = slider("guidance", settings.guidance_scale, 0.0, 10.0)
         self.said = widgets.HTML("Paint on the picture, with Shift to take paint off.")
         widgets.link((self.brush, "value"), (self.canvas, "brush"))
+        self.canvas.observe(lambda change: self._say("Press Fill."), "mask")
         acts = {"Fill": self.fill, "Back": self.back, "Wipe": self.wipe}
         self.buttons = [self._button(name, act) for name, act in acts.items()]
         controls = [self.prompt, self.brush, self.steps, self.guidance, widgets.HBox(self.buttons), self.said]
@@ -201,7 +202,7 @@ class InpaintingCanvas(Closing):
         mask, steps = self.canvas.painted, self.steps.value
         if not mask.any():
             raise ValueError("there is no paint: paint over what should be drawn anew")
-        tell = lambda step, record: setattr(self.said, "value", f"step {step + 1} of {steps}")
+        tell = lambda step, record: self._say(f"step {step + 1} of {steps}")
         options = {"steps": steps, "guidance_scale": self.guidance.value, "seed": self.seed, "callback": tell}
         filled = self.pipeline.inpaint(self.image, mask, self.prompt.value, **options)[0]
         self.earlier.append(self.image)
@@ -217,12 +218,15 @@ class InpaintingCanvas(Closing):
     def wipe(self):
         "Takes the paint off."
         self.canvas.clear()
-        self.said.value = "No paint."
+        self._say("No paint.")
+
+    def _say(self, text):
+        self.said.value = text
 
     def _show(self, image, text):
         self.image = image
         self.canvas.show(image)
-        self.said.value = text
+        self._say(text)
 
     def _button(self, name, act):
         style = "primary" if name == "Fill" else ""
@@ -234,7 +238,7 @@ class InpaintingCanvas(Closing):
                 act()
             except Exception as error:  # it would be lost in a log
                 told = html.escape(str(error) or type(error).__name__)
-                self.said.value = f"<span style='color:#b00020'>{told}</span>"
+                self._say(f"<span style='color:#b00020'>{told}</span>")
             finally:
                 button.disabled = False
 

@@ -92,9 +92,10 @@ def plot_masking(
     shown = pipeline.decode(left, grid)[0]
     shown = fade_tokens(shown, masked.mask[0], grid, 1.0) if noise_type == "mask" else shown
     hidden, total = int(masked.mask.sum()), masked.mask.numel()
+    seen = [picture.crop((0, 0, *image.size)) for picture in (whole, shown, guess)]
     captions = ["picture", f"{total} tokens", f"{hidden} hidden, {hidden / total:.0%}", "guessed at once"]
     scale = max(1, round(192 / max(image.size)))
-    return image_grid([image, whole, shown, guess], captions, 4, scale, Image.Resampling.NEAREST)
+    return image_grid([image, *seen], captions, 4, scale, Image.Resampling.NEAREST)
 
 # %% ../../nbs/73_lab.explorers.ipynb #db4e2c90
 def explore_masking(

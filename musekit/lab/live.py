@@ -6,9 +6,7 @@
 __all__ = ['LossCurve', 'plot_losses', 'evaluations', 'Live', 'LiveTraining']
 
 # %% ../../nbs/75_lab.live.ipynb #5392960c
-import base64
 import html
-import io
 import threading
 import time
 import traceback
@@ -20,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from .panel import Closing, to_png
+from .panel import Closing, still, to_png
 from ..training.history import Callback, read_log, smooth
 from ..training.resume import Loop
 
@@ -218,8 +216,8 @@ class LiveTraining(Closing):
         self.go_button.disabled, self.stop_button.disabled = state == "running", state != "running"
 
     def _repr_mimebundle_(self, **options):
-        curve, still = self.live.curve, self.losses.value
+        curve, png = self.live.curve, self.losses.value
         if curve.means:
-            still = to_png(plot_losses(curve, evaluations(self.trainer)), 1.0)[0]
+            png = to_png(plot_losses(curve, evaluations(self.trainer)), 1.0)[0]
         bundle = super()._repr_mimebundle_(**options)
-        return bundle | {"image/png": base64.b64encode(still).decode()} if still else bundle
+        return bundle | {"image/png": still(png)} if png else bundle

@@ -1,0 +1,30 @@
+"""What `make test-lab` does where there is no browser; with one it is a test itself."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+
+def run_lab(path, *options):
+    return subprocess.run([sys.executable, "tests/lab.py", "01_masking", *options], cwd=ROOT, env={**os.environ, "PATH": str(path)},
+                          capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("options, told", (((), "make test-lab"), (("--install",), "no apt-get")))
+def test_without_a_browser_one_line_says_what_to_install(tmp_path, options, told):
+    done = run_lab(tmp_path, *options)
+    assert done.returncode == 1 and not done.stdout and done.stderr.count("\n") == 1
+    assert "chromium and chromium-driver" in done.stderr and told in done.stderr
+
+
+def test_what_is_missing_is_asked_of_apt_get(tmp_path):
+    "A stand-in notes what it is called with and fails, as without a network."
+    for name in ("apt-get", "sudo", "chromium"):
+        (tmp_path / name).write_text(f'#!/bin/sh\n[ {name} = sudo ] && exec "$@"\necho "$@" >> {tmp_path}/asked\n[ "$2" = update ]\n')
+        (tmp_path / name).chmod(0o755)
+    done = run_lab(tmp_path, "--install")
+    assert (tmp_path / "asked").read_text().splitlines() == ["--quiet=2 update", "--quiet=2 install --yes --no-install-recommends chromium-driver"]
+    assert done.returncode == 1 and "apt-get install failed" in done.stderr
