@@ -295,16 +295,15 @@ def make_trainer(recipe: Recipe) -> Trainer:
     recipe.micro_conds = first["micro_conds"].median(0).values.tolist()
     prompts = sample_prompts(config, first["text"])
     recipe.text_encoder(prompts)  # what cannot be drawn shows now
-    draw = prompt_sheet(recipe.pipeline, prompts, config.training.seed)
+    draw, fill = prompt_sheet(recipe.pipeline, prompts, config.training.seed), inpainting_sheet(recipe.pipeline, config)
     _tell_progress(recipe)
     transformer = make_transformer(config, recipe.vq_model, recipe.text_encoder)
-    prepare = lambda batch: only_read(transformer, recipe.prepare(batch) if recipe.prepare else batch)
-    options = {"sample": draw, "inpaint": inpainting_sheet(recipe.pipeline, config), "progress": recipe.progress}
+    held_out = {"evaluation": recipe.eval_batches is not None}
     recipe.trainer = Trainer(
-        transformer, recipe.train_batches, config, prepare=prepare,
-        unconditional=only_read(transformer, recipe.unconditional), eval_batches=recipe.eval_batches,
-        accelerator=recipe.accelerator,
-        callbacks=standard_callbacks(config, evaluation=recipe.eval_batches is not None, **options),
+        transformer, recipe.train_batches, config, eval_batches=recipe.eval_batches, accelerator=recipe.accelerator,
+        prepare=lambda batch: only_read(transformer, recipe.prepare(batch) if recipe.prepare else batch),
+        unconditional=only_read(transformer, recipe.unconditional),
+        callbacks=standard_callbacks(config, sample=draw, inpaint=fill, progress=recipe.progress, **held_out),
     )
     return recipe.trainer
 
@@ -328,10 +327,8 @@ def _tell_progress(recipe):
         recipe.accelerator.print(f"  {told} after step {done} of {steps}")
 
 # %% ../nbs/45_train.ipynb #c926ccb7
-STAGES = {
-    "data": find_data, "image tokenizer": make_vq_model, "text encoder": make_text_encoder,
-    "encoding": encode, "transformer": fit,
-}
+STAGES = {"data": find_data, "image tokenizer": make_vq_model, "text encoder": make_text_encoder,
+          "encoding": encode, "transformer": fit}
 
 
 def train(
