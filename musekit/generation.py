@@ -8,7 +8,6 @@ __all__ = ['GUIDANCE_SCHEDULES', 'guide', 'guidance_weights', 'refuse_unknown', 
 
 # %% ../nbs/05_generation.ipynb #544d6946
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from .masking import NOISE_TYPES
 from .sampling import generate_ids, get_sampler, temperatures
-from .schedules import get_schedule
+from .schedules import get_schedule, is_number
 
 # %% ../nbs/05_generation.ipynb #7d77cf51
 def guide(cond_logits: Tensor,  # (B, N, V) with the prompt
@@ -64,6 +63,13 @@ def refuse_unknown(options: dict, known: list[str]):
             raise ValueError(f"unknown name {name!r}, the nearest is {nearest!r}; known: {', '.join(known)}")
 
 
+def _fits(value, default):
+    "Whether a value is of the type of a default: a number, a pair of numbers, a text, a dictionary."
+    if isinstance(default, tuple):
+        return isinstance(value, (list, tuple)) and len(value) == len(default) and all(map(is_number, value))
+    return is_number(value) if is_number(default) else isinstance(value, type(default))
+
+
 @dataclass
 class GenerationConfig:
     "How tokens are decoded; the notebook on sampling shows what each number does."
@@ -82,14 +88,11 @@ class GenerationConfig:
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # share of the steps that are guided; 1 elsewhere
 
     def __post_init__(self):
-        for name in ("guidance_interval", "temperature"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)) and len(value) != 2:
-                raise ValueError(f"{name} must be a pair of numbers, got {value}")
+        self._check_types()
         self.guidance_interval = tuple(self.guidance_interval)
         if isinstance(self.temperature, list):
             self.temperature = tuple(self.temperature)
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+        if not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps must be a whole number of at least 1, got {self.steps!r}")
         if not 0 <= self.guidance_scale < math.inf:
             raise ValueError(f"guidance_scale must not be negative or infinite, got {self.guidance_scale}")
@@ -103,14 +106,18 @@ class GenerationConfig:
         self.mask_schedule()(torch.tensor(0.5))
         self.token_sampler()
 
+    def _check_types(self):
+        "A setting is of the type of its default; samplers and schedules may be functions, the temperature a pair."
+        for known in dataclasses.fields(self):
+            value = getattr(self, known.name)
+            default = {} if known.default is dataclasses.MISSING else known.default
+            free = known.name in ("sampler", "schedule") and callable(value)
+            if not (free or _fits(value, default) or known.name == "temperature" and _fits(value, (0.0, 0.0))):
+                raise ValueError(f"{known.name} must be like {default!r}, got {value!r}")
+
     def token_sampler(self) -> Callable:
         "Which tokens stay hidden, as a function of a `Moment`."
-        sampler = get_sampler(self.sampler, **self.sampler_params)
-        for name, value in self.sampler_params.items():
-            wanted = inspect.signature(getattr(sampler, "func", sampler)).parameters[name].default
-            if isinstance(wanted, float) and not isinstance(value, (int, float)):
-                raise ValueError(f"sampler {self.sampler!r} needs a number for {name}, got {value!r}")
-        return sampler
+        return get_sampler(self.sampler, **self.sampler_params)
 
     def guidance_weights(self) -> list[float]:
         "The guidance of every step."
@@ -128,10 +135,7 @@ class GenerationConfig:
         for name in ("schedule", "sampler"):
             if given.get(name, getattr(self, name)) != getattr(self, name):
                 given.setdefault(f"{name}_params", {})
-        try:
-            return dataclasses.replace(self, **given)
-        except TypeError as error:
-            raise ValueError(f"{given}: one of these is of a wrong type: {error}") from error
+        return dataclasses.replace(self, **given)
 
 # %% ../nbs/05_generation.ipynb #1c6e5fa7
 def prompt_conditions(

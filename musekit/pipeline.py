@@ -154,8 +154,7 @@ class ImagePipeline(TokenPipeline):
             raise ValueError(f"the transformer draws {config.codebook_size} image ids, the tokenizer knows "
                              f"{known}; they do not belong together")
         self.vq_model, self.factor = vq_model.eval(), vq_model.downsample_factor
-        halved = 2 if getattr(config, "force_down_up_sample", False) else 1
-        self.multiple = self.factor * halved * getattr(config, "patch_size", 1)  # pixels, of both sides
+        self.multiple = self.factor * getattr(transformer, "grid_multiple", 1)  # pixels, of both sides
         height, width = (side * self.factor for side in self.grid)
         self.micro_conds = tuple(micro_conds or (width, height, 0, 0, 5.0))
 

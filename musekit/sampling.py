@@ -8,7 +8,6 @@ __all__ = ['exact_noise', 'gumbel_noise', 'sample_tokens', 'remaining_counts', '
            'halton_ranks', 'halton_order', 'first_hitting', 'remasking', 'temperatures', 'generate_ids', 'plot_ids']
 
 # %% ../nbs/03_sampling.ipynb #29084846
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .masking import MaskingConfig, hide_tokens
-from .schedules import get_schedule
+from .schedules import check_params, get_schedule
 
 # %% ../nbs/03_sampling.ipynb #f83b95cd
 def exact_noise(shape: tuple[int, ...],  # of the result
@@ -138,15 +137,12 @@ def get_sampler(name: str | Callable,  # one of `sampler_names()`; a callable is
                ) -> Callable[[Moment], Tensor]:
     "The sampler of that name with its options; unknown names and options raise a ValueError."
     if callable(name):
-        return name
+        return partial(name, **options) if options else name
     if name not in _samplers:
         near = get_close_matches(str(name), _samplers, 1)
         hint = f", did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown sampler {name!r}{hint}; known are {sampler_names()}")
-    allowed = list(inspect.signature(_samplers[name]).parameters)[1:]
-    if not set(options) <= set(allowed):
-        unknown = sorted(set(options) - set(allowed))
-        raise ValueError(f"sampler {name!r} takes {allowed or 'no options'}, not {unknown}")
+    check_params(f"sampler {name!r}", _samplers[name], options)
     return partial(_samplers[name], **options)
 
 # %% ../nbs/03_sampling.ipynb #390d60d8

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['SMALLEST_RATIO', 'cosine', 'arccos', 'linear', 'power', 'sigmoid', 'schedule_names', 'register_schedule', 'Schedule',
-           'get_schedule', 'plot_schedules']
+           'is_number', 'check_params', 'get_schedule', 'plot_schedules']
 
 # %% ../nbs/00_schedules.ipynb #12e5fd11
 import difflib
 import inspect
 import math
 import re
+from numbers import Real
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Callable
 
 import torch
@@ -40,7 +42,7 @@ def linear(t: Tensor  # time in [0, 1], any shape
 
 
 def power(t: Tensor,  # time in [0, 1], any shape
-          exponent: float  # above 0; 1 is `linear`
+          exponent: float = 1.0  # above 0; 1 is `linear`
          ) -> Tensor:  # share still hidden, the shape of `t`
     "1 - t ** exponent; `get_schedule` knows it as pow2, pow0.5 and so on."
     return (1 - t**exponent).clamp(min=SMALLEST_RATIO)
@@ -102,12 +104,31 @@ class Schedule:
         return self.function(t, **self.params).clamp(0, 1)
 
 
+def is_number(value) -> bool:
+    "Whether a value is a real number; True and False are none."
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_params(owner: str,  # how messages call the function
+                 function: Callable,  # f(first, **params)
+                 params: dict
+                ):
+    "A ValueError for a parameter that a function does not take, and for no number where its default is one."
+    known = list(inspect.signature(function).parameters.values())[1:]
+    defaults = {parameter.name: parameter.default for parameter in known}
+    if unknown := sorted(set(params) - set(defaults)):
+        raise ValueError(f"{owner} takes {list(defaults) or 'no parameters'}, not {unknown}")
+    for name, value in params.items():
+        if is_number(defaults[name]) and not is_number(value):
+            raise ValueError(f"{owner} needs a number for {name}, not {value!r}")
+
+
 def get_schedule(name: str | Callable,  # one of `schedule_names()`; a callable is returned as it is
                  **params: float  # what the curve takes beside t, e.g. start, end, tau of sigmoid
                 ) -> Callable[[Tensor], Tensor]:  # maps times in [0, 1] to the share still hidden
     "The mask schedule of that name; unknown names and parameters raise a ValueError."
     if callable(name):
-        return name
+        return partial(name, **params) if params else name
     exponent = _exponent(name)
     if exponent:
         params, function = {"exponent": exponent, **params}, power
@@ -115,13 +136,7 @@ def get_schedule(name: str | Callable,  # one of `schedule_names()`; a callable 
         function = _registered.get(name) or _BUILT_IN.get(name)
     if function is None:
         raise ValueError(f"unknown mask schedule {name!r}{_suggest(name)}; known are {schedule_names()}")
-    allowed = list(inspect.signature(function).parameters)[1:]
-    unknown = sorted(set(params) - set(allowed))
-    if unknown:
-        raise ValueError(f"mask schedule {name!r} takes {allowed or 'no parameters'}, not {unknown}")
-    for param, value in params.items():
-        if not isinstance(value, (int, float)):
-            raise ValueError(f"mask schedule {name!r} needs a number for {param}, not {value!r}")
+    check_params(f"mask schedule {name!r}", function, params)
     return Schedule(name, function, params)
 
 

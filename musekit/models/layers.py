@@ -61,7 +61,8 @@ def normalise(x, weight=None, bias=None, modulation=None, eps=1e-6, centre=False
     weight, bias: (dim) or None; modulation: None, or (B, 2 * dim) with B the first axis of x, a scale and a
     shift of every channel, which gives norm(x) * (1 + scale) + shift
     """
-    if centre and modulation is None:
+    full = all(part is None or part.dtype == torch.float32 for part in (x, weight, bias))
+    if centre and modulation is None and full:
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     weight = x.new_ones(x.shape[-1]) if weight is None else weight
     if modulation is None:

@@ -168,7 +168,7 @@ class MaskGitTransformer(PretrainedModel):
         self.note(mask_token_id=vocab_size - 1)
         side = math.isqrt(num_vq_tokens)
         self.default_shape = (side, side) if side * side == num_vq_tokens else None
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self.grid_multiple = False, patch_size  # of both sides of a grid
         norm = partial(make_norm, norm_type, eps=layer_norm_eps, use_bias=use_bias)
         optional = lambda wanted: norm if wanted else lambda dim: nn.Identity()
         channels, text_dim = embedding_size or hidden_size, None
@@ -261,7 +261,7 @@ class MaskGitTransformer(PretrainedModel):
         return states, key_mask(mask)
 
     def _grid(self, columns, class_ids, grid):
-        config, size = self.config, self.config.patch_size
+        config, size = self.config, self.grid_multiple
         if config.num_classes and class_ids is None:
             if columns == (math.prod(grid) if grid else config.num_vq_tokens):
                 raise ValueError(f"class_ids are missing: this model knows {config.num_classes} classes. "

@@ -211,6 +211,7 @@ class MaskGiTUViT(PretrainedModel):
         super().__init__()
         self.note(mask_token_id=vocab_size - 1)
         self.default_shape, self.gradient_checkpointing = tuple(default_shape), False
+        self.grid_multiple = 2 if force_down_up_sample else 1  # of both sides of a grid
         width = _single("block_out_channels", block_out_channels)
         heads = _single("block_num_heads", block_num_heads)
         cond_dim = cond_embed_dim * add_cond_embeds + micro_cond_embed_dim * add_micro_cond_embeds
@@ -333,7 +334,7 @@ class MaskGiTUViT(PretrainedModel):
         if grid is None and math.prod(self.default_shape) == num_tokens:
             grid = self.default_shape
         height, width = resolve_grid(num_tokens, grid)
-        if self.config.force_down_up_sample and (height % 2 or width % 2):
+        if height % self.grid_multiple or width % self.grid_multiple:
             raise ValueError(f"this model halves its grid and cannot take {height}x{width}; use even sides.")
         return height, width
 
