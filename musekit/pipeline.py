@@ -189,7 +189,7 @@ class ImagePipeline(TokenPipeline):
         "The tokens (1, N) of a picture of any size, and their grid."
         pixels = to_pixels(image, self.factor)
         grid = pixels.shape[-2] // self.factor, pixels.shape[-1] // self.factor
-        return self.vq_model.get_code(pixels.to(self.device, self._pixel_dtype())), grid
+        return self.vq_model.get_code(pixels.to(self.device)), grid
 
     @torch.no_grad()
     def decode(
@@ -253,9 +253,6 @@ class ImagePipeline(TokenPipeline):
         start = ids.expand(count, -1).masked_fill(hidden, self.mask_token_id)
         options |= dict(conditions=conditions, num_images_per_prompt=num_images_per_prompt, seed=seed)
         return self(prompts, start=start, grid=grid, mend=crop, **options)
-
-    def _pixel_dtype(self):
-        return next((p.dtype for p in self.vq_model.parameters() if p.is_floating_point()), torch.float32)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Pipeline":
         "Moves all models, in place."
