@@ -190,8 +190,7 @@ class ImagePipeline(TokenPipeline):
         "The tokens (1, N) of a picture, continued to a size that the transformer takes, and their grid."
         pixels = to_pixels(image, self.multiple)
         grid = pixels.shape[-2] // self.factor, pixels.shape[-1] // self.factor
-        types = (weight.dtype for weight in self.vq_model.parameters() if weight.is_floating_point())
-        return self.vq_model.get_code(pixels.to(self.device, next(types, torch.float32))), grid
+        return self.vq_model.get_code(pixels.to(self.device)), grid
 
     @torch.no_grad()
     def decode(

@@ -87,13 +87,15 @@ def configure(
 
 
 def _fit_small(config):
-    "Of the small model's sizes stored weights take none, and another architecture those that it knows."
-    model, own = config.model, load_config(SMALL, ["data=none"]).model.transformer
+    "Of the small model's sizes stored weights take none, and another class those that it knows."
+    model, own = config.model, load_config(SMALL, ["data=none"]).model
     if condition_of(config) != "text" and not model.pretrained_model_path:
         model.architecture = "transformer"
     known = signature(TRANSFORMERS[model.architecture]).parameters if not model.pretrained_model_path else ()
-    taken = lambda name, size: name in known or size != own.get(name)
-    model.transformer = {name: size for name, size in model.transformer.items() if taken(name, size)}
+    of_tokenizer = signature(VQ_MODELS[model.vq_model.type]).parameters
+    taken = lambda sizes, own, known: {name: sizes[name] for name in sizes if name in known or sizes[name] != own.get(name)}
+    model.transformer = taken(model.transformer, own.transformer, known)
+    model.vq_model.params = taken(model.vq_model.params, own.vq_model.params, of_tokenizer)
 
 # %% ../nbs/45_train.ipynb #f20474c5
 class Recipe:

@@ -166,6 +166,15 @@ def test_a_setting_that_does_not_fit_is_named(saved, key, value, told):
         MaskGiTUViT.from_pretrained(saved)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("key, value", [("num_attention_heads", 0), ("hidden_size", 0), ("intermediate_size", 0)])
+def test_a_setting_of_which_nothing_can_be_built_is_named_alone(saved, key, value):
+    config = json.loads((saved / "config.json").read_text()) | {key: value}
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"describe no MaskGiTUViT \(.*\); change {key}=0\.$"):
+        MaskGiTUViT.from_pretrained(saved)
+
+
 def test_numbers_as_lists_of_one_are_read(saved, model):
     config = json.loads((saved / "config.json").read_text()) | {"block_num_heads": [2], "block_out_channels": 16}
     (saved / "config.json").write_text(json.dumps(config))

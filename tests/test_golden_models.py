@@ -104,6 +104,20 @@ def test_a_published_checkpoint_cut_into_shards(golden, tmp_path):
     assert torch.equal(logits_of(sharded, io), logits_of(model, io))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("without", [{"num_res_blocks": 0}, {"num_hidden_layers": 0}])
+def test_a_uvit_without_blocks_or_layers_is_read_once_too(golden, without):
+    torch.manual_seed(0)
+    model = MaskGiTUViT.from_config(json.loads((golden / "uvit" / "config.json").read_text()) | without).eval()
+    for parameter in model.parameters():
+        parameter.normal_(std=0.2)
+    io = load_file(golden / "uvit" / "io.safetensors")
+    conditions = [io[name] for name in ("encoder_hidden_states", "cond_embeds", "micro_conds")]
+    logits = model(io["input_ids"], *conditions)
+    assert logits.std() > 0.01
+    torch.testing.assert_close(model(io["input_ids"], precomputed=model.precompute(*conditions)), logits)
+
+
 def test_another_classs_folder_is_refused_by_name(golden):
     with pytest.raises(ValueError, match="settings of a VQGANModel"):
         MaskGiTUViT.from_pretrained(golden / "vqgan")

@@ -33,6 +33,22 @@ def test_tokens_and_codes(read):
 
 
 @torch.no_grad()
+def test_half_precision_reads_images_and_codes_of_any_type(golden, family):
+    model = FAMILIES[family].from_pretrained(golden / family, torch_dtype="bfloat16")
+    pixels = load_file(golden / family / "io.safetensors")["pixel_values"]
+    quantized, ids = model.encode(pixels)
+    assert torch.equal(ids, model.get_code(pixels.bfloat16())) and quantized.dtype == torch.bfloat16
+    assert torch.equal(model.decode(quantized.float()), model.decode(quantized))
+
+
+def test_images_of_another_kind_are_refused(read):
+    model, io = read
+    for wrong in ((255 * io["pixel_values"]).byte(), io["pixel_values"][0]):
+        with pytest.raises(ValueError, match="in floating point, from 0 to 1; got"):
+            model.get_code(wrong)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("given", ("quantized", "tokens", "tokens and grid", "pixels"))
 def test_images(read, family, given):
     model, io = read

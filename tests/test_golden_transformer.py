@@ -269,3 +269,11 @@ def test_conditions_that_were_read_once_give_the_same_logits(classes):
         model.encoder_proj._forward_hooks.clear()
         expected = model(ids, **given)
     assert torch.allclose(got, expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_model_without_layers_is_read_once_too():
+    sizes = dict(vocab_size=17, codebook_size=16, hidden_size=16, num_hidden_layers=0, num_attention_heads=2, intermediate_size=16)
+    model = MaskGitTransformer(**sizes, num_vq_tokens=16, add_cross_attention=True, encoder_hidden_size=8).eval()
+    ids, text = torch.randint(16, (2, 16)), torch.randn(2, 3, 8)
+    assert torch.equal(model(ids, precomputed=model.precompute(text)), model(ids, text))

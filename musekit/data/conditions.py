@@ -76,8 +76,8 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.use_pooled = tokenizer, use_pooled
-        self.max_seq_length = max_seq_length or tokenizer.model_max_length
-        longest = getattr(model.config, "max_position_embeddings", _LONGEST)
+        limit, positions = tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)
+        self.max_seq_length, longest = max_seq_length or min(limit, positions or limit), positions or _LONGEST
         if not 2 <= self.max_seq_length <= longest:
             raise ValueError(f"max_seq_length={self.max_seq_length}: this model reads 2 to {longest}; set it")
         tokenizer.model_max_length = self.max_seq_length
@@ -88,7 +88,7 @@ class TextEncoder(nn.Module):
         path: str | Path,  # folder or hub id: a text model, or text_encoder/ and tokenizer/
         kind: str = "clip",  # "clip" or "t5"
         *,
-        max_seq_length: int | None = None,  # every prompt is padded or cut to it; None: the tokenizer's limit
+        max_seq_length: int | None = None,  # every prompt is padded or cut to it; None: the tokenizer's or the model's limit
         pad_token_id: int | None = None,  # another padding token than the tokenizer's, 0 included
         dtype: torch.dtype | None = None,  # None keeps the stored one
         use_pooled: bool | None = None,  # also the projected pooled embedding; None: CLIP yes, T5 no

@@ -123,6 +123,28 @@ def find_dtype(wanted):
     return found
 
 # %% ../../nbs/10_models.checkpoints.ipynb #37f506c9
+_UNFIT = (ArithmeticError, LookupError, RuntimeError, TypeError)  # what a constructor meets unawares
+
+def _whole(model):
+    "The model, if each of its parameters holds a number."
+    for name, parameter in model.named_parameters():
+        if not parameter.numel():
+            raise ArithmeticError(f"{name} would be empty")
+    return model
+
+def _blamed(cls, settings, defaults):
+    "The settings that would fit if only one of them had its default; if there is none, all that are unusual."
+    def mends(key):
+        try:
+            with torch.device("meta"):
+                return _whole(cls(**settings | {key: defaults[key]})) is not None
+        except (ValueError, *_UNFIT):
+            return False
+
+    unusual = {key: value for key, value in settings.items() if value != defaults[key]}
+    return {key: value for key, value in unusual.items() if mends(key)} or unusual
+
+
 class PretrainedModel(nn.Module):
     """Base of all models: keeps its constructor's arguments as `config`, is saved to and loaded from folders.
 
@@ -173,11 +195,10 @@ class PretrainedModel(nn.Module):
                                  f"It has: {', '.join(known)}.")
         fitting = ModelConfig(fit_settings(settings, known))
         try:
-            model = cls(**fitting)
-        except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:
-            unusual = {key: value for key, value in fitting.items() if value != known[key]}
-            raise ValueError(f"these settings describe no {cls.__name__} ({error}); one of them does not fit: "
-                             f"{unusual}.") from error
+            model = _whole(cls(**fitting))
+        except _UNFIT as error:
+            blamed = " or ".join(f"{key}={value!r}" for key, value in _blamed(cls, fitting, known).items())
+            raise ValueError(f"these settings describe no {cls.__name__} ({error}); change {blamed}.") from error
         for key in set(cls.ignored_config) & set(config) & set(model.config):
             if config[key] not in (None, model.config[key]):
                 raise ValueError(f"{key}={config[key]!r} contradicts the other settings, which make it "

@@ -72,4 +72,5 @@ class MOVQ(LevelTokenizer):
 
     def decode(self, quantized):
         """Images of codes (B, quantized_embed_dim, height/f, width/f), not clipped to [0, 1]."""
+        quantized = quantized.to(self.dtype)
         return self.decoder(self.post_quant_conv(quantized), quantized)

@@ -86,8 +86,7 @@ class PaellaVQModel(ImageTokenizer):
 
     def latents(self, pixel_values):
         """The vectors (B, c_latent, height/f, width/f) that are to be quantized."""
-        self.check_size(pixel_values)
-        return self.down_blocks(self.in_block(pixel_values))
+        return self.down_blocks(self.in_block(self.fit_images(pixel_values)))
 
     def encode(self, pixel_values, return_loss=False):
         """(codes / scale_factor (B, c_latent, height/f, width/f), ids (B, N)[, the codebook's loss])."""
@@ -96,7 +95,7 @@ class PaellaVQModel(ImageTokenizer):
 
     def decode(self, quantized):
         """Images of what `encode` gives (B, c_latent, height/f, width/f), not clipped to [0, 1]."""
-        return self.out_block(self.up_blocks(quantized * self.config.scale_factor))
+        return self.out_block(self.up_blocks(quantized.to(self.dtype) * self.config.scale_factor))
 
     def decode_code(self, ids, grid=None):
         """Images of ids (B, N); grid: (height/f, width/f), a square if None (ValueError if N is none)."""

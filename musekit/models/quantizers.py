@@ -280,7 +280,7 @@ class ImageTokenizer(PretrainedModel):
     """Base of the image tokenizers. Images are (B, channels, height, width) in [0, 1].
 
     A subclass has a `Quantizer` at `quantize`, `downsample_factor` (f, the pixels to a token along each
-    side), and `latents(pixel_values)`, which calls `check_size` and gives the vectors (B, C, height/f,
+    side), and `latents(pixel_values)`, which calls `fit_images` and gives the vectors (B, C, height/f,
     width/f), and `decode(quantized)`, which gives images of codes of that shape.
     """
 
@@ -289,12 +289,20 @@ class ImageTokenizer(PretrainedModel):
         """The number of codes, K."""
         return self.quantize.num_embeddings
 
-    def check_size(self, pixel_values):
-        """Raises ValueError if a side of the images is no multiple of `downsample_factor`."""
+    def fit_images(self, pixel_values):
+        """The images in the type of the model's numbers.
+
+        Raises ValueError unless they are floating-point (B, channels, height, width), and if a side is no
+        multiple of `downsample_factor`.
+        """
+        if pixel_values.ndim != 4 or not pixel_values.is_floating_point():
+            raise ValueError(f"images are (batch, channels, height, width) in floating point, from 0 to 1; got "
+                             f"{tuple(pixel_values.shape)} of {pixel_values.dtype}.")
         factor, (height, width) = self.downsample_factor, pixel_values.shape[-2:]
         if height % factor or width % factor:
             raise ValueError(f"images of {height}x{width} do not split into tokens of {factor}x{factor}; "
                              f"resize or crop them to multiples of {factor}.")
+        return pixel_values.to(self.dtype)
 
     def encode(self, pixel_values, return_loss=False):
         """(codes (B, C, height/f, width/f), ids (B, N)[, the codebook's loss])."""

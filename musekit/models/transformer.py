@@ -209,7 +209,7 @@ class MaskGitTransformer(PretrainedModel):
         """
         text, _ = self._text(encoder_hidden_states, encoder_attention_mask)
         given = {"class_ids": class_ids, "encoder_attention_mask": encoder_attention_mask}
-        if text is not None:
+        if text is not None and len(self.transformer_layers):
             reads = [layer.crossattention.keys_values(text) for layer in self.transformer_layers]
             given["layer_text"] = torch.stack([torch.stack(read, 1) for read in reads], 1)
         return {name: value for name, value in given.items() if value is not None}

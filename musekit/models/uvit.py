@@ -288,17 +288,17 @@ class MaskGiTUViT(PretrainedModel):
         while an image is decoded. A dictionary of tensors (B, ...), R = num_res_blocks, K = layers:
 
         stage_modulations (B, 2R, 1, 2C), stage_text (B, 2R, 4, L, C), layer_modulations (B, K, 3, 2D),
-        layer_text (B, K, 2, L, D), and encoder_attention_mask if given
+        layer_text (B, K, 2, L, D), and encoder_attention_mask if given; nothing of what the model does not have
         """
         down, up, layers = self.read(encoder_hidden_states, cond_embeds, micro_conds)
-        join = lambda reads, part: torch.stack([torch.stack(read[part], 1) for read in reads], 1)
+        join = lambda reads, part: torch.stack([torch.stack(read[part], 1) for read in reads], 1) if reads else None
         of_stages, of_layers = slice(None, 1), slice(None, 3)
         given = {
             "stage_modulations": join(down + up, of_stages), "stage_text": join(down + up, slice(1, None)),
             "layer_modulations": join(layers, of_layers), "layer_text": join(layers, slice(3, None)),
+            "encoder_attention_mask": encoder_attention_mask,
         }
-        mask = encoder_attention_mask
-        return given if mask is None else {**given, "encoder_attention_mask": mask}
+        return {name: tensors for name, tensors in given.items() if tensors is not None}
 
     def forward(self, input_ids, encoder_hidden_states=None, cond_embeds=None, micro_conds=None, *,
                 token_mask=None, grid=None, encoder_attention_mask=None, precomputed=None):
@@ -341,7 +341,7 @@ class MaskGiTUViT(PretrainedModel):
 
 def _unjoin(precomputed):
     """The three lists that `precompute` joined: of the first stage, the last stage and the layers."""
-    unbind = lambda name: [tensors.unbind(1) for tensors in precomputed[name].unbind(1)]
+    unbind = lambda name: [part.unbind(1) for part in precomputed[name].unbind(1)] if name in precomputed else []
     stages, layers = (
         [(*modulations, *text) for modulations, text in zip(unbind(f"{of}_modulations"), unbind(f"{of}_text"))]
         for of in ("stage", "layer")

@@ -219,9 +219,8 @@ class LevelTokenizer(ImageTokenizer):
         return 2 ** (len(self.config.channel_mult) - 1)
 
     def latents(self, pixel_values):
-        """The vectors (B, quantized_embed_dim, height/f, width/f) to quantize; see `check_size`."""
-        self.check_size(pixel_values)
-        return self.quant_conv(self.encoder(pixel_values))
+        """The vectors (B, quantized_embed_dim, height/f, width/f) to quantize; see `fit_images`."""
+        return self.quant_conv(self.encoder(self.fit_images(pixel_values)))
 
     def decode(self, quantized):
         """Images of codes (B, quantized_embed_dim, height/f, width/f), not clipped to [0, 1]."""
