@@ -56,8 +56,7 @@ def test_activations_are_those_of_the_real_model(name, precision, checkpointing)
     batch = Batch(3, (8, 8), 7)
     told = activation_bytes(on_meta(BUILD[name]), batch, precision, checkpointing)
     kept = measured(BUILD[name](), batch, precision, checkpointing)
-    statistics = 1e-2  # fake tensors take those of norms for bfloat16: little, but not in a model as narrow as these
-    assert told == pytest.approx(kept, rel=1e-5 if precision == "no" else statistics)
+    assert told == pytest.approx(kept, rel=1e-5 if precision == "no" else 2e-3)
 
 
 @pytest.mark.parametrize("name", BUILD)
@@ -178,14 +177,6 @@ def test_train_with_check_tells_the_same(tmp_path, monkeypatch, capfd):
         assert cli.main(command) == 0
         told.append(capfd.readouterr().out)
     assert told[0] == told[1] and "together, about" in told[0] and not list(tmp_path.iterdir())
-
-
-def test_the_small_model_with_another_tokenizer_keeps_none_of_its_sizes():
-    sizes = "model.vq_model.params={hidden_channels: 32, channel_mult: [1, 1], num_embeddings: 64}"
-    config = configure(None, ["data=photos/", "model.vq_model.type=maskgit_vqgan", sizes])
-    assert config.model.vq_model.params == {"hidden_channels": 32, "channel_mult": [1, 1], "num_embeddings": 64}
-    assert find_networks(config).vq_model.codebook_size == 64
-    assert configure(None, ["data=photos/"]).model.vq_model.params["c_hidden"] == 64
 
 
 def test_old_keys_are_told_once():
