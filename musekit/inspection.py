@@ -143,6 +143,7 @@ def watched(work=None, show=None, **options):
         hidden = hidden or (show is None and "get_ipython" in vars(builtins))
         name, total = options.get("desc", ""), options.get("total") or length_hint(work) or None
         of, to_go = (" of {total_fmt}", ", {remaining} to go") if total else ("", "")
+        name = name.replace("{", "{{").replace("}", "}}")
         told = f"{name}{name and ': '}{{unit}} {{n_fmt}}{of}{{postfix}}, {{elapsed}} gone{to_go}"
         seldom = {"mininterval": LINE_EVERY, "delay": LINE_EVERY, "miniters": 1, "position": 0}
         options = {"file": _Lines(sys.stderr), "bar_format": told, **seldom, **options, "total": total}
