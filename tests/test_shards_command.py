@@ -555,7 +555,7 @@ def test_a_signature_is_never_written_down_or_told(server, cache, capsys, more):
     assert "--dry-run" in more or read_manifest(cache.data)["sources"][0]["from"] == f"{server.url}/texts/part-0.parquet"
 
 
-@pytest.mark.parametrize("mood", [(404, {}), (403, {}), BUSY, "page", "no ranges", (302, {"Location": f"ftp://a/b?sig={SECRET}"}),
+@pytest.mark.parametrize("mood", ["good", (404, {}), (403, {}), BUSY, "page", "no ranges", (302, {"Location": f"ftp://a/b?sig={SECRET}"}),
                                   (302, {"Location": f"http://127.0.0.1:9/b?sig={SECRET}"})], ids=str)
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_signature_is_not_told_by_a_failure(server, cache, capsys, monkeypatch, mood, remote):
@@ -566,6 +566,16 @@ def test_a_signature_is_not_told_by_a_failure(server, cache, capsys, monkeypatch
     with pytest.raises((OSError, ValueError), match="texts/part-0.parquet|127.0.0.1:9/b") as caught:
         convert(dataset_of(f"{server.url}/{path}"), options, SMALL)
     assert_never_told(cache.folder, str(caught.value) + "".join(capsys.readouterr()))
+
+
+@pytest.mark.parametrize("columns", [["--text-column", "body"], ["--text-column", "number"], ["--score-column", "text", "--min-score", "1"]], ids=str)
+def test_a_signature_is_not_told_by_what_is_wrong_with_a_file(server, cache, capsys, columns):
+    path = write_source(cache.folder.parent / "source.parquet", [LONG] * 9, number=[1] * 9)
+    server.files[f"texts/part-0.parquet?sig={SECRET}"] = path.read_bytes()
+    assert main(["--from", f"{server.url}/texts/part-0.parquet?sig={SECRET}", "--remote", "--quiet", "--cache-dir", str(cache.folder), *columns]) == 1
+    said = capsys.readouterr().err
+    assert f"{server.url}/texts/part-0.parquet" in said
+    assert_never_told(cache.folder, said)
 
 
 @pytest.mark.parametrize("arguments", [
