@@ -258,7 +258,7 @@ def spread(share):
 
 def far(source, folder, num_shards, rows_per_shard=ROWS):
     """Cuts a source that stays on a web server; what travelled, as a share of what the rows need and of the file."""
-    from musekit.shards.catalog import chunk_ranges
+    from musekit.shards.remote import chunk_ranges
     from musekit.shards.rechunk import Layout, rechunk
     from musekit.shards.sources import Selection
 

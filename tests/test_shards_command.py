@@ -407,7 +407,11 @@ def test_bad_sources(cache, tmp_path, capsys, make, arguments, told):
     (["--repo", "https://a/b", "--pattern", "0.parquet"], 1, "owner/name"), (["--repo", "a/b", "--pattern", "*.parquet"], 1, "braces"),
     (["fineweb", "--cache-dir", "broken.yaml"], 1, "no folder"), (["--from", "https://a/*.parquet"], 1, "braces"),
     (["--from", "a.parquet", "--repo", "a/b"], 2, "not allowed"), (["fineweb", "--pattern", "a.parquet"], 2, "--repo"),
-    (["words", "--restore"], 2, "behind --restore"), (["own.parquet"], 1, "--from"), (["me/words"], 1, "--repo"), (["https://a/b.parquet"], 1, "--from"),
+    (["words", "--restore"], 2, "behind --restore"), (["--restore", "--text-column", "body"], 2, "behind --restore"),
+    (["--list-backups", "--quiet"], 2, "--cache-dir alone"), (["--restore", "--processes", "2"], 2, "behind --restore"),
+    (["--from", __file__, "--revision", "v2"], 1, "revision"), (["x", "--datasets", "revision.yaml"], 1, "revision"),
+    (["--from", "https://a/b.parquet", "--num-source", "0"], 2, "'0'"), (["--from", "https://a/b/%2e%2e"], 1, "ends in a folder"),
+    (["--from", "HTTPS://a/*.parquet"], 1, "braces"), (["own.parquet"], 1, "--from"), (["me/words"], 1, "--repo"), (["https://a/b.parquet"], 1, "--from"),
     (["--from", "https://"], 1, "https://"), (["--from", "http://["], 1, "http://["), (["--from", "s3://a/b.parquet"], 1, "s3://a/b.parquet"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, status, told):
@@ -415,6 +419,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, status,
     (tmp_path / "broken.yaml").write_text("x: [1")
     (tmp_path / "number.yaml").write_text("x: {files: [5]}")
     (tmp_path / "count.yaml").write_text("x: {files: 5}")
+    (tmp_path / "revision.yaml").write_text(f"x: {{files: {__file__}, revision: v2}}")
     arguments = arguments if "--cache-dir" in arguments else [*arguments, "--cache-dir", "cache"]
     try:
         assert main(arguments) == status
@@ -527,6 +532,96 @@ def test_addresses_beside_local_files(server, cache, tmp_path, capsys, more):
     server.asked.clear()
     assert main(["--from", *files, *place]) == 0 and bool(server.asked) == ("--remote" in more)
     assert bool(list(cache.folder.glob("raw_*"))) == ("--remote" not in more)
+
+
+SECRET = "s3cret/s3cret"
+BUSY = (503, {"Retry-After": "7000"})
+
+
+def assert_never_told(folder, said):
+    """No file, no name of a file and no line that was printed holds a part of the secret."""
+    found = [path for path in folder.rglob("*") if "s3cret" in path.name or path.is_file() and b"s3cret" in path.read_bytes()]
+    assert not found and "s3cret" not in said, (found, said)
+
+
+@pytest.mark.parametrize("more", [[], ["--remote"], ["--processes", "2"], ["--remote", "--processes", "2"], ["--dry-run"]], ids=" ".join)
+def test_a_signature_is_never_written_down_or_told(server, cache, capsys, more):
+    for number, content in enumerate(list(server.files.values())):
+        server.files[f"texts/part-{number}.parquet?sig={SECRET}"] = content
+    signed = f"{server.url}/texts/part-{{0..2}}.parquet?sig={SECRET}"
+    for _ in range(2):  # the second set is made of what was fetched, and the first becomes a backup
+        assert main(["--from", signed, "--num-shards", "1", "--cache-dir", str(cache.folder), *more]) == 0
+    assert_never_told(cache.folder, "".join(capsys.readouterr()))
+    assert "--dry-run" in more or read_manifest(cache.data)["sources"][0]["from"] == f"{server.url}/texts/part-0.parquet"
+
+
+@pytest.mark.parametrize("mood", ["good", (404, {}), (403, {}), BUSY, "page", "no ranges", (302, {"Location": f"ftp://a/b?sig={SECRET}"}),
+                                  (302, {"Location": f"http://127.0.0.1:9/b?sig={SECRET}"})], ids=str)
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_signature_is_not_told_by_a_failure(server, cache, capsys, monkeypatch, mood, remote):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    path = f"texts/part-0.parquet?sig={SECRET}"
+    server.files[path], server.moods[path] = b"PAR1 and no more", [mood] * 9
+    options = Options(cache.folder, remote=remote, connection=Connection(sleep=lambda seconds: None))
+    with pytest.raises((OSError, ValueError), match="texts/part-0.parquet|127.0.0.1:9/b") as caught:
+        convert(dataset_of(f"{server.url}/{path}"), options, SMALL)
+    assert_never_told(cache.folder, str(caught.value) + "".join(capsys.readouterr()))
+
+
+@pytest.mark.parametrize("columns", [["--text-column", "body"], ["--text-column", "number"], ["--score-column", "text", "--min-score", "1"]], ids=str)
+def test_a_signature_is_not_told_by_what_is_wrong_with_a_file(server, cache, capsys, columns):
+    path = write_source(cache.folder.parent / "source.parquet", [LONG] * 9, number=[1] * 9)
+    server.files[f"texts/part-0.parquet?sig={SECRET}"] = path.read_bytes()
+    assert main(["--from", f"{server.url}/texts/part-0.parquet?sig={SECRET}", "--remote", "--quiet", "--cache-dir", str(cache.folder), *columns]) == 1
+    said = capsys.readouterr().err
+    assert f"{server.url}/texts/part-0.parquet" in said
+    assert_never_told(cache.folder, said)
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--from", f"https://a/{{0..2.parquet?sig={SECRET}"], ["--from", f"https://a/*.parquet?sig={SECRET}"], [f"https://a/b.parquet?sig={SECRET}"],
+    ["--from", "https://me:s3cret@a/b.parquet"], ["x", "--datasets", "own.yaml"], ["x", "--datasets", "broken.yaml"],
+    ["--repo", "a/b", "--pattern", "a.parquet", "x", f"https://a/b.parquet?sig={SECRET}"],
+], ids=" ".join)
+def test_a_mistake_in_a_secret_address_is_one_line_without_it(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text("x: {files: 'https://me:s3cret@a/b.parquet'}")
+    (tmp_path / "broken.yaml").write_text(f"x: {{files: https://a/b?sig={SECRET}]}}")
+    try:
+        assert main([*arguments, "--cache-dir", "cache"]) == 1
+    except SystemExit as end:
+        assert end.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("musekit-shards: ") and said.count("\n") == 1 and "s3cret" not in said, said
+    assert ("leave out" in said) == ("me:" in str(arguments) or "own.yaml" in arguments)
+
+
+@pytest.mark.parametrize("count, total", [([], 5), (["--num-source", "2"], 2)], ids=str)
+def test_the_first_files_or_all_of_them(server, cache, count, total):
+    files = [f"{server.url}/datasets/me/words/resolve/main/part-{{0..2}}.parquet", *[f"{server.url}/x/part-{part}.parquet" for part in (3, 4)]]
+    for part, content in zip((3, 4), list(server.files.values())):
+        server.files[f"x/part-{part}.parquet"] = content
+    assert main(["--from", *files, *count, "--quiet", "--cache-dir", str(cache.folder)]) == 0
+    assert len(read_manifest(cache.data)["sources"]) == total == len(server.asked)
+    options = Options(cache.folder, quiet=True, **({"num_source": 2} if count else {}))
+    assert len(convert(dataset_of(files), options, SMALL)["sources"]) == total
+
+
+@pytest.mark.parametrize("more", [[], ["--remote"]], ids=str)
+@pytest.mark.parametrize("hub", [True, False])
+def test_the_token_is_advised_for_the_hub_alone(server, cache, monkeypatch, capsys, more, hub):
+    monkeypatch.setenv("HF_ENDPOINT", server.url if hub else "http://127.0.0.1:9")
+    server.moods["a.parquet"] = [(401, {})]
+    assert main(["--from", f"{server.url}/a.parquet", "--quiet", "--cache-dir", str(cache.folder), *more]) == 1
+    said = capsys.readouterr().err
+    assert ("HF_TOKEN" in said) == hub and ("signature" in said) != hub and said.count("\n") == 1
+
+
+def test_addresses_in_capitals_and_numbers(tmp_path, capsys):
+    strange = ["HTTP://127.0.0.1:9/a.parquet", "https://[::1]:8000/b.parquet", "https://h/c.parquet?sig=a*b"]
+    assert main(["--from", *strange, "--dry-run", "--cache-dir", str(tmp_path / "cache")]) == 0
+    said = capsys.readouterr().out
+    assert "3 of 3 files" in said and "HTTP://127.0.0.1:9/a.parquet" in said and "[::1]:8000" in said
 
 
 @pytest.mark.parametrize("mood, told", [("page", "not Parquet"), ((404, {}), "404"), ("truncated", "bytes instead of|not whole"),

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import traceback
 from base64 import b64encode
 from email.utils import formatdate
 
@@ -75,7 +76,8 @@ def test_a_newer_version_is_not_glued_to_the_older(server, connection, tmp_path,
         server.extra["a.parquet"] = {}
         original = FILES["a.parquet"]
         (tmp_path / "a.parquet.part").write_bytes(original[:300_000])
-        facts = {"url": f"{server.url}/a.parquet", "size": len(original), "sha256": hashlib.sha256(original).hexdigest(), "md5": None}
+        url = f"{server.url}/a.parquet"
+        facts = {"url": url, "address": hashlib.sha256(url.encode()).hexdigest(), "size": len(original), "sha256": hashlib.sha256(original).hexdigest(), "md5": None}
         (tmp_path / "a.parquet.json").write_text(json.dumps(facts | {"etag": facts["sha256"]}))
         server.files["a.parquet"], server.moods["a.parquet"] = NEWER, []
     assert fetch(f"{server.url}/a.parquet", tmp_path / "a.parquet", connection).path.read_bytes() == NEWER
@@ -149,6 +151,35 @@ def test_a_file_of_another_address_is_set_aside(server, connection, tmp_path):
     fetch(f"{server.url}/other/a.parquet", tmp_path / "a.parquet", connection)
     assert (tmp_path / "a.parquet").read_bytes() == FILES["b.parquet"]
     assert (tmp_path / "a.parquet.bad").read_bytes() == FILES["a.parquet"]
+
+
+@pytest.mark.parametrize("change, kept", [("nothing", True), ("content", False), ("size", False), ("weak", False), ("damaged", False)])
+def test_a_renewed_signature_fetches_nothing_that_is_here(server, connection, tmp_path, change, kept):
+    path, content = tmp_path / "a.parquet", FILES["a.parquet"]
+    etags = ['W/"1"'] * 2 if change == "weak" else ['"1"', '"2"' if change == "content" else '"1"']
+    for number, etag in enumerate(etags):
+        name = f"a.parquet?sig={number}"
+        server.files[name], server.extra[name] = NEWER if number and change == "size" else content, {"ETag": etag}
+    fetch(f"{server.url}/a.parquet?sig=0", path, connection)
+    if change == "damaged":
+        path.write_bytes(content[:-9] + b"?" + content[-8:])
+    before = path.stat().st_ino
+    source = fetch(f"{server.url}/a.parquet?sig=1", path, connection)
+    assert path.read_bytes() == (NEWER if change == "size" else content) and source.url.endswith("sig=1")
+    assert (path.stat().st_ino == before) == kept != (tmp_path / "a.parquet.bad").exists()
+    server.asked.clear()
+    assert fetch(f"{server.url}/a.parquet?sig=1", path, connection) == source and not server.asked
+
+
+def test_what_a_note_and_an_error_hold_of_an_address(server, tmp_path):
+    server.files["a.parquet?sig=s3cret"] = FILES["a.parquet"]
+    hasty = Connection(endpoint=server.url, sleep=lambda seconds: None)
+    fetch(f"{server.url}/a.parquet?sig=s3cret", tmp_path / "a.parquet", hasty)
+    assert all("s3cret" not in path.read_text(errors="replace") for path in tmp_path.iterdir())
+    server.moods["b.parquet?sig=s3cret"] = [(302, {"Location": "http://127.0.0.1:9/b?sig=s3cret"})] * 9
+    with pytest.raises(ConnectionError, match="refused") as caught:
+        fetch(f"{server.url}/b.parquet?sig=s3cret", tmp_path / "b.parquet", hasty)
+    assert "s3cret" not in "".join(traceback.format_exception(caught.type, caught.value, None))
 
 
 def test_the_token_is_told_to_the_hub_alone(server, tmp_path):

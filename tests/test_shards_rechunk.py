@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from moody_server import serving
-from musekit.shards.catalog import chunk_ranges
 from musekit.shards.plan import make_plan, run_plan, tasks_of, write_shard
 from musekit.shards.rechunk import VALIDATION_SHARD, Layout, file_sha256, rechunk, shard_bounds
+from musekit.shards.remote import chunk_ranges
 from musekit.shards.sources import Selection, check_source
 
 GOOD = Selection(score_column="int_score", min_score=3)
