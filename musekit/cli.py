@@ -55,7 +55,7 @@ def _add_demo(commands):
     add("--seed", type=number_between(0), default=0, help="seed of everything random (default: %(default)s)")
     add("--prompts", type=number_between(1, 400), default=400, metavar="N",
         help="held-out prompts to draw and score, 1 to 400 (default: %(default)s)")
-    parser.set_defaults(run=_demo)
+    parser.set_defaults(run=_demo, words="overrides")
 
 # %% ../nbs/69_cli.ipynb #ae5ae445
 def _files_and_settings(command, arguments):
@@ -91,17 +91,22 @@ def _add_configured(parser, run, check=True):
     add("arguments", nargs="*", metavar="CONFIG.yaml | KEY=VALUE", help="configuration files, then settings")
     if check:
         add("--check", action="store_true", help="check and print the configuration, then stop")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, words="arguments")
 
 
 def _check(options):
     from musekit.check import memory_report
     from musekit.train import configure
     from musekit.training.config import describe
+    from musekit.training.optim import check_library
 
     quiet()
     config = configure(*_files_and_settings("check", options.arguments))
     print(describe(config), memory_report(config), sep="\n\n")
+    try:
+        check_library(config)
+    except ValueError as error:
+        _say(f"warning: {error}")
 
 
 def _add_check(commands):
@@ -234,7 +239,7 @@ def _add_encode(commands):
         help="of text states (default: float16, bfloat16 where mixed_precision is bf16)")
     add("--workers", type=number_between(1), default=1, metavar="N",
         help="processes, each with its own networks (default: %(default)s)")
-    parser.set_defaults(run=_encode)
+    parser.set_defaults(run=_encode, words="arguments")
 
 # %% ../nbs/69_cli.ipynb #2bb7c9b0
 def make_parser() -> argparse.ArgumentParser:
@@ -254,11 +259,10 @@ def make_parser() -> argparse.ArgumentParser:
 def _parse(parser, arguments):
     "Options, with the words that argparse gives up on because an option stands before them."
     options, late = parser.parse_known_args(arguments)
-    words = next((vars(options)[name] for name in ("arguments", "overrides", "prompts") if name in options), None)
-    if late and (words is None or any(word.startswith("-") for word in late)):
+    if late and ("words" not in options or any(word.startswith("-") for word in late)):
         parser.error(f"unrecognized arguments: {' '.join(late)}")
     if late:
-        words.extend(late)
+        vars(options)[options.words].extend(late)
     return options
 
 

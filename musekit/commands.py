@@ -9,6 +9,7 @@ __all__ = ['DEMO_MODEL', 'COMMANDS', 'number_between', 'quiet', 'check_picture_f
 # %% ../nbs/68_commands.ipynb #4c8213b1
 import json
 import os
+import re
 import tempfile
 from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
 
@@ -48,6 +49,13 @@ def check_picture_file(path: str):
     if os.path.isdir(path):
         raise ValueError(f"--out {path} is a folder; name a file in it")
     _check_folder(os.path.dirname(os.path.abspath(path)), f"--out {path}")
+
+
+def _check_singles(folder, out):
+    _check_folder(folder, f"--singles {folder}")
+    place, name = os.path.split(out)
+    if os.path.realpath(place) == os.path.realpath(folder) and re.fullmatch(r"\d+\.png", name):
+        raise ValueError(f"--out {out} has the name of one of the pictures of --singles; choose another name")
 
 
 def _check_folder(folder, asked):
@@ -112,7 +120,7 @@ def _draw_task(options, task):
     from musekit.sheets import complete, draw_task, lay_out, write_sheet, write_singles
 
     if options.singles:
-        _check_folder(options.singles, f"--singles {options.singles}")
+        _check_singles(options.singles, options.out)
     _find_demo(task.model)
     quiet()
     pipeline = Pipeline.from_pretrained(task.model, "cuda" if torch.cuda.is_available() else "cpu")
@@ -178,7 +186,7 @@ def add_generate(commands):
         "of classes their numbers or names; of a model that is told nothing none")
     add("--again", metavar="PICTURE", help="a PNG that musekit wrote, the start of the settings")
     _add_decoding(parser)
-    parser.set_defaults(run=_generate)
+    parser.set_defaults(run=_generate, words="prompts")
 
 # %% ../nbs/68_commands.ipynb #0572b901
 def _open_picture(path):
@@ -213,7 +221,7 @@ def add_inpaint(commands):
     add("mask", metavar="MASK", help="picture of the same size, white where to draw anew")
     add("prompts", nargs="*", metavar="PROMPT", help="what the whole picture shall show; as of generate")
     _add_decoding(parser)
-    parser.set_defaults(run=_inpaint)
+    parser.set_defaults(run=_inpaint, words="prompts")
 
 # %% ../nbs/68_commands.ipynb #85f9030d
 def _evaluate(options):
@@ -223,7 +231,7 @@ def _evaluate(options):
     if options.out and os.path.splitext(options.out)[1] != ".json":
         raise ValueError(f"--out {options.out} gets the numbers as JSON; call it .json")
     if options.out:
-        os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
+        _check_folder(os.path.dirname(os.path.abspath(options.out)), f"--out {options.out}")
     data = [each.removeprefix("data=") for each in options.data]
     how = {name: getattr(options, name) for name in ("steps", "guidance_scale", "temperature", "batch_size")}
     given = {name: getattr(options, name) for name in ("features", "judge", "prompts", "statistics", "real")}
@@ -270,7 +278,7 @@ def add_evaluate(commands):
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting of decoding, "
         "such as sampler=halton or guidance_schedule=linear")
     add("--out", metavar="FILE.json", help="write the numbers, too")
-    parser.set_defaults(run=_evaluate)
+    parser.set_defaults(run=_evaluate, words="data")
 
 # %% ../nbs/68_commands.ipynb #c98d8e3d
 def _plot(options):
@@ -291,7 +299,7 @@ def add_plot(commands):
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a run, such as runs/demo")
     add("--out", metavar="FOLDER", help="where to (default: plots/ in the folder of the first run)")
-    parser.set_defaults(run=_plot)
+    parser.set_defaults(run=_plot, words="runs")
 
 # %% ../nbs/68_commands.ipynb #f9c309f4
 def _push(options):

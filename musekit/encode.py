@@ -30,7 +30,7 @@ from transformers.utils import logging
 from .data.conditions import TextEncoder
 from .data.encoded import BatchEncoder, encode_dataset
 from .data.image_text import ImageTextConfig, ShardReader
-from .data.packing import expand_urls, left_out
+from .data.packing import left_out, locate_pictures
 from musekit.data.pre_encoded import (
     Counts, Totals, clear_parts, facts_digest, finished_record, network_digest, refuse_other_codes,
     shard_names, source_fact, text_probe, write_manifest,
@@ -46,10 +46,10 @@ from .training.config import Config, check_conditions, check_folder, condition_o
 def configure_encoding(path: str | Path | list | None, settings: list[str] = ()) -> Config:
     "The configuration of a training run, as `configure` reads it, checked for encoding its data beforehand."
     given = [*settings, "training.pre_encode=false", "training.encode_first=false"]
-    return configure(path, given, _check_encoding)
+    return configure(path, given, _check_networks)
 
 
-def _check_encoding(config):
+def _check_networks(config):
     "Of what a run needs, encoding needs data and frozen networks; how many classes there are it does not."
     training, networks = config.training, {"vq_model": config.model.vq_model}
     if condition_of(config) == "text":
@@ -316,7 +316,11 @@ def _find(config, options, base_dir, world):
     "The shards to encode; a folder of pictures is packed into shards first, by a process that is alone."
     spec = config.dataset.params.train_shards_path_or_url
     if world > 1:
-        return expand_urls(spec, base_dir)
+        found = locate_pictures(spec, base_dir)
+        if found.pictures or not found.shards:
+            raise ValueError(f"there are no shards in {spec}, and pictures in a folder are packed by one process "
+                             "alone; encode them without a launcher, with --workers for more processes")
+        return found.shards
     packing = {"skip_bad": config.dataset.params.skip_bad, "captions": condition_of(config) != "nothing"}
     urls = find_shards(spec, options.out / "pictures", base_dir=base_dir, **packing)
     for told in left_out(urls):

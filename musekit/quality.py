@@ -23,7 +23,7 @@ from .inspection import watched
 from .metrics import DigitFeatures, MetricsConfig, evaluate
 from .pipeline import Pipeline
 from .stages import find_shards
-from .training.config import read_prompts
+from .training.callbacks import read_prompts
 
 # %% ../nbs/67_quality.ipynb #12c4d395
 def make_extractor(name: str):
@@ -129,7 +129,7 @@ def evaluate_pipeline(config: QualityConfig, progress: bool | None = None) -> di
     real, captions = read_real(config, extractor, min(pipeline.grid) * pipeline.factor, kind, progress)
     prompts = find_prompts(config, captions, kind)
     if kind == "class":
-        prompts = [_class_prompt(pipeline.text_encoder, text) for text in prompts]
+        prompts = [_class_prompt(pipeline.text_encoder, text, config.data == "digits") for text in prompts]
     agreement = getattr(judge, "agreement", None) if _can_judge(judge, prompts) else None
     metrics = MetricsConfig(samples=config.samples, seed=config.seed, options=config.options)
     with watched(None, progress, total=config.samples, desc="drawn images", unit="image") as bar:
@@ -144,11 +144,12 @@ def evaluate_pipeline(config: QualityConfig, progress: bool | None = None) -> di
     return asked | {"options": config.options} | told
 
 
-def _class_prompt(encoder, text):
-    "What is drawn for the number or name of a class, and which digit that is, if it is one."
+def _class_prompt(encoder, text, digits):
+    "What is drawn for the number or name of a class, and of `digits` which one that is."
     number, names = encoder.find(text), list(encoder.names.values())
     name = encoder.names.get(number, "")
-    return {"text": name if names.count(name) == 1 else str(number), "digit": number}
+    known = {"digit": number} if digits and number < 10 else {}
+    return {"text": name if names.count(name) == 1 else str(number), **known}
 
 
 def _can_judge(judge, prompts):
@@ -156,7 +157,7 @@ def _can_judge(judge, prompts):
     if isinstance(judge, DigitFeatures):
         return all(isinstance(prompt, dict) and "digit" in prompt for prompt in prompts)
     texts = (prompt["text"] if isinstance(prompt, dict) else prompt for prompt in prompts)
-    return any(text and not text.isdecimal() for text in texts)
+    return all(text and not text.isdecimal() for text in texts)
 
 
 def _on(extractor, device):

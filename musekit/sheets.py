@@ -50,7 +50,7 @@ class Task:
             raise ValueError(f"alone={self.alone} is none of this task's pictures, which are 0 to {total - 1}")
 
     def change(self, **changes) -> "Task":
-        "The same but for what is given (None is nothing), settings by their names; of other pictures all are kept."
+        "This task with what is not None changed, settings by their names; other prompts or counts undo `alone`."
         own = [field.name for field in dataclasses.fields(self)]
         given = {name: value for name, value in changes.items() if value is not None}
         how = {name: given.pop(name) for name in list(given) if name not in own}

@@ -24,7 +24,7 @@ from .data.conditions import ClassEncoder, ClipTrainingConfig, NoEncoder, TextEn
 from .data.digits import make_digits
 from .data.image_text import ImageTextConfig
 from .data.metadata import MetadataFilter
-from .data.packing import digest, expand_urls, file_facts, forms_of, pack_once
+from .data.packing import digest, expand_urls, file_facts, locate_pictures, pack_once
 from .finetune import load_pretrained
 from .generation import GenerationConfig
 from .models.maskgit_vqgan import MaskGitVQGAN
@@ -51,12 +51,10 @@ def find_shards(
     "The shard urls of a data specification; images in a folder are packed into shards first."
     if spec == "digits":
         return make_digits(Path(work) / "digits")[split]
-    if forms_of(spec, base_dir) == {"codes"}:
-        raise ValueError(f"{spec} holds codes and no pictures; to train on them set training.pre_encode=true")
-    for place in ([Path(spec).expanduser(), Path(base_dir or "") / spec] if isinstance(spec, str) else []):
-        if place.is_dir() and not any(place.glob("*.tar")):
-            return expand_urls(pack_once(place, Path(work) / split, replace, **packing))
-    return expand_urls(spec, base_dir)
+    found = locate_pictures(spec, base_dir)
+    if found.shards and not found.pictures:
+        return found.shards
+    return expand_urls(pack_once(found.folder, Path(work) / split, replace, **packing))
 
 # %% ../nbs/44_stages.ipynb #7173d725
 _FILTER = (

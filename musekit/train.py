@@ -35,13 +35,12 @@ from musekit.stages import (
     TRANSFORMERS, VQ_MODELS, check_networks, clip_training, find_shards, generation_config, image_text_config,
     load_text_encoder, load_vq_model, make_transformer, only_read, stage_facts, vq_training,
 )
-from .training.callbacks import inpainting_sheet, prompt_sheet, standard_callbacks
+from .training.callbacks import inpainting_sheet, prompt_sheet, sample_prompts, standard_callbacks
 from musekit.training.config import (
     Config, check_conditions, check_encoding, check_folder, check_network, condition_of, load_config,
-    sample_prompts,
 )
 from .training.history import check_trackers
-from .training.optim import check_optimization
+from .training.optim import check_library, check_optimization
 from .training.resume import find_checkpoint, latest_checkpoint, on_main_process, refuse_other_run
 from .training.tokenizer import train_vq_model
 from .training.trainer import Trainer, make_accelerator
@@ -133,11 +132,6 @@ class Recipe:
         once = lambda: make_once(self.folder / name, self.facts[name], make, replace=self.may_replace)
         return on_main_process(once)
 
-    def loader(self, urls: list[str], training: bool = False, start_batch: int = 0):
-        "This process's batches of images and captions."
-        options = {"training": training, "start_batch": start_batch, **self.place}
-        return make_loader(urls, image_text_config(self.config), **options)
-
     @property
     def place(self) -> dict:
         "Which of the processes this is."
@@ -148,7 +142,7 @@ class Recipe:
         return self.sources[split].loader(image_text_config(self.config), **self.place, **options)
 
     def everything(self, urls: list[str]):
-        "Batches of all samples, each once, for a stage that one process makes."
+        "Batches of images and captions, all samples once, for a stage that one process makes."
         return make_loader(urls, image_text_config(self.config), training=False)
 
     @property
@@ -285,27 +279,32 @@ def _tell_left_out(recipe, split, urls):
 
 def _encoded(recipe, split, urls):
     kept = "bfloat16" if recipe.config.training.mixed_precision == "bf16" else "float16"  # of the text states
-    tokens = _tell_left_out(recipe, split, urls), recipe.prepare
-    write = lambda folder: encode_dataset(*tokens, folder / "tokens.parquet", state_dtype=kept)
+    batches = _tell_left_out(recipe, split, urls)
+    write = lambda folder: encode_dataset(batches, recipe.prepare, folder / "tokens.parquet", state_dtype=kept)
     return EncodedSource([str(recipe.make(f"encoded/{split}", write) / "tokens.parquet")], torch.float32)
 
 # %% ../nbs/45_train.ipynb #906d0b83
 def make_trainer(recipe: Recipe) -> Trainer:
     "Sets `trainer`, which has yet to run: from the start, or from the last checkpoint."
-    config, encoded = recipe.config, recipe.config.training.pre_encode
-    first = recipe.sources["train"].first() if encoded else first_batch(recipe.everything(recipe.train_urls))
+    config = recipe.config
+    if config.training.pre_encode:
+        first = recipe.sources["train"].first()
+    else:
+        first = first_batch(recipe.everything(recipe.train_urls))
     recipe.micro_conds = first["micro_conds"].median(0).values.tolist()
     prompts = sample_prompts(config, first["text"])
     recipe.text_encoder(prompts)  # what cannot be drawn shows now
-    draw, fill = prompt_sheet(recipe.pipeline, prompts, config.training.seed), inpainting_sheet(recipe.pipeline, config)
+    draw = prompt_sheet(recipe.pipeline, prompts, config.training.seed)
+    fill = inpainting_sheet(recipe.pipeline, config)
     _tell_progress(recipe)
     transformer = make_transformer(config, recipe.vq_model, recipe.text_encoder)
-    held_out = {"evaluation": recipe.eval_batches is not None}
+    callbacks = standard_callbacks(
+        config, sample=draw, inpaint=fill, progress=recipe.progress, evaluation=recipe.eval_batches is not None)
     recipe.trainer = Trainer(
         transformer, recipe.train_batches, config, eval_batches=recipe.eval_batches, accelerator=recipe.accelerator,
         prepare=lambda batch: only_read(transformer, recipe.prepare(batch) if recipe.prepare else batch),
         unconditional=only_read(transformer, recipe.unconditional),
-        callbacks=standard_callbacks(config, sample=draw, inpaint=fill, progress=recipe.progress, **held_out),
+        callbacks=callbacks,
     )
     return recipe.trainer
 
@@ -340,6 +339,7 @@ def train(
     base_dir: str | Path | None = None,  # where relative shard names are also looked for
 ) -> Recipe:  # with its models, times and `trainer`
     "Runs every stage of the recipe and saves the pipeline; goes on with a run that was stopped."
+    check_library(config)
     refuse_other_run(config)
     recipe = Recipe(config, base_dir=base_dir, progress=progress)
     try:

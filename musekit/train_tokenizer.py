@@ -23,7 +23,7 @@ from torch import nn
 from .data.digits import make_digits
 from .data.image_text import ImageTextConfig, ShardReader, make_loader
 from .data.metadata import IMAGE_EXTENSIONS, Sample
-from .data.packing import expand_urls
+from .data.packing import is_image, locate
 from .inspection import num_parameters
 from .stages import VQ_MODELS
 from .training.callbacks import Checkpoint, Evaluate, SampleImages
@@ -103,21 +103,15 @@ def find_images(
     "The image files of a folder, the tar shards of a pattern, a list or a folder, or those of the digits."
     if spec == "digits":
         return make_digits(Path(work) / "digits")[split]
-    for place in ([Path(spec).expanduser(), Path(base_dir or "") / spec] if isinstance(spec, str) else []):
-        if place.is_dir() and not any(place.glob("*.tar")):
-            if found := [str(path) for path in sorted(place.rglob("*")) if _is_image(path)]:
-                return found
-            raise FileNotFoundError(f"no image in {place}; looked for {', '.join(IMAGE_EXTENSIONS)}.")
-    return expand_urls(spec, base_dir)
-
-
-def _is_image(name):
-    return Path(name).suffix[1:].lower() in IMAGE_EXTENSIONS
+    found = locate(spec, base_dir)
+    if found.forms == {"codes"} or not (found.pictures or found.shards):
+        raise FileNotFoundError(f"no image in {spec}; looked for {', '.join(IMAGE_EXTENSIONS)}.")
+    return found.pictures or found.shards
 
 
 def group_images(names: list[str]) -> list:
     "Shards for `make_loader`: tars as they are, files in mixed groups."
-    if not names or not _is_image(names[0]):
+    if not names or not is_image(names[0]):
         return names
     groups = -(-len(names) // GROUP)
     return [tuple(_mix(names)[start::groups]) for start in range(groups)]

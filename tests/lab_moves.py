@@ -257,6 +257,6 @@ def canvas(open_panel):
 
 
 MOVES = {
-    "73_lab.explorers": both(explorers, player), "74_lab.canvas": canvas, "75_lab.live": watch("watched"),
-    "76_lab.browsers": browsers, "90_tutorial": watch("watched = LiveTraining"),
+    "73_lab.explorers": both(explorers, player), "74_lab.canvas": canvas, "75_lab.live": watch("live_training"),
+    "76_lab.browsers": browsers, "90_tutorial": watch("live_training = LiveTraining"),
 }

@@ -145,6 +145,10 @@ def test_a_process_finds_a_wrong_argument_at_once(tmp_path):
     (["train", "data=digits", "dataset.preprocessing.max_seq_length=1"], "at least 2"),
     (["evaluate", "here", "data=digits", "--prompts", "nowhere"], "no file of prompts nowhere"),
     (["train", "--check", "data=digits", "--chekc"], "unrecognized arguments: --chekc"),
+    (["evaluate", "here", "data=digits", "--prompts", "nowhere", "more"], "the images of ['digits', 'more']"),
+    (["push", "here", "me/mine", "--private", "more"], "unrecognized arguments: more"),
+    (["evaluate", "here", "data=digits", "--out", "/proc/no/numbers.json"], "--out /proc/no/numbers.json cannot be written"),
+    (["train", "data=digits", "experiment.output_dir=/proc/version/run"], "/proc/version is a file; name a folder"),
 ])
 def test_what_is_wrong_is_found_before_anything_is_written(tmp_path, here, arguments, told):
     assert_refused(here(tmp_path, *arguments), told)
@@ -154,6 +158,29 @@ def test_what_is_wrong_is_found_before_anything_is_written(tmp_path, here, argum
 def test_settings_may_stand_on_both_sides_of_an_option(tmp_path, here):
     assert_refused(here(tmp_path, "encode", "data=digits", "--out", "codes", "training.batch_size=0"), "training.batch_size=0 cannot be")
     assert_refused(here(tmp_path, "train", "data=digits", "--check", "training.batch_size=0"), "training.batch_size=0 cannot be")
+
+
+def test_singles_and_the_sheet_have_names_of_their_own(tmp_path, here):
+    for out in ("singles/000.png", "./singles/../singles/12.png"):
+        assert_refused(here(tmp_path, "generate", "a two", "--singles", "singles", "--out", out, "--model", "none"), "choose another name")
+    assert_refused(here(tmp_path, "generate", "a two", "--singles", "singles", "--out", "singles/all.png", "--model", "none"), "none")
+
+
+@pytest.mark.parametrize("name, library", [("8bit_adamw", "bitsandbytes"), ("lion", "lion_pytorch")])
+def test_a_library_that_is_missing_here_is_no_mistake_of_the_file(tmp_path, here, monkeypatch, name, library):
+    monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
+    asked = "data=digits", f"optimizer.name={name}"
+    for command in (["check"], ["train", "--check"]):
+        process = here(tmp_path, *command, *asked)
+        assert process.returncode == 0 and "training, one process" in process.stdout
+        assert process.stderr.startswith("musekit: warning: ") and "pip install" in process.stderr
+    assert_refused(here(tmp_path, "train", *asked), "pip install")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_warm_up_longer_than_the_run_is_told(tmp_path, here):
+    with pytest.warns(UserWarning, match="warmup_steps=6 is above training.max_train_steps=5"):
+        here(tmp_path, "check", "data=digits", "lr_scheduler.params.warmup_steps=6", "training.max_train_steps=5")
 
 
 def test_bad_folders(tmp_path, here):

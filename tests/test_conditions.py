@@ -3,10 +3,13 @@ import io
 import json
 import random
 import shutil
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -21,11 +24,14 @@ from musekit.data.encoded import BatchEncoder, encode_dataset
 from musekit.data.features import FeatureTable, collect_features
 from musekit.data.image_text import ImageTextConfig, make_loader
 from musekit.data.packing import write_shards, write_tars
+from musekit.data.pre_encoded import open_encoded
 from musekit.data.token_shards import write_token_shards
 from musekit.metrics import DigitFeatures
 from musekit.models.paella_vq import PaellaVQModel
 from musekit.pipeline import Pipeline
+from musekit.stages import find_shards
 from musekit.train import configure, train
+from musekit.train_tokenizer import find_images
 from musekit.training.history import read_log
 from musekit.training.resume import step_seed
 
@@ -141,7 +147,7 @@ def test_texts(place, name):
     assert pipeline.text_encoder.use_pooled == (name in ("clip, pooled", "names of classes"))
     assert len(pipeline(["a red one", "a blue two"], seed=0)) == 2
     if name == "names of classes":
-        assert next(iter(recipe.loader(recipe.eval_urls)))["text"][0].startswith("the digit ")
+        assert next(iter(recipe.everything(recipe.eval_urls)))["text"][0].startswith("the digit ")
 
 
 @pytest.mark.parametrize("encode_first", [False, True], ids=["images", "encoded"])
@@ -224,7 +230,7 @@ def test_pictures_without_captions(place):
 ])
 def test_layouts(place, key, data, size):
     recipe, pipeline = run_and_resume(place, key, f"dataset.params.{key}=true", clip(place), data=data)
-    batch = next(iter(recipe.loader(recipe.eval_urls)))
+    batch = next(iter(recipe.everything(recipe.eval_urls)))
     assert batch["micro_conds"][0].tolist() == [*size, 0, 0, 5]
     picture = digits(100, 1)[0]["image"]
     if key != "is_ds_clean_upscaled":  # the one picture that counts is the digit, pixel by pixel
@@ -290,6 +296,29 @@ def test_codes_and_pictures_are_told_apart(place, form):
     for name in ("", "/shard-000000.tar"):
         with pytest.raises(ValueError, match="holds pictures and no codes; set training.pre_encode=false"):
             train(configure(None, [*given, f"data={place}/digits/train{name}"]), progress=False)
+
+
+def test_pictures_beside_a_table_of_metadata(place, tmp_path):
+    "As the hub keeps them: to be trained on, and no codes."
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(2):
+        Image.new("RGB", (32, 32)).save(photos / f"{number}.png")
+        (photos / f"{number}.txt").write_text("a black square")
+    pq.write_table(pa.table({"file_name": ["0.png", "1.png"]}), photos / "metadata.parquet")
+    assert len(find_shards(str(photos), tmp_path / "work")) == 1
+    assert len(find_images("photos", tmp_path / "work", base_dir=tmp_path)) == 2
+    with pytest.raises(ValueError, match="metadata.parquet was not written by encode_dataset"):
+        open_encoded(photos)
+
+
+def test_classes_of_columns_are_read_once(place, monkeypatch):
+    source = open_encoded(encoded(place, "parquet", False) / "train")
+    config = ImageTextConfig(batch_size=4, class_names={number: str(number) for number in range(10)})
+    source.loader(config, training=False)
+    monkeypatch.setattr(source.dataset, "paths", [])  # whoever reads again finds no class
+    with pytest.raises(ValueError, match="holds class 5, which is none of the 5 known classes"):
+        source.loader(replace(config, class_names=dict(list(config.class_names.items())[:5])), training=False)
 
 
 def test_pre_encoded_refusals(place):

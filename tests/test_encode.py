@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset
+from PIL import Image
 from transformers.utils import logging
 
 from musekit import files
@@ -166,6 +167,22 @@ def test_two_ranks_write_what_one_writes(place, whole, tmp_path):
         child.join(120)
     assert [child.exitcode for child in children] == [0, 0]
     assert content(tmp_path / "out") == whole["parquet"]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_codes_are_not_encoded_again(place, whole, tmp_path, monkeypatch, world):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    write_tars([{"vq.pth": b"ids", "txt": b"a cat"}], tmp_path / "codes")
+    with pytest.raises(ValueError, match="holds codes and no pictures"):
+        encode(place, tmp_path / "out", f"data={tmp_path}/codes")
+
+
+def test_a_folder_of_pictures_is_packed_by_one_process_alone(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "photos" / "a.png")
+    with pytest.raises(ValueError, match="there are no shards in .*photos, and pictures in a folder are packed by one process"):
+        encode(place, tmp_path / "out", f"data={tmp_path}/photos")
 
 
 def dies_with_workers(place, out, pids):

@@ -7,12 +7,14 @@ import torch
 from PIL import Image
 
 from musekit.cli import main
-from musekit.data.conditions import ClipTrainingConfig, TextEncoder, build_clip, text_tower, train_tokenizer
+from musekit.data.conditions import ClassEncoder, ClipTrainingConfig, TextEncoder, build_clip, text_tower, train_tokenizer
 from musekit.data.digits import draw, test_prompts as held_out_prompts
 from musekit.data.encoded import EncodedDataset, encoded_loader
 from musekit.data.features import collect_features
+from musekit.data.packing import write_shards
 from musekit.metrics import DigitFeatures
 from musekit.models.paella_vq import PaellaVQModel
+from musekit.models.transformer import MaskGitTransformer
 from musekit.models.uvit import MaskGiTUViT
 from musekit.pipeline import Pipeline
 from musekit.plots import run_figures
@@ -90,6 +92,20 @@ def test_evaluate_against_a_folder_of_images(place, capsys):
     assert musekit(*common) == 2 and "say what looks at the images" in capsys.readouterr().err
     assert musekit(*common, "--features", "inception=nowhere.pth") == 2
     assert "no weights nowhere.pth" in capsys.readouterr().err
+
+
+def test_classes_are_digits_only_where_the_data_are(place, tmp_path):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=77, codebook_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    transformer = MaskGitTransformer(**sizes, num_classes=12, num_vq_tokens=64, max_position_embeddings=65)
+    tokenizer = PaellaVQModel(levels=2, bottleneck_blocks=1, c_hidden=8, codebook_size=64)
+    things = ClassEncoder(12, {number: f"thing {number}" for number in range(12)})
+    Pipeline(transformer, tokenizer, things).save_pretrained(tmp_path / "things")
+    write_shards([dict(image=Image.new("RGB", (32, 32), (9 * n, 0, 0)), text="", class_id=n % 10) for n in range(24)], tmp_path / "data")
+    command = ["evaluate", tmp_path / "things", f"data={tmp_path / 'data'}", "--features", f"clip={place / 'clip'}", "--samples", 20, "--steps", 2]
+    for judge, agrees in (([], True), (["--judge", "digits"], False)):
+        assert musekit(*command, *judge, "--out", tmp_path / "out.json") == 0
+        assert ("agreement" in json.loads((tmp_path / "out.json").read_text())) is agrees
 
 
 class Look(Callback):

@@ -246,6 +246,8 @@ def read_sample(
 # %% ../../nbs/20_data.metadata.ipynb #e57bdbb8
 def load_class_names(path) -> dict[int, str]:
     "Class names by id from a JSON object or list; of pairs like ImageNet's [id, name] the last counts."
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is no file; give a JSON file with a list or an object of class names")
     try:
         names = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(names, dict | list):

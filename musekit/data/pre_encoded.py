@@ -16,17 +16,19 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from torch import nn
 
 from .encoded import EncodedDataset, encoded_loader
 from .image_text import ImageTextConfig, make_loader
-from .packing import expand_urls, forms_of
+from .packing import locate
 from .token_shards import UNCONDITIONAL, TokenReader, member_name, read_unconditional
 from ..files import write_aside
 
@@ -264,7 +266,8 @@ class EncodedSource:
         **place,  # rank, world_size, start_batch, as in `make_loader`
     ) -> Iterable[dict]:
         "Batches of image_ids (B, N) int64, text states, micro_conds (B, 5), perhaps class_ids; and `keys`."
-        self._check_filter(config.metadata_filter), self._check_classes(config.class_names)
+        self._check_filter(config.metadata_filter)
+        self._check_classes(config.class_names)
         if self.dataset is not None:
             ahead = {"num_workers": config.num_workers, "pin_memory": config.pin_memory,
                      "persistent_workers": config.persistent_workers and config.num_workers > 0}
@@ -276,11 +279,17 @@ class EncodedSource:
 
     def _check_classes(self, known):
         "A class that a run does not know is an error here; in tars it is an unusable sample."
-        if self.dataset is None or known is None or "class_ids" not in self.dataset.columns:
-            return
-        if others := {row[0] for row in self.dataset.words("class_ids")} - set(known):
+        if known is not None and (others := self._classes - set(known)):
             raise ValueError(f"{self.urls[0]} holds class {min(others)}, which is none of the {len(known)} known "
                              "classes; see model.transformer.num_classes")
+
+    @cached_property
+    def _classes(self):
+        "The classes that Parquet files hold."
+        if self.dataset is None or "class_ids" not in self.dataset.columns:
+            return set()
+        read = (pq.read_table(path, columns=["class_ids"])["class_ids"] for path in self.dataset.paths)
+        return {number for rows in read for number in pc.unique(pc.list_flatten(rows)).to_pylist()}
 
     def _check_filter(self, wanted):
         "Codes were filtered when they were made; only tars from elsewhere still hold what a filter reads."
@@ -315,18 +324,21 @@ def open_encoded(
     dtype: torch.dtype | None = torch.float32,  # of text states handed out; None: as stored
 ) -> EncodedSource:
     "Opens pre-encoded data; raises FileNotFoundError or ValueError where there is none, or only a part."
-    if forms_of(spec, base_dir) == {"images"}:
+    found = locate(spec, base_dir)
+    if found.folder and (found.folder / MANIFEST).is_file():
+        return _open_folder(found.folder, dtype)
+    if found.forms == {"pictures"}:
         raise ValueError(f"{spec} holds pictures and no codes; set training.pre_encode=false to train on them, or "
                          "make codes of them first: musekit encode")
-    places = (Path(spec).expanduser(), Path(base_dir or "") / spec) if isinstance(spec, (str, Path)) else ()
-    for folder in places:
-        if (folder / MANIFEST).is_file():
-            manifest, records = _read_folder(folder)
-            if not records:
-                raise ValueError(f"{folder} holds no sample: every one was left out when it was encoded")
-            urls = [str(folder / record["file"]) for record in records]
-            return EncodedSource(urls, dtype, manifest, [record["samples"] for record in records])
-        if folder.is_dir() and list(folder.glob("*.parquet")):
-            return EncodedSource(sorted(map(str, folder.glob("*.parquet"))), dtype)
+    if not found.shards:
+        raise FileNotFoundError(f"no *.parquet and no *.tar in the folder {found.folder}")
     members = [checkpoint and member_name(checkpoint) for checkpoint in (vq_checkpoint, text_checkpoint)]
-    return EncodedSource(expand_urls(spec, base_dir), dtype, members=members)
+    return EncodedSource(found.shards, dtype, members=members)
+
+
+def _open_folder(folder, dtype):
+    manifest, records = _read_folder(folder)
+    if not records:
+        raise ValueError(f"{folder} holds no sample: every one was left out when it was encoded")
+    urls = [str(folder / record["file"]) for record in records]
+    return EncodedSource(urls, dtype, manifest, [record["samples"] for record in records])

@@ -190,7 +190,7 @@ class InpaintingCanvas(Closing):
         self.guidance = slider("guidance", settings.guidance_scale, 0.0, 10.0)
         self.said = widgets.HTML("Paint on the picture, with Shift to take paint off.")
         widgets.link((self.brush, "value"), (self.canvas, "brush"))
-        self.canvas.observe(lambda change: self._say("Press Fill."), "mask")
+        self.canvas.observe(self._tell_paint, "mask")
         acts = {"Fill": self.fill, "Back": self.back, "Wipe": self.wipe}
         self.buttons = [self._button(name, act) for name, act in acts.items()]
         controls = [self.prompt, self.brush, self.steps, self.guidance, widgets.HBox(self.buttons), self.said]
@@ -219,6 +219,9 @@ class InpaintingCanvas(Closing):
         "Takes the paint off."
         self.canvas.clear()
         self._say("No paint.")
+
+    def _tell_paint(self, change):
+        self._say("Press Fill." if self.canvas.painted.any() else "No paint.")
 
     def _say(self, text):
         self.said.value = text

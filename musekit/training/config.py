@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OLD_KEYS', 'LAYOUT_KEYS', 'known_keys', 'load_config', 'condition_of', 'reads_pooled', 'class_names', 'known_classes',
            'num_classes', 'layout_of', 'check_conditions', 'check_network', 'check_folder', 'check_encoding',
-           'read_prompts', 'sample_prompts', 'save_config', 'flatten', 'describe', 'plot_sections']
+           'save_config', 'flatten', 'describe', 'plot_sections']
 
 # %% ../../nbs/31_training.config.ipynb #d192f6f2
 import dataclasses
@@ -102,12 +102,12 @@ def load_config(
     schema: type[Section] = Config,  # the tree of sections to fill
 ) -> Section:  # a `schema`
     "Merges defaults, YAML files and overrides; a `ValueError` names the key of whatever cannot be."
-    paths = path if isinstance(path, list) else [path]
+    paths = path if isinstance(path, list) else [path] if path else []
     try:
         config = _merge(schema, *map(_read_yaml, paths), _read_overrides(overrides))
     except (YAMLError, UnicodeDecodeError) as error:
         told = " ".join(str(error).split())
-        names = " or ".join(str(each) for each in paths if each) or "an override"
+        names = " or ".join(map(str, paths)) or "an override"
         raise ValueError(f"{names} is no valid YAML: {told}") from error
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
@@ -117,7 +117,14 @@ def load_config(
     config.experiment.name = config.experiment.name or Path(config.experiment.output_dir).resolve().name
     config.experiment.resume_from_checkpoint = config.experiment.resume_from_checkpoint or None
     config.check("")
+    _check_place(Path(config.experiment.output_dir))
     return config
+
+
+def _check_place(folder):
+    for place in (folder, *folder.parents):
+        if place.is_file():
+            raise ValueError(f"experiment.output_dir={folder}: {place} is a file; name a folder.")
 
 
 def _merge(schema, *layers):
@@ -149,13 +156,16 @@ def _without_empty(given, section):
 
 
 def _read_yaml(path):
-    if path is None:
-        return OmegaConf.create({})
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no configuration file {str(path)!r}.")
-    given = OmegaConf.load(path)
+    try:
+        given = OmegaConf.load(path)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        given = None  # a bare number
     if not isinstance(given, DictConfig):
-        raise ValueError(f"{path} holds a list; a configuration has sections such as 'training:'.")
+        raise ValueError(f"{path} holds no sections; a configuration has sections such as 'training:'.")
     return given
 
 
@@ -270,27 +280,6 @@ def check_encoding(config: Config):
     if (training.encode_first or training.pre_encode) and pixels.random_flip:
         raise ValueError("dataset.preprocessing.random_flip=true needs the images in every step; set "
                          "training.encode_first=false and training.pre_encode=false.")
-
-# %% ../../nbs/31_training.config.ipynb #15f8ff4e
-def read_prompts(path: str | Path) -> list[str]:
-    "The lines of a text file that are not empty."
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"dataset.params.validation_prompts_file={path} does not exist.")
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    if not any(lines):
-        raise ValueError(f"dataset.params.validation_prompts_file={path} holds no prompt; write one a line.")
-    return [line for line in lines if line]
-
-
-def sample_prompts(config: Config, texts: list[str]) -> list[str]:
-    "What the sample images of a run show: the configured prompts, or eight captions of the data."
-    path = config.dataset.params.validation_prompts_file
-    if path is not None:
-        return read_prompts(path)
-    if condition_of(config) == "class":
-        texts = map(str, range(num_classes(config)))
-    different = sorted(set(texts) - {""}) or [""] * 8  # nothing to say: eight pictures of anything
-    return different[:: max(1, len(different) // 8)][:8]
 
 # %% ../../nbs/31_training.config.ipynb #73eb70ef
 def save_config(

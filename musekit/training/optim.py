@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NO_DECAY', 'decays', 'parameter_groups', 'plot_parameter_groups', 'scaled_learning_rate', 'make_optimizer',
-           'make_scheduler', 'learning_rates', 'check_optimization', 'plot_learning_rates']
+           'make_scheduler', 'learning_rates', 'check_optimization', 'check_library', 'plot_learning_rates']
 
 # %% ../../nbs/32_training.optim.ipynb #fcd8b7c0
 import importlib
+import warnings
 
 import torch
 from torch import nn
@@ -123,8 +124,17 @@ def learning_rates(config: Config) -> list[float]:
 
 # %% ../../nbs/32_training.optim.ipynb #ccd77a3d
 def check_optimization(config: Config):
-    "Raises a ValueError for an optimizer that cannot be made here, or a schedule that cannot be followed."
-    make_scheduler(make_optimizer(nn.Linear(1, 1), config), config)
+    "Raises a ValueError for a schedule that cannot be followed; the optimizer's library need not be there."
+    make_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(()))]), config)
+    warmup, steps = config.lr_scheduler.params.warmup_steps, config.training.max_train_steps
+    if warmup > steps and config.lr_scheduler.scheduler != "constant":
+        warnings.warn(f"lr_scheduler.params.warmup_steps={warmup} is above training.max_train_steps={steps}: the run "
+                      "ends before it reaches its learning rate.", stacklevel=2)
+
+
+def check_library(config: Config):
+    "Raises a ValueError where the optimizer cannot be made on this machine."
+    make_optimizer(nn.Linear(1, 1), config)
 
 # %% ../../nbs/32_training.optim.ipynb #76fd3045
 def plot_learning_rates(runs: dict[str, list[float]], ax=None):
