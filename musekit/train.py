@@ -48,13 +48,11 @@ from .training.trainer import Trainer, make_accelerator
 # %% ../nbs/45_train.ipynb #b2bb3387
 def check_recipe(config: Config):
     "Refuses what the recipe cannot do, before anything is read or built."
-    model = config.model
-    check_folder("model.pretrained_model_path", model.pretrained_model_path)
+    check_folder("model.pretrained_model_path", config.model.pretrained_model_path)
     check_conditions(config)
-    needed = {"vq_model": (model.vq_model, vq_training)}
-    if condition_of(config) == "text":
-        needed["text_encoder"] = model.text_encoder, clip_training
-    for name, (section, check_training) in needed.items():
+    needed = [("vq_model", vq_training)] + [("text_encoder", clip_training)] * (condition_of(config) == "text")
+    for name, check_training in needed:
+        section = getattr(config.model, name)
         check_network(f"model.{name}", section, config.training.pre_encode)
         if not section.pretrained:
             check_training(config)
