@@ -187,7 +187,7 @@ def live(panel):
 def browsers(open_panel):
     panel = open_panel("codes = browse_codebook")
     panel.shot("first")
-    panel.changes(lambda: panel.drag("rank by use", -120), "dragging the rank")
+    panel.changes(lambda: panel.drag("rank by use", 120), "dragging the rank")
     panel.changes(lambda: panel.key("rank by use", Keys.ARROW_LEFT), "a key on the rank")
     panel.shot("dragged")
     panel = open_panel("browser = ShardBrowser")
