@@ -53,9 +53,15 @@ def run(watched):
     # the block is counted last, so that what is drawn in its last step counts too
     trainer.callbacks[:] = [watching, block] if watched else [block]
     trainer.stop, before = False, watching.spent
-    alone = threading.Thread(target=trainer.fit)
-    panel.go_on() if watched else trainer.fit() if {main_thread} else (alone.start(), alone.join())
-    panel.wait()
+    if watched:
+        panel.go_on()
+        panel.wait()
+    elif {main_thread}:
+        trainer.fit()
+    else:
+        alone = threading.Thread(target=trainer.fit)
+        alone.start()
+        alone.join()
     return dict(watched=watched, step=block.took / block.steps, cpu=block.used / block.steps,
                 share=(watching.spent - before) / block.took)
 
