@@ -18,6 +18,7 @@ import webdataset
 from PIL import Image
 from transformers.utils import logging
 
+from children import CHILDREN
 from musekit import files
 from musekit.data.conditions import ClipTrainingConfig, TextEncoder, build_clip, text_tower, train_tokenizer
 from musekit.data.digits import train_samples
@@ -28,8 +29,6 @@ from musekit.data.pre_encoded import MANIFEST, open_encoded
 from musekit.encode import EncodeOptions, Totals, configure_encoding, encode_shards, load_networks
 from musekit.stages import VQ_MODELS, image_text_config
 
-CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["musekit.encode", "musekit.data.digits", "sklearn.datasets"])
 logging.disable_progress_bar()
 SHARDS, TENSORS = 3, ("image_ids", "encoder_hidden_states", "cond_embeds", "micro_conds")
 

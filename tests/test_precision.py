@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from toy_training import CHILDREN, tiny_trainer, write_data
+from children import CHILDREN
+from toy_training import tiny_trainer, write_data
 
 
 def run(folder, data, precision, pipe):

@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from children import CHILDREN
 import musekit.training.callbacks as callbacks_module
 import musekit.training.resume as resume_module
 from musekit.training.callbacks import Callback, Checkpoint, Log, read_log
 from musekit.files import PARTIAL
 from musekit.training.resume import checkpoints
-from toy_training import CHILDREN, SAVE_EVERY, STEPS, DieAt, die, tiny_trainer, write_data
+from toy_training import SAVE_EVERY, STEPS, DieAt, die, tiny_trainer, write_data
 
 
 def die_instead_of(module, name, times=0):

@@ -13,11 +13,13 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from children import CHILDREN
 from moody_server import serving
 from musekit.shards.catalog import Dataset, dataset_of
 from musekit.shards.command import main
@@ -28,8 +30,6 @@ from musekit.shards.plan import list_shards, verify_shards
 from musekit.shards.store import Cache, list_backups, new_set, read_manifest
 
 SMALL = Layout(rows_per_shard=200, rows_per_group=50, num_shards=4)
-CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["musekit.shards.command"])
 
 
 def texts(seed, count):
@@ -716,7 +716,9 @@ def test_a_token_is_never_told(cache, monkeypatch, capsys):
 def test_ctrl_c_is_one_line(server, cache, more):
     server.pause, old = 0.3, digests(cache.data)
     command = [sys.executable, "-m", "musekit.shards", "--repo", "me/words", "--pattern", "part-{0..2}.parquet", "--cache-dir", cache.folder, *more]
-    with subprocess.Popen(command, env=os.environ | {"HF_ENDPOINT": server.url}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in the background of a script Ctrl-C is ignored
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": listen}
+    with subprocess.Popen(command, env=os.environ | {"HF_ENDPOINT": server.url}, **options) as process:
         while not server.asked:
             time.sleep(0.02)
         time.sleep(0.3)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from children import CHILDREN
 from musekit.data.digits import train_samples
 from musekit.models.vqgan import VQGANModel
 from musekit.train_tokenizer import VQ_MODELS
@@ -19,7 +20,7 @@ from musekit.training.tokenizer import VQConfig, VQTrainer
 from test_cli import TINY, assert_refused, here, make_photos, musekit, some_digits  # noqa: F401, a fixture among them
 from test_cli import launch as launch_command
 from toy_training import launch
-from toy_training import CHILDREN, DieAt
+from toy_training import DieAt
 
 STEPS = 10
 EVERYTHING = [  # whatever has state or draws random numbers

@@ -1,11 +1,11 @@
 """A tiny U-ViT on a small pre-encoded file: what the tests of the training floor train."""
-import multiprocessing
 import os
 import signal
 import socket
 
 import torch
 
+from children import CHILDREN
 from musekit.data.encoded import EncodedDataset, encode_dataset, encoded_loader
 from musekit.models.uvit import MaskGiTUViT
 from musekit.training.callbacks import Callback, Checkpoint, Log
@@ -13,11 +13,6 @@ from musekit.training.config import load_config
 from musekit.training.trainer import Trainer
 
 STEPS, SAVE_EVERY = 12, 3
-
-# a server that imports the slow libraries once; each child is a fresh process forked from it
-CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["musekit.training.callbacks", "musekit.data.encoded", "musekit.models.uvit",
-                                 "transformers.optimization", "torch._dynamo"])
 
 
 def die():

@@ -17,7 +17,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from .packing import expand_urls, write_shards
 from ..files import write_aside
@@ -114,6 +113,8 @@ def held_out_wordings(digit: int, ink: str, paper: str) -> set[int]:
 # %% ../../nbs/25_data.digits.ipynb #110e751c
 def split_samples(test_share: float = 0.2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     "Indices of the handwritten samples of the training and of the test split, the same share of every digit."
+    from sklearn.datasets import load_digits  # a slow import, for those who draw digits alone
+
     target = load_digits().target
     rng = np.random.default_rng(seed)
     of_digit = [rng.permutation(np.flatnonzero(target == digit)) for digit in range(10)]
@@ -129,6 +130,8 @@ def make_samples(
     seed: int,
 ) -> Iterator[dict]:
     "Samples for `write_shards`: image, text, metadata that says what is to be seen, and the digit as class."
+    from sklearn.datasets import load_digits
+
     data, rng = load_digits(), np.random.default_rng(seed)
     for index in indices:
         digit = int(data.target[index])
