@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .data.conditions import TextEncoder, load_encoder
-from .data.pictures import fade_tokens, read_mask, to_images, to_pixels, token_mask
+from .data.pictures import fade_tokens, read_mask, read_picture, to_images, to_pixels, token_mask
 from .files import folder_aside
 from musekit.generation import (
     GenerationConfig, generate_guided, negative_conditions, prompt_conditions, refuse_unknown,
@@ -186,7 +186,7 @@ class ImagePipeline(TokenPipeline):
         return (images, [finish(r["sampled"], r["hidden"]) for r in records]) if return_steps else images
 
     @torch.no_grad()
-    def encode(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
+    def encode(self, image: Image.Image | np.ndarray | Tensor) -> tuple[Tensor, tuple[int, int]]:
         "The tokens (1, N) of a picture, continued to a size that the transformer takes, and their grid."
         pixels = to_pixels(image, self.multiple)
         grid = pixels.shape[-2] // self.factor, pixels.shape[-1] // self.factor
@@ -202,22 +202,22 @@ class ImagePipeline(TokenPipeline):
 
     def inpaint(
         self,
-        image: Image.Image,  # of any size; for best results that of the training pictures
+        image: Image.Image | np.ndarray | Tensor,  # see `read_picture`; of any size, for best results that of the training pictures
         mask: Image.Image | np.ndarray,  # of the image's size, see `read_mask`
         prompts: str | list[str] | None = None,
         **options,  # of `__call__`
     ) -> list[Image.Image] | np.ndarray | Tensor | tuple:
         "Draws what is under the mask anew; every other pixel stays as it is."
-        hidden = read_mask(mask, image.size)
-        ids, grid = self.encode(image)
+        image = read_picture(image)
+        hidden, (ids, grid) = read_mask(mask, image.size), self.encode(image)
         anew = token_mask(hidden, self.factor, self.multiple).to(ids.device)
-        old, where = image.convert("RGB"), Image.fromarray(hidden)
-        paste = lambda new: Image.composite(new.crop((0, 0, *image.size)), old, where)
+        where = Image.fromarray(hidden)
+        paste = lambda new: Image.composite(new.crop((0, 0, *image.size)), image, where)
         return self(prompts, start=ids.masked_fill(anew, self.mask_token_id), grid=grid, mend=paste, **options)
 
     def outpaint(
         self,
-        image: Image.Image,
+        image: Image.Image | np.ndarray | Tensor,  # see `read_picture`
         margins: tuple[int, int, int, int],  # pixels to add left, above, right and below
         prompts: str | int | list[str] | list[int] | None = None,  # numbers are classes
         **options,  # of `__call__`
@@ -225,7 +225,7 @@ class ImagePipeline(TokenPipeline):
         "Draws what might be around a picture, which itself stays as it is."
         if len(margins) != 4 or not any(margins) or not all(hasattr(m, "__index__") and m >= 0 for m in margins):
             raise ValueError(f"margins must be 4 whole numbers (left, above, right, below), got {margins}")
-        (left, above, right, below), pixels = margins, np.asarray(image.convert("RGB"))
+        (left, above, right, below), pixels = margins, np.asarray(read_picture(image))
         around = (above, below), (left, right)
         canvas = Image.fromarray(np.pad(pixels, (*around, (0, 0)), mode="edge"))
         hidden = np.pad(np.zeros(pixels.shape[:2], bool), around, constant_values=True)
@@ -233,7 +233,7 @@ class ImagePipeline(TokenPipeline):
 
     def vary(
         self,
-        image: Image.Image,
+        image: Image.Image | np.ndarray | Tensor,  # see `read_picture`
         ratio: float,  # share of the tokens drawn anew, above 0 and up to 1
         prompts: str | int | list[str] | list[int] | None = None,  # numbers are classes
         *,
@@ -245,6 +245,7 @@ class ImagePipeline(TokenPipeline):
         "Variations of a picture: in each a random share of the tokens is drawn anew."
         if not 0 < ratio <= 1:
             raise ValueError(f"ratio must be above 0 and at most 1, got {ratio}")
+        image = read_picture(image)
         ids, grid = self.encode(image)
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         rows = max(map(len, conditions.values())) if conditions else np.size(prompts)
