@@ -229,6 +229,10 @@ def _what_is_wrong(arguments, given):
         return "--list-backups goes with --cache-dir alone"
     if arguments.restore is not None and given - {"restore", "cache_dir", "skip_backup", "quiet"}:
         return "a backup's name stands behind --restore, which goes with --cache-dir, --skip-backup and --quiet alone"
+    if arguments.dry_run and arguments.quiet:
+        return "--dry-run only prints, which --quiet forbids"
+    if arguments.remote and given & {"workers", "download_dir"}:
+        return "--remote downloads no files, so --workers and --download-dir do not go with it"
     if arguments.pattern and not arguments.repo:
         return "--pattern goes with --repo OWNER/NAME"
     nameless = arguments.datasets and not arguments.name

@@ -142,12 +142,23 @@ def _read_backup(path):
         if not note.is_file():
             return Backup(name, path, problem="it has no source.txt: its copy was never finished")
         words = (note.read_text(encoding="utf-8").split() or ["unknown"])[0]
-        origin = read_manifest(path / "data").get("dataset") or (ORIGINAL if ORIGINAL in words else words)
+        manifest = read_manifest(path / "data")
+        _look_at_ends(path / "data", manifest)
+        origin = manifest.get("dataset") or (ORIGINAL if ORIGINAL in words else words)
         sizes = [size for name, size in _contents(path).items() if name.endswith(".parquet")]
         date = datetime.fromtimestamp(note.stat().st_mtime)
         return Backup(name, path, origin, len(sizes), sum(sizes), date, "" if sizes else "it holds no shards")
     except (OSError, ValueError, AttributeError) as error:
         return Backup(name, path, problem=f"it cannot be read: {error}")
+
+
+def _look_at_ends(folder, manifest):
+    "A ValueError for a shard that is missing or was cut off: what a Parquet file holds is told at its end."
+    for shard in sorted({*(shard["name"] for shard in manifest.get("shards", [])), *list_shards(folder)}):
+        try:
+            pq.read_metadata(folder / shard)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{shard}: {error}".rstrip(".")) from error
 
 
 def origin_of(cache: Cache) -> str:
@@ -286,7 +297,7 @@ def find_backup(backups: list[Backup], name: str | None = None) -> Backup:
     if name is None:
         original = [backup for backup in good if backup.origin == ORIGINAL]
         if not good:
-            told = f": {len(backups)} cannot be used" if backups else ""
+            told = f": {len(backups)} cannot be used, the last since {backups[-1].problem}" if backups else ""
             raise ValueError(f"there is no backup that could be restored{told}.")
         return original[0] if original else good[-1]
     name = name.removeprefix("backup_")
