@@ -1,12 +1,11 @@
 """How much slower training is while it is watched live in a notebook.
 
-    python benchmarks/live.py [--blocks 20] [--seconds 3] [--share 0.01] [--main-thread]
+    python benchmarks/live.py [--blocks 10] [--seconds 10] [--share 0.01]
 
 Starts a notebook kernel and trains in it, in blocks of some seconds that are watched and not watched by turns, so that whatever
 else the machine does meets both alike. Reports the ratio of a step's time and of its processor time, watched to not watched, of neighbouring blocks:
 the median and the quartiles; and the share that the callback itself measured. On a busy machine only the processor time tells.
-Watched training runs in a thread, so that the notebook stays usable, and so does training that is not watched, unless --main-thread is given: the difference
-between the two is what a second thread costs (OpenMP keeps a pool of threads for each, and spins less while there are more of them than processors).
+Watched training runs in a thread, so that the notebook stays usable; unwatched training runs as in any cell, in the main thread.
 """
 import argparse
 import json
@@ -15,7 +14,7 @@ import statistics
 from jupyter_client.manager import start_new_kernel
 
 WORK = """
-import itertools, json, tempfile, threading, time
+import itertools, json, tempfile, time
 import torch
 from musekit.lab.live import LiveTraining
 from musekit.models.uvit import MaskGiTUViT
@@ -56,12 +55,8 @@ def run(watched):
     if watched:
         panel.go_on()
         panel.wait()
-    elif {main_thread}:
-        trainer.fit()
     else:
-        alone = threading.Thread(target=trainer.fit)
-        alone.start()
-        alone.join()
+        trainer.fit()
     return dict(watched=watched, step=block.took / block.steps, cpu=block.used / block.steps,
                 share=(watching.spent - before) / block.took)
 
@@ -73,10 +68,9 @@ print("RESULTS " + json.dumps(dict(blocks=results, points=len(watching.curve.mea
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=20, help="pairs of blocks (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="length of a block (default: %(default)s)")
+    parser.add_argument("--blocks", type=int, default=10, help="pairs of blocks (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of a block; a new thread starts slowly (default: %(default)s)")
     parser.add_argument("--share", type=float, default=0.01, help="as in LiveTraining (default: %(default)s)")
-    parser.add_argument("--main-thread", action="store_true", help="train in the kernel's main thread where nobody watches")
     options = parser.parse_args()
     manager, client = start_new_kernel()
     said = []

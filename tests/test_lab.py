@@ -2,8 +2,10 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import ROOT
 
@@ -28,3 +30,23 @@ def test_what_is_missing_is_asked_of_apt_get(tmp_path):
     done = run_lab(tmp_path, "--install")
     assert (tmp_path / "asked").read_text().splitlines() == ["--quiet=2 update", "--quiet=2 install --yes --no-install-recommends chromium-driver"]
     assert done.returncode == 1 and "apt-get install failed" in done.stderr
+
+
+THREADS = """
+import os, torch
+from musekit.lab.live import _leave_processors
+torch.set_num_threads(3)
+count = lambda: len(os.listdir("/proc/self/task"))
+before = count()
+torch.rand(1000, 1000).exp().sum()
+during = count()
+_leave_processors()
+print(before, during, count(), float(torch.ones(1000, 1000).sum()))
+"""
+
+
+@pytest.mark.skipif(not list(Path(torch.__file__).parent.glob("lib/libgomp*")) or not Path("/proc/self/task").is_dir(), reason="needs Linux and GNU's OpenMP")
+def test_a_run_in_the_background_does_not_share_the_processors_with_idle_helpers():
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True)
+    before, during, after, result = map(float, done.stdout.split())
+    assert during >= before + 2 and after <= during - 2 and result == 1e6

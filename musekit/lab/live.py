@@ -6,10 +6,12 @@
 __all__ = ['LossCurve', 'plot_losses', 'evaluations', 'Live', 'LiveTraining']
 
 # %% ../../nbs/75_lab.live.ipynb #5392960c
+import ctypes
 import html
 import threading
 import time
 import traceback
+from pathlib import Path
 
 import ipywidgets as widgets
 import torch
@@ -123,6 +125,12 @@ class Live(Callback):
         self.curve.waiting = [torch.tensor(loss) for loss in state["waiting"]]
 
 # %% ../../nbs/75_lab.live.ipynb #7a7f4719
+def _leave_processors():
+    "Ends the threads that GNU's OpenMP keeps for this one; the next large computation here starts them anew."
+    for library in Path(torch.__file__).parent.glob("lib/libgomp*"):
+        ctypes.CDLL(str(library)).omp_pause_resource_all(2)  # omp_pause_hard
+
+
 class LiveTraining(Closing):
     "A run in a thread of its own, with its losses, its newest samples, Stop and Go on. For a single process."
 
@@ -155,6 +163,7 @@ class LiveTraining(Closing):
             return
         self._join()
         self.trainer.stop, self.trainer.interrupted, self.stopping, self.error = False, None, False, None
+        _leave_processors()
         self.thread = threading.Thread(target=self._fit, name="training", daemon=True)
         self.thread.start()
 
