@@ -128,7 +128,9 @@ class Live(Callback):
 def _leave_processors():
     "Ends the threads that GNU's OpenMP keeps for this one; the next large computation here starts them anew."
     for library in Path(torch.__file__).parent.glob("lib/libgomp*"):
-        ctypes.CDLL(str(library)).omp_pause_resource_all(2)  # omp_pause_hard
+        openmp = ctypes.CDLL(str(library))
+        if hasattr(openmp, "omp_pause_resource_all"):  # of OpenMP 5
+            openmp.omp_pause_resource_all(2)  # hard: nothing is kept
 
 
 class LiveTraining(Closing):

@@ -58,7 +58,9 @@ def read_manifest(folder: str | Path) -> dict:
         manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
-    return manifest if isinstance(manifest, dict) else {}
+    shards = manifest.get("shards", []) if isinstance(manifest, dict) else None
+    named = isinstance(shards, list) and all(isinstance(each, dict) and {"name", "sha256"} <= each.keys() for each in shards)
+    return manifest if named else {}
 
 # %% ../../nbs/56_shards.store.ipynb #7ebdf893
 @contextmanager
