@@ -641,7 +641,7 @@ def test_a_dry_run_of_addresses_and_local_files(tmp_path, capsys):
     assert "download of unknown size, " in (said := capsys.readouterr().out) and "are read here" in said and "127.0.0.1:9/a.parquet" in said
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", "null", "\udcff", '{"shards": 1}', '{"dataset": "mine", "shards": [{}]}'])
+@pytest.mark.parametrize("damage", ["{", "[]", "null", "\udcff", '{"shards": 1}', '{"dataset": "mine", "shards": [{}]}', '{"shards": [{"name": 3, "sha256": ""}]}'])
 def test_a_damaged_manifest_stops_nothing(server, cache, damage):
     old = digests(cache.data)
     (cache.data / "manifest.json").write_bytes(damage.encode(errors="surrogateescape"))

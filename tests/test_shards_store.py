@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from musekit.shards import store
+from musekit.shards.command import backups_table
 from musekit.shards.rechunk import Layout, rechunk
 from musekit.shards.plan import list_shards, verify_shards
-from musekit.shards.store import Cache, back_up, exchange_folders, list_backups, lock, need_space, new_set, recover, restore
+from musekit.shards.store import Cache, back_up, damaged_shard, exchange_folders, list_backups, lock, need_space, new_set, recover, restore
 
 LAYOUT = Layout(rows_per_shard=20, rows_per_group=5, num_shards=3)
 
@@ -247,8 +248,17 @@ def test_a_damaged_backup_is_not_restored(cache, sets, damage, known):
                        "bytes inside": content[:60] + b"?" * 40 + content[100:]}[damage])
     with pytest.raises(ValueError, match=shard.name):
         restore(cache)
-    if damage in ("truncated", "gone wrong"):  # which shows without reading all of it
-        assert [shard.name in backup.problem for backup in list_backups(cache.folder)] == [True]
+    backup, = list_backups(cache.folder)
+    shows = damage in ("truncated", "gone wrong")  # without reading all of it
+    assert damaged_shard(backup) == (shard.name if shows else "") and (shard.name in backups_table(cache.folder)) == shows
+    if damage == "truncated" and not known:  # a damaged set is backed up once, and a damaged original is not passed over for another
+        again = Cache(cache.folder / "again")
+        shutil.copytree(kept / "data", again.data)
+        assert back_up(again) == back_up(again)
+        shutil.copytree(kept, cache.folder / "backup_other", copy_function=shutil.copy)
+        (cache.folder / "backup_other" / "data" / shard.name).write_bytes(content)
+        (cache.folder / "backup_other" / "source.txt").write_text("other")
+        assert [(backup.origin, damaged_shard(backup)) for backup in list_backups(cache.folder)] == [("climbmix", shard.name), ("other", "")]
     assert set_in_place(cache.data, sets) == "old"
 
 

@@ -28,7 +28,7 @@ from .convert import FULL, Options, convert, readable_size
 from .download import Connection
 from .plan import list_shards
 from .rechunk import CODECS, VALIDATION_SHARD, Layout
-from .store import Cache, list_backups, lock, recover, restore
+from .store import Cache, damaged_shard, list_backups, lock, recover, restore
 
 # %% ../../nbs/58_shards.command.ipynb #6f66c2d1
 def summary(manifest: dict, cache: Cache) -> str:
@@ -115,8 +115,8 @@ def backups_table(folder: str | Path) -> str:
     for backup in backups:
         what = f"cannot be restored: {backup.problem}"
         if not backup.problem:
-            size = f"{backup.shards:6} {readable_size(backup.bytes):>9}"
-            what = f"{backup.origin:{width}} {size}  {backup.date:%Y-%m-%d %H:%M}"
+            size, bad = f"{backup.shards:6} {readable_size(backup.bytes):>9}", damaged_shard(backup)
+            what = f"{backup.origin:{width}} {size}  {backup.date:%Y-%m-%d %H:%M}{bad and f'  damaged: {bad}'}"
         lines.append(f"{backup.name:{width}} {what}")
     return "\n".join(lines)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'JOURNAL', 'Cache', 'read_manifest', 'lock', 'need_space', 'Backup', 'list_backups', 'origin_of',
            'back_up', 'keep_present', 'exchange_folders', 'finish_exchange', 'new_set', 'recover', 'plot_states',
-           'find_backup', 'restore']
+           'find_backup', 'restore', 'damaged_shard']
 
 # %% ../../nbs/56_shards.store.ipynb #8e8ac55c
 import ctypes
@@ -59,7 +59,9 @@ def read_manifest(folder: str | Path) -> dict:
     except (FileNotFoundError, ValueError):
         return {}
     shards = manifest.get("shards", []) if isinstance(manifest, dict) else None
-    named = isinstance(shards, list) and all(isinstance(each, dict) and {"name", "sha256"} <= each.keys() for each in shards)
+    named = isinstance(shards, list) and all(
+        isinstance(each, dict) and isinstance(each.get("name"), str) and "sha256" in each for each in shards
+    )
     return manifest if named else {}
 
 # %% ../../nbs/56_shards.store.ipynb #7ebdf893
@@ -144,23 +146,12 @@ def _read_backup(path):
         if not note.is_file():
             return Backup(name, path, problem="it has no source.txt: its copy was never finished")
         words = (note.read_text(encoding="utf-8").split() or ["unknown"])[0]
-        manifest = read_manifest(path / "data")
-        _look_at_ends(path / "data", manifest)
-        origin = manifest.get("dataset") or (ORIGINAL if ORIGINAL in words else words)
+        origin = read_manifest(path / "data").get("dataset") or (ORIGINAL if ORIGINAL in words else words)
         sizes = [size for name, size in _contents(path).items() if name.endswith(".parquet")]
         date = datetime.fromtimestamp(note.stat().st_mtime)
         return Backup(name, path, origin, len(sizes), sum(sizes), date, "" if sizes else "it holds no shards")
     except (OSError, ValueError, AttributeError) as error:
         return Backup(name, path, problem=f"it cannot be read: {error}")
-
-
-def _look_at_ends(folder, manifest):
-    "A ValueError for a shard that is missing or was cut off: what a Parquet file holds is told at its end."
-    for shard in sorted({*(shard["name"] for shard in manifest.get("shards", [])), *list_shards(folder)}):
-        try:
-            pq.read_metadata(folder / shard)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{shard}: {error}".rstrip(".")) from error
 
 
 def origin_of(cache: Cache) -> str:
@@ -299,7 +290,7 @@ def find_backup(backups: list[Backup], name: str | None = None) -> Backup:
     if name is None:
         original = [backup for backup in good if backup.origin == ORIGINAL]
         if not good:
-            told = f": {len(backups)} cannot be used, the last since {backups[-1].problem}" if backups else ""
+            told = f": {len(backups)} cannot be used" if backups else ""
             raise ValueError(f"there is no backup that could be restored{told}.")
         return original[0] if original else good[-1]
     name = name.removeprefix("backup_")
@@ -323,6 +314,17 @@ def restore(cache: Cache, name: str | None = None, skip_backup: bool = False) ->
     with new_set(cache) as aside:
         _copy_set(backup.path, aside)
     return backup
+
+
+def damaged_shard(backup: Backup) -> str:
+    "The first shard that is missing, or whose end cannot be read; empty if there is none. Does not read all of them."
+    folder = backup.path / "data"
+    for shard in sorted({*(shard["name"] for shard in read_manifest(folder).get("shards", [])), *list_shards(folder)}):
+        try:
+            pq.read_metadata(folder / shard)
+        except (pa.ArrowException, OSError):
+            return shard
+    return ""
 
 
 def _check_backup(backup):
