@@ -113,7 +113,7 @@ def held_out_wordings(digit: int, ink: str, paper: str) -> set[int]:
 # %% ../../nbs/25_data.digits.ipynb #110e751c
 def split_samples(test_share: float = 0.2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     "Indices of the handwritten samples of the training and of the test split, the same share of every digit."
-    from sklearn.datasets import load_digits  # a slow import, for those who draw digits alone
+    from sklearn.datasets import load_digits  # slow to import, and only drawing needs it
 
     target = load_digits().target
     rng = np.random.default_rng(seed)

@@ -76,14 +76,18 @@ def read_picture(
     "One picture in RGB, however it is given; a ValueError for what is none."
     if isinstance(image, Image.Image):
         return image.convert("RGB")
-    if isinstance(image, Tensor):
-        image = image.detach().cpu().moveaxis(0, -1)
-        image = image.float() if image.is_floating_point() else image
-    pixels = np.asarray(image)
-    floats = np.issubdtype(pixels.dtype, np.floating)
-    if pixels.ndim != 3 or pixels.shape[2] != 3 or not (floats or pixels.dtype == np.uint8):
-        raise ValueError(f"a picture is a PIL image, an array (height, width, 3) of bytes or of floats in [0, 1], or a tensor "
-                         f"(3, height, width); got {type(image).__name__} {tuple(pixels.shape)} of {pixels.dtype}")
+    pixels = image
+    if isinstance(image, Tensor) and image.ndim == 3:
+        pixels = image.detach().cpu().permute(1, 2, 0)
+        pixels = (pixels.float() if pixels.is_floating_point() else pixels).numpy()
+    usable = isinstance(pixels, np.ndarray) and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size
+    floats = usable and np.issubdtype(pixels.dtype, np.floating)
+    if not usable or not (floats or pixels.dtype == np.uint8):
+        got = f"{type(image).__name__} {tuple(getattr(image, 'shape', ()))} of {getattr(image, 'dtype', 'no numbers')}"
+        raise ValueError("a picture is a PIL image, an array (height, width, 3) of bytes or of floats in [0, 1], or a tensor "
+                         f"(3, height, width); got {got}. Of a batch take one")
+    if floats and not (-0.01 <= pixels.min() and pixels.max() <= 1.01):
+        raise ValueError(f"a picture's floats are in [0, 1], these from {pixels.min():g} to {pixels.max():g}; scale them")
     return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8) if floats else pixels)
 
 

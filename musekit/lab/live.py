@@ -8,9 +8,11 @@ __all__ = ['LossCurve', 'plot_losses', 'evaluations', 'Live', 'LiveTraining']
 # %% ../../nbs/75_lab.live.ipynb #5392960c
 import ctypes
 import html
+import os
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -128,9 +130,8 @@ class Live(Callback):
 def _leave_processors():
     "Ends the threads that GNU's OpenMP keeps for this one; the next large computation here starts them anew."
     for library in Path(torch.__file__).parent.glob("lib/libgomp*"):
-        openmp = ctypes.CDLL(str(library))
-        if hasattr(openmp, "omp_pause_resource_all"):  # of OpenMP 5
-            openmp.omp_pause_resource_all(2)  # hard: nothing is kept
+        with suppress(OSError, AttributeError):  # not the library in use, or older than OpenMP 5
+            ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD).omp_pause_resource_all(2)  # hard: nothing is kept
 
 
 class LiveTraining(Closing):
