@@ -5,7 +5,8 @@
 Starts a notebook kernel and trains in it, in blocks of some seconds that are watched and not watched by turns, so that whatever
 else the machine does meets both alike. Reports the ratio of a step's time and of its processor time, watched to not watched, of neighbouring blocks:
 the median and the quartiles; and the share that the callback itself measured. On a busy machine only the processor time tells.
-Watched training runs in a thread, so that the notebook stays usable; unwatched training runs as in any cell, in the main thread.
+Watched training runs in a thread, so that the notebook stays usable; unwatched training runs as in any cell, in the main thread. So
+the ratio holds all that watching costs: the drawing, the counting and the second thread.
 """
 import argparse
 import json

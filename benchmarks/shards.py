@@ -115,10 +115,10 @@ def musekit(source, out, codec="zstd"):
 
 
 def bare(source, out):
-    """Nothing but pyarrow in the same two threads: no reasons, no UTF-8 check, no SHA-256, nothing waits for the disk."""
+    """The kit's two threads and its cutting, and nothing else: no reasons, no UTF-8 check, no SHA-256, no waiting for the disk."""
     from itertools import chain, islice
 
-    from musekit.shards.rechunk import Layout, read_ahead, regroup
+    from musekit.shards.rechunk import CODECS, SCHEMA, Layout, read_ahead, regroup
 
     def kept():
         parquet = pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False)
@@ -126,12 +126,12 @@ def bare(source, out):
             long_enough = pc.greater_equal(pc.utf8_length(batch["text"]), 50)
             yield batch["text"].filter(pc.and_(pc.greater_equal(batch["int_score"], 3), long_enough))
 
-    groups, schema, shards = read_ahead(regroup(kept(), Layout())), pa.schema([("text", pa.string())]), 0
+    groups, shards = read_ahead(regroup(kept(), Layout())), 0
     while (first := next(groups, None)) is not None:
-        with pq.ParquetWriter(f"{out}/shard_{shards:05d}.parquet", schema, compression="zstd", compression_level=1,
+        with pq.ParquetWriter(f"{out}/shard_{shards:05d}.parquet", SCHEMA, compression="zstd", compression_level=CODECS["zstd"],
                               use_dictionary=False, write_statistics=False) as writer:
             for group in chain([first], islice(groups, ROWS // GROUP - 1)):
-                writer.write_batch(pa.record_batch([group], schema=schema))
+                writer.write_batch(pa.record_batch([group], schema=SCHEMA))
         shards += 1
 
 

@@ -203,13 +203,14 @@ class ImagePipeline(TokenPipeline):
     def inpaint(
         self,
         image: Image.Image | np.ndarray | Tensor,  # see `read_picture`; of any size, for best results that of the training pictures
-        mask: Image.Image | np.ndarray,  # of the image's size, see `read_mask`
-        prompts: str | list[str] | None = None,
+        mask: Image.Image | np.ndarray | Tensor,  # of the image's size, see `read_mask`
+        prompts: str | int | list[str] | list[int] | None = None,  # numbers are classes
         **options,  # of `__call__`
     ) -> list[Image.Image] | np.ndarray | Tensor | tuple:
         "Draws what is under the mask anew; every other pixel stays as it is."
         image = read_picture(image)
-        hidden, (ids, grid) = read_mask(mask, image.size), self.encode(image)
+        hidden = read_mask(mask, image.size)
+        ids, grid = self.encode(image)
         anew = token_mask(hidden, self.factor, self.multiple).to(ids.device)
         where = Image.fromarray(hidden)
         paste = lambda new: Image.composite(new.crop((0, 0, *image.size)), image, where)

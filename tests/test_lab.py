@@ -2,12 +2,15 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import ROOT
+from musekit.lab import live
+from toy_training import tiny_trainer, write_data
 
 
 def run_lab(path, *options):
@@ -53,3 +56,13 @@ def test_a_run_in_the_background_does_not_share_the_processors_with_idle_helpers
     done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True)
     before, during, after, result = map(float, done.stdout.split())
     assert during >= before + 2 and after <= during - 2 and result == 1e6
+
+
+def test_a_watched_run_pauses_the_helpers_of_the_thread_that_starts_it(tmp_path, monkeypatch):
+    paused = []
+    monkeypatch.setattr(live, "_leave_processors", lambda: paused.append((threading.current_thread().name, panel.running)))
+    panel = live.LiveTraining(tiny_trainer(tmp_path / "run", write_data(tmp_path / "data.safetensors"), "training.max_train_steps=1"))
+    panel.go_on()
+    panel.wait()
+    panel.close()
+    assert paused == [("MainThread", False)]

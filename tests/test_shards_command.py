@@ -22,7 +22,7 @@ import pytest
 from children import CHILDREN
 from moody_server import serving
 from musekit.shards.catalog import Dataset, dataset_of
-from musekit.shards.command import main
+from musekit.shards.command import backups_table, main
 from musekit.shards.convert import Options, convert
 from musekit.shards.download import Connection
 from musekit.shards.rechunk import VALIDATION_SHARD, Layout
@@ -641,12 +641,17 @@ def test_a_dry_run_of_addresses_and_local_files(tmp_path, capsys):
     assert "download of unknown size, " in (said := capsys.readouterr().out) and "are read here" in said and "127.0.0.1:9/a.parquet" in said
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", "null", "\udcff", '{"shards": 1}', '{"dataset": "mine", "shards": [{}]}', '{"shards": [{"name": 3, "sha256": ""}]}'])
+DAMAGED_MANIFESTS = ["{", "[]", "null", "\udcff", '{"shards": 1}', '{"dataset": "mine", "shards": [{}]}', '{"shards": [{"name": 3, "sha256": ""}]}',
+                     '{"dataset": 5}', '{"dataset": ["a"]}', '{"dataset": "a/b"}', '{"dataset": "../../up"}', '{"shards": [{"name": "../a", "sha256": ""}]}']
+
+
+@pytest.mark.parametrize("damage", DAMAGED_MANIFESTS)
 def test_a_damaged_manifest_stops_nothing(server, cache, damage):
     old = digests(cache.data)
     (cache.data / "manifest.json").write_bytes(damage.encode(errors="surrogateescape"))
     assert finish(server, cache) is None
     assert [backup.name for backup in list_backups(cache.folder) if not backup.problem] == ["unknown"]
+    assert "unknown" in backups_table(cache.folder)
     assert main(["--restore", "unknown", "--quiet", "--cache-dir", str(cache.folder)]) == 0 and digests(cache.data) == old
 
 

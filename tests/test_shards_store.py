@@ -234,32 +234,67 @@ def test_unreadable_backups_are_named_and_not_fatal(cache, sets):
     assert set_in_place(cache.data, sets) == "old"
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["with a manifest", "without"])
-@pytest.mark.parametrize("damage", ["truncated", "gone wrong", "another size", "bytes inside"])
-def test_a_damaged_backup_is_not_restored(cache, sets, damage, known):
+def shards_of(cache, sets, known):
+    """Backs the old set up, with a manifest or without; the backup, and the path and the content of one of its shards."""
     shards = [{"name": shard.name, "sha256": shard.sha256} for shard in sets["old"][1]]
     if known:
         (cache.data / "manifest.json").write_text(json.dumps({"dataset": "mine", "shards": shards}))
     kept = back_up(cache)
     shard = kept / "data" / list_shards(cache.data)[1]
     content = shard.read_bytes()
-    shard.unlink()
-    shard.write_bytes({"truncated": content[:-30], "gone wrong": b"?" * len(content), "another size": content[:4] + content,
-                       "bytes inside": content[:60] + b"?" * 40 + content[100:]}[damage])
+    shard.unlink()  # it has a second name in the present set
+    return kept, shard, content
+
+
+DAMAGES = {
+    "truncated": lambda content: content[:-30],
+    "gone wrong": lambda content: b"?" * len(content),
+    "another size": lambda content: content[:4] + content,
+    "bytes inside": lambda content: content[:60] + b"?" * 40 + content[100:],
+}
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["with a manifest", "without"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_backup_is_not_restored(cache, sets, damage, known):
+    kept, shard, content = shards_of(cache, sets, known)
+    shard.write_bytes(DAMAGES[damage](content))
+    refused_and_shown(cache, sets, shard, damage in ("truncated", "gone wrong"))  # the others show when all of it is read
+
+
+def test_a_backup_without_a_shard_is_not_restored(cache, sets):
+    _, shard, _ = shards_of(cache, sets, known=True)
+    refused_and_shown(cache, sets, shard, True)
+
+
+def refused_and_shown(cache, sets, shard, shows):
+    """Restoring names the shard and changes nothing; the list of backups names it if it `shows`."""
     with pytest.raises(ValueError, match=shard.name):
         restore(cache)
     backup, = list_backups(cache.folder)
-    shows = damage in ("truncated", "gone wrong")  # without reading all of it
     assert damaged_shard(backup) == (shard.name if shows else "") and (shard.name in backups_table(cache.folder)) == shows
-    if damage == "truncated" and not known:  # a damaged set is backed up once, and a damaged original is not passed over for another
-        again = Cache(cache.folder / "again")
-        shutil.copytree(kept / "data", again.data)
-        assert back_up(again) == back_up(again)
-        shutil.copytree(kept, cache.folder / "backup_other", copy_function=shutil.copy)
-        (cache.folder / "backup_other" / "data" / shard.name).write_bytes(content)
-        (cache.folder / "backup_other" / "source.txt").write_text("other")
-        assert [(backup.origin, damaged_shard(backup)) for backup in list_backups(cache.folder)] == [("climbmix", shard.name), ("other", "")]
     assert set_in_place(cache.data, sets) == "old"
+
+
+def test_a_damaged_set_is_backed_up_once(cache, sets):
+    kept, shard, content = shards_of(cache, sets, known=False)
+    shard.write_bytes(content[:-30])
+    again = Cache(cache.folder / "again")
+    shutil.copytree(kept / "data", again.data)
+    assert back_up(again) == back_up(again)
+
+
+def test_a_damaged_original_is_not_passed_over_for_another(cache, sets):
+    kept, shard, content = shards_of(cache, sets, known=False)
+    other = cache.backup("other")
+    shutil.copytree(kept, other, copy_function=shutil.copy)
+    (other / "data" / shard.name).write_bytes(content)
+    (other / "source.txt").write_text("other")
+    shard.write_bytes(content[:-30])
+    assert [(backup.origin, damaged_shard(backup)) for backup in list_backups(cache.folder)] == [("climbmix", shard.name), ("other", "")]
+    with pytest.raises(ValueError, match=f"climbmix.*{shard.name}"):
+        restore(cache)
+    assert restore(cache, "other").name == "other" and set_in_place(cache.data, sets) == "old"
 
 
 def test_links_are_refused(cache, tmp_path):

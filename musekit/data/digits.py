@@ -181,7 +181,7 @@ def test_prompts(count: int = 400, seed: int = 2) -> list[dict]:
 def make_digits(
     folder: str | Path,
     *,
-    copies: int = 12,  # times each handwriting is drawn for training
+    copies: int = 12,  # times each handwriting is drawn for training; shards that are there stay as they are
     samples_per_shard: int = 1000,
 ) -> dict[str, list[str]]:
     "Writes the shards of both splits and `test_prompts.json` once, and gives the urls by split."

@@ -70,22 +70,34 @@ def image_grid(
     return sheet
 
 # %% ../../nbs/27_data.pictures.ipynb #0b8f7644
+def _to_array(values):
+    "A tensor on any device and of any type as an array; whatever else as it is."
+    if not isinstance(values, Tensor):
+        return values
+    return (values.float() if values.is_floating_point() else values).detach().cpu().numpy()
+
+
+def _no_picture(image):
+    wanted = "a PIL image, an array (height, width, 3) of bytes or of floats in [0, 1], or a tensor (3, height, width)"
+    if not hasattr(image, "shape"):
+        return ValueError(f"a picture is {wanted}; got {type(image).__name__}. Open a file with PIL.Image.open")
+    advice = ". Of a batch take one" if len(image.shape) == 4 else ""
+    return ValueError(f"a picture is {wanted}; got {type(image).__name__} {tuple(image.shape)} of {image.dtype}{advice}")
+
+
 def read_picture(
     image: Image.Image | np.ndarray | Tensor,  # (height, width, 3) uint8 or floats in [0, 1]; a tensor (3, height, width)
 ) -> Image.Image:
-    "One picture in RGB, however it is given; a ValueError for what is none."
+    "One picture in RGB, however it is given; a ValueError for what is none, and for floats far outside [0, 1]."
     if isinstance(image, Image.Image):
         return image.convert("RGB")
-    pixels = image
+    pixels = _to_array(image)
     if isinstance(image, Tensor) and image.ndim == 3:
-        pixels = image.detach().cpu().permute(1, 2, 0)
-        pixels = (pixels.float() if pixels.is_floating_point() else pixels).numpy()
+        pixels = pixels.transpose(1, 2, 0)
     usable = isinstance(pixels, np.ndarray) and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size
     floats = usable and np.issubdtype(pixels.dtype, np.floating)
     if not usable or not (floats or pixels.dtype == np.uint8):
-        got = f"{type(image).__name__} {tuple(getattr(image, 'shape', ()))} of {getattr(image, 'dtype', 'no numbers')}"
-        raise ValueError("a picture is a PIL image, an array (height, width, 3) of bytes or of floats in [0, 1], or a tensor "
-                         f"(3, height, width); got {got}. Of a batch take one")
+        raise _no_picture(image)
     if floats and not (-0.01 <= pixels.min() and pixels.max() <= 1.01):
         raise ValueError(f"a picture's floats are in [0, 1], these from {pixels.min():g} to {pixels.max():g}; scale them")
     return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8) if floats else pixels)
@@ -115,7 +127,7 @@ def read_mask(
     size: tuple[int, int],  # (width, height) of the image, as PIL counts
 ) -> np.ndarray:  # (height, width) bool
     "A mask of an image; one of another size or without a masked pixel is a ValueError."
-    values = np.asarray(mask.convert("L") if isinstance(mask, Image.Image) else mask)
+    values = np.asarray(mask.convert("L") if isinstance(mask, Image.Image) else _to_array(mask))
     if values.shape != (size[1], size[0]):
         raise ValueError(f"the mask has the shape (height, width) {values.shape}, the image {size[::-1]}; "
                          "resize the mask")

@@ -15,6 +15,7 @@ import fcntl
 import filecmp
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -56,13 +57,11 @@ def read_manifest(folder: str | Path) -> dict:
     "What a set of shards says of itself; empty if it says nothing that can be read."
     try:
         manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        names = {shard["name"]: shard["sha256"] for shard in manifest.get("shards", [])}
+        plain = all(re.fullmatch(r"[\w.-]+", name) for name in [manifest.get("dataset", "unknown"), *names])
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):  # no JSON, or JSON of another form
         return {}
-    shards = manifest.get("shards", []) if isinstance(manifest, dict) else None
-    named = isinstance(shards, list) and all(
-        isinstance(each, dict) and isinstance(each.get("name"), str) and "sha256" in each for each in shards
-    )
-    return manifest if named else {}
+    return manifest if plain else {}
 
 # %% ../../nbs/56_shards.store.ipynb #7ebdf893
 @contextmanager
@@ -150,7 +149,7 @@ def _read_backup(path):
         sizes = [size for name, size in _contents(path).items() if name.endswith(".parquet")]
         date = datetime.fromtimestamp(note.stat().st_mtime)
         return Backup(name, path, origin, len(sizes), sum(sizes), date, "" if sizes else "it holds no shards")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         return Backup(name, path, problem=f"it cannot be read: {error}")
 
 
@@ -317,7 +316,7 @@ def restore(cache: Cache, name: str | None = None, skip_backup: bool = False) ->
 
 
 def damaged_shard(backup: Backup) -> str:
-    "The first shard that is missing, or whose end cannot be read; empty if there is none. Does not read all of them."
+    "The first shard that is missing or cut off, by reading the end of each; empty if there is none."
     folder = backup.path / "data"
     for shard in sorted({*(shard["name"] for shard in read_manifest(folder).get("shards", [])), *list_shards(folder)}):
         try:
@@ -328,7 +327,7 @@ def damaged_shard(backup: Backup) -> str:
 
 
 def _check_backup(backup):
-    "A ValueError unless every shard has the bytes that the manifest tells; without one, it is read."
+    "A ValueError unless every shard has the bytes that the manifest tells; one that it does not name is read."
     folder = backup.path / "data"
     known = {shard["name"]: shard["sha256"] for shard in read_manifest(folder).get("shards", [])}
     for shard in sorted({*known, *list_shards(folder)}):
