@@ -1,4 +1,5 @@
 """The cache folder: exchanges that are killed, locks, backups of several kinds, folders that cannot be written."""
+import errno
 import itertools
 import json
 import os
@@ -16,7 +17,8 @@ from musekit.shards import store
 from musekit.shards.command import backups_table
 from musekit.shards.rechunk import Layout, rechunk
 from musekit.shards.plan import list_shards, verify_shards
-from musekit.shards.store import Cache, back_up, damaged_shard, exchange_folders, list_backups, lock, need_space, new_set, recover, restore
+from musekit.files import exchange_folders, lock, need_space
+from musekit.shards.store import Cache, back_up, damaged_shard, list_backups, new_set, recover, restore
 
 LAYOUT = Layout(rows_per_shard=20, rows_per_group=5, num_shards=3)
 
@@ -50,7 +52,8 @@ def set_in_place(folder, sets):
 
 EXCHANGES = """
 import itertools, shutil, sys
-from musekit.shards.store import Cache, exchange_folders, new_set
+from musekit.files import exchange_folders
+from musekit.shards.store import Cache, new_set
 cache, how, sets = Cache(sys.argv[1]), sys.argv[2], sys.argv[3:]
 exchange = exchange_folders if how == "one step" else lambda one, other: False
 for source in itertools.cycle(sets):
@@ -129,8 +132,81 @@ def test_every_step_can_be_the_last(cache, sets, monkeypatch, atomic, has_data):
     assert limit >= 2
 
 
+def begin(cache, sets, exchange):
+    """A new set is written, checked and about to move in; `exchange` takes it from there."""
+    with new_set(cache, exchange) as aside:
+        shutil.copytree(sets["new"][0], aside / "data", dirs_exist_ok=True)
+        (aside / "tokenizer").mkdir()
+        (aside / "tokenizer" / "tokenizer.pkl").write_text("of the new set")
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "after data/ was moved"])
+@pytest.mark.parametrize("code", [errno.EBUSY, errno.EXDEV], ids=errno.errorcode.get)
+def test_an_exchange_that_the_system_refuses_changes_nothing(cache, sets, monkeypatch, code, late):
+    def refuse(*names):
+        raise OSError(code, os.strerror(code), *names[:1])
+
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda source, target: (refuse if late and source == cache.next / "data" else rename)(source, target))
+    with pytest.raises(OSError, match=f"{os.strerror(code)}.*old set is in place"):
+        begin(cache, sets, (lambda *names: False) if late else refuse)
+    assert set_in_place(cache.data, sets) == "old" and (cache.tokenizer / "tokenizer.pkl").read_text() == "of the old set"
+    assert {path.name for path in cache.folder.iterdir()} == {"data", "tokenizer"}
+    monkeypatch.setattr(os, "rename", rename)
+    begin(cache, sets, exchange_folders)
+    assert set_in_place(cache.data, sets) == "new"
+
+
+@pytest.mark.parametrize("exchanged", [True, False])
+@pytest.mark.parametrize("what", ["a new file", "a touched shard"])
+def test_what_was_written_since_the_exchange_does_not_undo_it(cache, sets, exchanged, what):
+    def die(one, other):
+        exchanged and exchange_folders(one, other)
+        raise Died
+
+    with pytest.raises(Died):
+        begin(cache, sets, die)
+    (cache.data / ("shard_00009.parquet.tmp" if what == "a new file" else list_shards(cache.data)[0])).touch()
+    recover(cache)
+    assert set_in_place(cache.data, sets) == "new" and (cache.tokenizer / "tokenizer.pkl").read_text() == "of the new set"
+    assert (cache.data / "shard_00009.parquet.tmp").exists() == (exchanged and what == "a new file")
+
+
+@pytest.mark.parametrize("journal", ["{}", "{", "[]", '{"a": 1}'])
+def test_a_journal_that_tells_nothing_moves_nothing(cache, sets, journal):
+    shutil.copytree(sets["new"][0], cache.next / "data")
+    (cache.next / "journal.json").write_text(journal)
+    with pytest.raises(ValueError, match="next is not what its journal.json says"):
+        recover(cache)
+    assert set_in_place(cache.data, sets) == "old" and cache.tokenizer.exists() and set_in_place(cache.next / "data", sets) == "new"
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_a_tokenizer_is_restored_beside_equal_shards(cache, sets, monkeypatch, step):
+    back_up(cache)
+    (cache.tokenizer / "tokenizer.pkl").write_text("another")
+    rename, left = os.rename, itertools.count()
+
+    def die(*names):
+        if next(left) == step:
+            raise Died
+        rename(*names)
+
+    monkeypatch.setattr(os, "rename", die)
+    try:
+        restore(cache, "climbmix", skip_backup=True)
+    except Died:
+        monkeypatch.setattr(os, "rename", rename)
+        began = cache.next.exists() or not cache.tokenizer.exists() or (cache.folder / "partial-done").exists()
+        recover(cache)
+        assert began or (cache.tokenizer / "tokenizer.pkl").read_text() == "another"
+        if not began:
+            return
+    assert set_in_place(cache.data, sets) == "old" and (cache.tokenizer / "tokenizer.pkl").read_text() == "of the old set"
+
+
 def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
-    program = "import sys, time; from musekit.shards.store import lock\nwith lock(sys.argv[1]): print(1, flush=True); time.sleep(60)"
+    program = "import sys, time; from musekit.files import lock\nwith lock(sys.argv[1]): print(1, flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         with pytest.raises(ValueError, match=f"process {process.pid}"), lock(tmp_path):
@@ -295,6 +371,23 @@ def test_a_damaged_original_is_not_passed_over_for_another(cache, sets):
     with pytest.raises(ValueError, match=f"climbmix.*{shard.name}"):
         restore(cache)
     assert restore(cache, "other").name == "other" and set_in_place(cache.data, sets) == "old"
+
+
+def test_no_room_for_a_copy_is_one_line(cache, sets, monkeypatch):
+    def refuse(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    monkeypatch.setattr(store.os, "link", refuse)
+    monkeypatch.setattr(store.shutil, "copy2", refuse)
+    with pytest.raises(OSError, match="No space left on device: .*shard_00000.parquet") as caught:
+        back_up(cache)
+    assert not isinstance(caught.value, shutil.Error) and {path.name for path in cache.folder.iterdir()} == {"data", "tokenizer"}
+
+
+def test_mounted_folders_are_refused(cache, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.is_mount", lambda path: path == cache.data)
+    with pytest.raises(ValueError, match=f"data is mounted, which cannot be exchanged; mount {cache.folder} instead"):
+        Cache(cache.folder)
 
 
 def test_links_are_refused(cache, tmp_path):

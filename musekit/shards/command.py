@@ -23,12 +23,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..files import lock
 from .catalog import CATALOG, Dataset, dataset_of, find_dataset, is_remote, read_datasets, shown
 from .convert import FULL, Options, convert, readable_size
 from .download import Connection
 from .plan import list_shards
 from .rechunk import CODECS, VALIDATION_SHARD, Layout
-from .store import Cache, damaged_shard, list_backups, lock, recover, restore
+from .store import Cache, damaged_shard, list_backups, recover, restore
 
 # %% ../../nbs/58_shards.command.ipynb #6f66c2d1
 def summary(manifest: dict, cache: Cache) -> str:

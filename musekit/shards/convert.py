@@ -21,14 +21,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .. import __version__
+from ..files import lock, need_space
 from .catalog import Dataset, find_dataset, is_remote, shown
 from .download import Connection, Source, download_all, file_names
 from .plan import make_plan, run_plan, verify_shards
 from .rechunk import Layout, rechunk
 from .remote import RemoteFile, chunk_ranges
 from .sources import BadSource, Selection, check_source
-from .store import MANIFEST, Cache, keep_present, lock
-from .store import need_space, new_set, recover
+from .store import MANIFEST, Cache, keep_present, new_set, recover
 
 # %% ../../nbs/57_shards.convert.ipynb #dc8b74b5
 @dataclass(frozen=True)
