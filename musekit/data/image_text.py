@@ -21,14 +21,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import webdataset
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from musekit.data.metadata import (
     LAYOUTS, MetadataFilter, Sample, clean_caption, micro_conditions, read_sample,
 )
-from .packing import expand_urls, pack_folder, write_shards  # offered here too
+from .packing import expand_urls, pack_folder, upright_size, write_shards  # offered here too
 
 # %% ../../nbs/22_data.image_text.ipynb #f80c7829
 def resize_shorter(
@@ -55,8 +55,9 @@ def prepare_image(
 ) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
     "Pixels (R, R, 3) uint8, the crop's (top, left) in the resized image, the image's own (width, height)."
     with Image.open(io.BytesIO(data)) as image:
-        width, height = image.size
+        width, height = upright_size(image)
         image.draft("RGB", ((4 if quarter else 2) * resolution,) * 2)
+        ImageOps.exif_transpose(image, in_place=True)
         pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     if quarter:
         pixels = pixels[: len(pixels) // 2, : pixels.shape[1] // 2]
@@ -192,8 +193,7 @@ class ShardReader:
             text=[sample["text"] for sample in samples],
             micro_conds=torch.tensor([sample["conditions"] for sample in samples]),
             keys=[sample["key"] for sample in samples],
-            skipped=self.skipped,
-            filtered=self.filtered, last_problem=self.last_problem,
+            skipped=self.skipped, filtered=self.filtered, last_problem=self.last_problem,
         )
         if self.config.layout == "classification":
             batch["class_ids"] = torch.tensor([sample["class_id"] for sample in samples])

@@ -88,9 +88,9 @@ def _no_picture(image):
 def read_picture(
     image: Image.Image | np.ndarray | Tensor,  # (height, width, 3) uint8 or floats in [0, 1]; a tensor (3, height, width)
 ) -> Image.Image:
-    "One picture in RGB, however it is given; a ValueError for what is none, and for floats far outside [0, 1]."
+    "One picture in RGB, upright, however it is given; a ValueError for what is none, and for floats far outside [0, 1]."
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return ImageOps.exif_transpose(image).convert("RGB")
     pixels = _to_array(image)
     if isinstance(image, Tensor) and image.ndim == 3:
         pixels = pixels.transpose(1, 2, 0)
@@ -123,17 +123,25 @@ def to_images(
 
 # %% ../../nbs/27_data.pictures.ipynb #53b041db
 def read_mask(
-    mask: Image.Image | np.ndarray | Tensor,  # (height, width); masked where above half of its brightest
+    mask: Image.Image | np.ndarray | Tensor,  # (height, width), 0 to 255, or 0 to 1 if none is above 1; masked above half
     size: tuple[int, int],  # (width, height) of the image, as PIL counts
 ) -> np.ndarray:  # (height, width) bool
     "A mask of an image; one of another size or without a masked pixel is a ValueError."
-    values = np.asarray(mask.convert("L") if isinstance(mask, Image.Image) else _to_array(mask))
+    values = np.asarray(_on_black(mask) if isinstance(mask, Image.Image) else _to_array(mask))
     if values.shape != (size[1], size[0]):
         raise ValueError(f"the mask has the shape (height, width) {values.shape}, the image {size[::-1]}; "
                          "resize the mask")
-    if not values.any():
-        raise ValueError("the mask is black everywhere; make what shall be drawn anew white")
-    return values > values.max() / 2
+    masked = values > (127.5 if values.max() > 1 else 0.5)
+    if not masked.any():
+        raise ValueError(f"the mask is black everywhere (its brightest pixel is {values.max():g}); make what shall be drawn anew white")
+    return masked
+
+
+def _on_black(mask):
+    "The brightness of a mask; where it is transparent, nothing was painted."
+    if mask.has_transparency_data:
+        mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask.convert("RGBA"))
+    return mask.convert("L")
 
 
 def token_mask(
@@ -180,7 +188,7 @@ def read_inpainting(
         if None in found:
             raise FileNotFoundError(f"{place} needs a picture image.* and its mask.*")
         try:
-            image, mask = (Image.open(path) for path in found)
+            image, mask = (ImageOps.exif_transpose(Image.open(path)) for path in found)
             mask = _square_mask(mask, image.size, side)
             image = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
             examples.append((place.name, image, read_mask(mask, image.size)))
