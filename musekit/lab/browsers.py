@@ -12,6 +12,7 @@ import html
 import io
 import json
 import tarfile
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from ..data.metadata import LAYOUTS, read_sample
@@ -165,7 +166,7 @@ class ParquetShard:
             names = [field.name for field in file.schema_arrow if "string" in str(field.type)]
         self.ends = np.cumsum(groups)
         preferred = [name for name in ("text", "caption", "content") if name in names]
-        self.text, self.group, self.rows = (preferred or names or [None])[0], None, []
+        self.text, self.group = (preferred or names or [None])[0], None
 
     def __len__(self):
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -177,26 +178,31 @@ class ParquetShard:
         group = int(np.searchsorted(self.ends, number, side="right"))
         if group != self.group:
             with pq.ParquetFile(self.path) as file:
-                self.group, self.rows = group, file.read_row_group(group)
-        row = {name: column[0] for name, column in self._row(number, group).items()}
-        pictures = [name for name, value in row.items() if _is_picture(value)]
-        facts = {name: _short(row[name]) for name in row if name != self.text and name not in pictures}
-        picture = row[pictures[0]] if pictures else None
-        picture = picture["bytes"] if isinstance(picture, dict) else picture
-        text = str(row.get(self.text, ""))
+                self.rows = file.read_row_group(group)
+            self.pictures = [name for name in self.rows.column_names if _holds_pictures(self.rows[name])]
+            self.group = group
+        cells = self.rows.slice(number - (int(self.ends[group - 1]) if group else 0), 1).to_pydict()
+        row = {name: column[0] for name, column in cells.items()}
+        facts = {name: _short(row[name]) for name in row if name not in (self.text, *self.pictures)}
+        found = (_bytes(row[name]) for name in self.pictures)
+        picture = next((data for data in found if data is not None), None)
+        text = "" if row.get(self.text) is None else str(row[self.text])
         return {"key": f"row {number}", "picture": picture, "text": text, "facts": facts}
-
-    def _row(self, number, group):
-        first = int(self.ends[group - 1]) if group else 0
-        return self.rows.slice(number - first, 1).to_pydict()
 
 
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
 
 
-def _is_picture(value):
+def _bytes(value):
+    "The bytes of a cell, which may be a structure that holds them; None for other cells."
     value = value.get("bytes") if isinstance(value, dict) else value
-    return isinstance(value, bytes) and value.startswith(_MAGIC)
+    return value if isinstance(value, bytes) else None
+
+
+def _holds_pictures(column):
+    "Whether any value begins as images do; only columns that hold bytes are looked at."
+    values = (_bytes(value.as_py()) for value in column) if "binary" in str(column.type) else ()
+    return any(value is not None and value.startswith(_MAGIC) for value in values)
 
 
 def _short(value, room=6):
@@ -230,17 +236,27 @@ def search_shard(shard: TarShard | ParquetShard,
     return list(islice(matches, first, first + count))
 
 
+def _decode(data):
+    "A picture, or None and what is wrong with it."
+    if data is None:
+        return None, ""
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB"), ""
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        told = "not in a known format" if isinstance(error, UnidentifiedImageError) else error
+        return None, f"unreadable picture of {len(data):,} bytes: {told}"
+
+
 def plot_samples(samples: list[dict],  # of `search_shard`
                  columns: int = 6) -> Image.Image:
     "Samples with their captions."
-    blank = Image.new("RGB", (96, 96), "#eeeeee")
-    read = lambda data: Image.open(io.BytesIO(data)).convert("RGB") if data else blank
-    pictures = [read(one["picture"]) for one in samples]
-    size = max(max(picture.size) for picture in pictures)
+    found = [_decode(one["picture"]) for one in samples]
+    size = max((max(picture.size) for picture, _ in found if picture), default=96)
+    blank = Image.new("RGB", (size, size), "#eeeeee")
     scale = round(96 / size) if size <= 48 else 160 / max(size, 160)
     how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-    texts = [one["text"][:160] for one in samples]
-    return image_grid(pictures, texts, min(columns, len(samples)), scale, how)
+    texts = [". ".join(filter(None, (fault, one["text"])))[:160] for (_, fault), one in zip(found, samples)]
+    return image_grid([picture or blank for picture, _ in found], texts, min(columns, len(samples)), scale, how)
 
 # %% ../../nbs/76_lab.browsers.ipynb #c459052d
 _STYLE = """<style>
@@ -260,11 +276,15 @@ def samples_html(samples: list[dict]  # of `search_shard`
     return _STYLE + "<div class='musekit-page'>" + "".join(map(_card, samples)) + "</div>"
 
 
+def _told(fault):
+    return f"<span style='color:#b00020'>{html.escape(str(fault))}</span>"
+
+
 def _card(sample):
-    picture, wide = "", " class='wide'"
-    if sample["picture"]:
-        small = max(Image.open(io.BytesIO(sample["picture"])).size) <= 80
-        data, wide = base64.b64encode(sample["picture"]).decode(), ""
+    decoded, fault = _decode(sample["picture"])
+    picture, wide = _told(fault), "" if decoded or fault else " class='wide'"
+    if decoded:
+        small, data = max(decoded.size) <= 80, base64.b64encode(sample["picture"]).decode()
         picture = f"<img class='{'small' if small else 'large'}' src='data:image/*;base64,{data}'>"
     text = html.escape(sample["text"][:600] + ("..." if len(sample["text"]) > 600 else ""))
     facts = html.escape(json.dumps(sample["facts"], default=str, ensure_ascii=False)[:1500])
@@ -272,15 +292,24 @@ def _card(sample):
     return f"<figure{wide}>{picture}<figcaption>{text}{more}</figcaption></figure>"
 
 # %% ../../nbs/76_lab.browsers.ipynb #d8631405
+def _labels(paths):
+    "As much of the end of each path as tells it from all others."
+    parts = [Path(path).parts for path in paths]
+    ends = [[one[place:] for place in reversed(range(len(one)))] for one in parts]
+    shared = Counter(end for those in ends for end in those)
+    return [str(Path(*next((end for end in those if shared[end] == 1), one))) for those, one in zip(ends, parts)]
+
+
 class ShardBrowser(Closing):
     "Leaf through tar and Parquet shards, and look for words in their texts."
 
-    def __init__(self, paths: list[str | Path], count: int = 12, layout: str = "image_text"):
+    def __init__(self, paths: str | Path | list[str | Path], count: int = 12, layout: str = "image_text"):
+        paths = [paths] if isinstance(paths, (str, Path)) else list(dict.fromkeys(paths))
         if not paths:
             raise ValueError("there are no shards; give paths of .tar or .parquet files")
         self.count, self.tar_layout, self.shard = count, layout, None
-        style, names = {"description_width": "initial"}, [(Path(path).name, str(path)) for path in paths]
-        self.file = widgets.Dropdown(options=names, description="shard", style=style)
+        style, options = {"description_width": "initial"}, list(zip(_labels(paths), map(str, paths)))
+        self.file = widgets.Dropdown(options=options, description="shard", style=style)
         looked = {"description": "words", "placeholder": "all of these", "continuous_update": False}
         self.words = widgets.Text(style=style, **looked)
         self.page = widgets.IntText(1, description="page", style=style, layout={"width": "110px"})
@@ -314,7 +343,7 @@ class ShardBrowser(Closing):
             self.said.value += "" if self.words.value.split() else f" of {len(self.shard):,}"
             self.buttons[0].disabled, self.buttons[1].disabled = first == 0, len(samples) < self.count
         except (OSError, ValueError, tarfile.TarError) as error:
-            self.body.value = f"<span style='color:#b00020'>{html.escape(str(error))}</span>"
+            self.body.value, self.said.value = _told(error), ""
 
     def _repr_mimebundle_(self, **options):
         return super()._repr_mimebundle_(**options) | {"text/html": self.body.value}

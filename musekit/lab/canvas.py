@@ -14,8 +14,9 @@ import ipywidgets as widgets
 import numpy as np
 import traitlets
 from PIL import Image
+from torch import Tensor
 
-from ..data.pictures import image_grid
+from ..data.pictures import image_grid, read_picture
 from .panel import Closing, slider, to_png
 from ..pipeline import ImagePipeline
 
@@ -161,13 +162,14 @@ class PaintCanvas(anywidget.AnyWidget):
 # %% ../../nbs/74_lab.canvas.ipynb #af131c9b
 def plot_inpainting(
     pipeline: ImagePipeline,
-    image: Image.Image,
+    image: Image.Image | np.ndarray | Tensor,  # see `read_picture`
     mask: np.ndarray,  # (height, width) bool
     prompt: str,
     count: int = 4,
     **options,  # of the pipeline's `inpaint`, such as seed, steps, guidance_scale
 ) -> Image.Image:
     "The painted picture and `count` answers."
+    image = read_picture(image)
     filled = pipeline.inpaint(image, mask, prompt, num_images_per_prompt=count, **options)
     captions = ["painted", prompt, *[""] * (count - 1)]
     scale = max(1, round(128 / max(image.size)))
@@ -178,16 +180,18 @@ class InpaintingCanvas(Closing):
     "Paint, say what should be there, press Fill. `image` is the present picture."
 
     def __init__(
-        self, pipeline: ImagePipeline, image: Image.Image, prompt: str = "", seed: int = 0,
+        self, pipeline: ImagePipeline,
+        image: Image.Image | np.ndarray | Tensor,  # see `read_picture`
+        prompt: str = "", seed: int = 0,
         scale: float | None = None,  # as of `PaintCanvas`
     ):
         settings, style = pipeline.generation, {"description_width": "initial"}
-        self.pipeline, self.image, self.earlier, self.seed = pipeline, image.convert("RGB"), [], seed
-        self.canvas = PaintCanvas(image, scale)
+        self.pipeline, self.image, self.earlier, self.seed = pipeline, read_picture(image), [], seed
+        self.canvas = PaintCanvas(self.image, scale)
         self.prompt = widgets.Text(prompt, description="prompt", layout={"width": "420px"}, style=style)
-        self.brush = slider("brush", self.canvas.brush, 1, max(image.size) // 2)
+        self.brush = slider("brush", self.canvas.brush, 1, max(self.image.size) // 2)
         self.steps = slider("steps", settings.steps, 1, 64)
-        self.guidance = slider("guidance", settings.guidance_scale, 0.0, 10.0)
+        self.guidance = slider("guidance", float(settings.guidance_scale), 0.0, 10.0)
         self.said = widgets.HTML("Paint on the picture, with Shift to take paint off.")
         widgets.link((self.brush, "value"), (self.canvas, "brush"))
         self.canvas.observe(self._tell_paint, "mask")

@@ -8,14 +8,17 @@ __all__ = ['VALUES', 'schedule_parameters', 'named_schedule', 'explore_schedule'
 
 # %% ../../nbs/73_lab.explorers.ipynb #682574fd
 import inspect
+import math
 from functools import lru_cache
 
 import ipywidgets as widgets
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 
-from ..data.pictures import fade_tokens, image_grid
+from ..data.pictures import fade_tokens, image_grid, read_picture
 from ..generation import GUIDANCE_SCHEDULES
 from .panel import Panel, choice, slider
 from ..masking import NOISE_TYPES, MaskingConfig, mask_tokens
@@ -27,13 +30,15 @@ from ..schedules import get_schedule, plot_schedules, schedule_names
 _RANGES = {"exponent": (0.1, 8.0), "start": (-10.0, 2.0), "end": (-2.0, 10.0), "tau": (0.1, 3.0)}
 
 
-def schedule_parameters(name: str  # of `schedule_names()`
+def schedule_parameters(name: str  # of `schedule_names()`, or such as pow3
                        ) -> dict[str, float]:  # their defaults
     "The numbers that shape a schedule."
-    if name == "powX":
-        return {"exponent": 2.0}
-    given = list(inspect.signature(get_schedule(name).function).parameters.values())[1:]
-    return {one.name: float(one.default) for one in given if isinstance(one.default, (int, float))}
+    if not isinstance(name, str):
+        raise ValueError(f"{name!r} is no name; known are {schedule_names()}. Name a function with register_schedule")
+    schedule = get_schedule("pow2" if name == "powX" else name)
+    given = list(inspect.signature(schedule.function).parameters.values())[1:]
+    defaults = {one.name: float(one.default) for one in given if isinstance(one.default, (int, float))}
+    return defaults | schedule.params
 
 
 def named_schedule(name: str, **params: float):
@@ -45,13 +50,16 @@ def named_schedule(name: str, **params: float):
 
 # %% ../../nbs/73_lab.explorers.ipynb #c6a3e7ae
 def explore_schedule(
-    schedule: str = "sigmoid",  # the first one shown, of `schedule_names()`
+    schedule: str = "sigmoid",  # the first one shown, of `schedule_names()` or such as pow3
     steps: int = 12,  # of decoding
     num_tokens: int = 256,  # of the picture
 ) -> Panel:
     "Drag the parameters of a mask schedule."
+    if steps < 1 or num_tokens < 1:
+        raise ValueError(f"{steps=} and {num_tokens=}; give at least 1 of each")
     names = [name for name in schedule_names() if name != "cosine"] + ["cosine"]
-    defaults = {key: value for name in reversed(names) for key, value in schedule_parameters(name).items()}
+    every = [schedule_parameters(name).items() for name in (*reversed(names), schedule)]  # the last one counts
+    defaults = {key: value for items in every for key, value in items}
     about = lambda value: (min(0.0, 3 * value), max(1.0, 3 * value))
     ranges = {key: _RANGES.get(key, about(value)) for key, value in defaults.items()}
     params = {key: slider(key, value, *ranges[key]) for key, value in defaults.items()}
@@ -64,14 +72,15 @@ def explore_schedule(
         return plot_schedules([chosen] if schedule == "cosine" else [chosen, "cosine"], steps, num_tokens)
 
     return Panel(draw, {
-        "schedule": choice("schedule", names, schedule), **params,
-        "steps": slider("steps", steps, 1, 64), "num_tokens": slider("tokens", num_tokens, 16, 1024, 16),
+        "schedule": choice("schedule", names, schedule if schedule in names else "powX"), **params,
+        "steps": slider("steps", steps, 1, 64),
+        "num_tokens": slider("tokens", num_tokens, 16, 1024, math.gcd(num_tokens, 16)),
     })
 
 # %% ../../nbs/73_lab.explorers.ipynb #f1f72ffa
 def plot_masking(
     pipeline: ImagePipeline,
-    image: Image.Image,
+    image: Image.Image | np.ndarray | Tensor,  # see `read_picture`
     prompt: str = "",  # for the guess
     *,
     ratio: float = 0.6,  # of the tokens to hide, in [0, 1]; at least one is
@@ -80,6 +89,7 @@ def plot_masking(
     seed: int = 0,
 ) -> Image.Image:
     "A picture, the picture as tokens, with some hidden, and the model's guess in one step."
+    image = read_picture(image)
     ids, grid = pipeline.encode(image)
     codebook_size = pipeline.transformer.config.codebook_size
     config = MaskingConfig(pipeline.mask_token_id, codebook_size, noise_type=noise_type,
@@ -100,10 +110,11 @@ def plot_masking(
 # %% ../../nbs/73_lab.explorers.ipynb #db4e2c90
 def explore_masking(
     pipeline: ImagePipeline,
-    images: list[Image.Image],
+    images: list[Image.Image | np.ndarray | Tensor],  # see `read_picture`
     prompts: list[str] | None = None,  # one for each image, for the guess; None: the empty prompt
 ) -> Panel:
     "Hide part of a picture; see what is left and what the model makes of it."
+    images = [read_picture(image) for image in images]
     prompts = prompts or [""] * len(images)
     if not images or len(prompts) != len(images):
         raise ValueError(f"{len(images)} images and {len(prompts)} prompts; "
@@ -159,6 +170,16 @@ def _plot_progress(axis, records, step, row):
     axis.spines[["top", "right"]].set_visible(False)
 
 # %% ../../nbs/73_lab.explorers.ipynb #37121430
+def _samplers(pipeline):
+    "The names of samplers, and the pipeline's own if it is a function."
+    names, own = sampler_names(), pipeline.generation.sampler
+    return names if own in names else [*names, own]
+
+
+def _short(value):
+    return f"{value:g}" if isinstance(value, float) else getattr(value, "__name__", str(value))
+
+
 def play_decoding(
     pipeline: ImagePipeline,
     prompt: str,
@@ -166,7 +187,7 @@ def play_decoding(
     steps: int | None = None,  # None: the pipeline's
 ) -> Panel:
     "Step through a decoding, or let it play."
-    total = steps or pipeline.generation.steps
+    total = pipeline.generation.override(steps=steps).steps
 
     @lru_cache(maxsize=16)
     def decode(prompt, seed, sampler):
@@ -180,9 +201,10 @@ def play_decoding(
                          style={"description_width": "initial"})
     step, play = slider("step", 1, 1, total), widgets.Play(value=1, min=1, max=total, interval=400)
     widgets.link((play, "value"), (step, "value"))
+    samplers = [(_short(sampler), sampler) for sampler in _samplers(pipeline)]
     return Panel(draw, {
         "prompt": words, "seed": slider("seed", seed, 0, 50),
-        "sampler": choice("sampler", sampler_names(), pipeline.generation.sampler), "step": step,
+        "sampler": choice("sampler", samplers, pipeline.generation.sampler), "step": step,
     }, beside=(play,))
 
 # %% ../../nbs/73_lab.explorers.ipynb #e6826ab5
@@ -223,10 +245,6 @@ def _side_by_side(pictures):
         sheet.paste(picture, (place * width, 0))
     return sheet
 
-
-def _short(value):
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
 # %% ../../nbs/73_lab.explorers.ipynb #046eef56
 VALUES = {
     "steps": [1, 2, 4, 8, 16], "guidance_scale": [0.0, 1.0, 2.0, 4.0, 8.0],
@@ -244,7 +262,7 @@ def compare_settings(
     count: int = 1,  # pictures in each cell
 ) -> Panel:
     "Choose two settings, press Draw, compare."
-    values = {"sampler": sampler_names(), **VALUES}
+    values = {"sampler": _samplers(pipeline), **VALUES}
 
     def draw(prompt, rows, columns, seed, count):
         down, across = (rows, values[rows]), (columns, values[columns])

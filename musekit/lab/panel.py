@@ -39,19 +39,22 @@ def still(png: bytes) -> str:
 
 # %% ../../nbs/72_lab.panel.ipynb #20927db7
 def slider(label: str, value: int | float, low: int | float, high: int | float, step: float | None = None):
-    "A slider over whole numbers or over real ones, as `value` is."
+    "A slider over whole numbers or over real ones, as `value` is; the range widens to hold it."
     whole = isinstance(value, int)
     step = step or (1 if whole else 10.0 ** math.floor(math.log10((high - low) / 50)))
     kind = widgets.IntSlider if whole else widgets.FloatSlider
     style, layout = {"description_width": "initial"}, {"width": "300px"}
+    low, high = min(low, value), max(high, value)
     return kind(value, min=low, max=high, step=step, description=label, style=style, layout=layout)
 
 
 def choice(label: str, options: list, value=None):
-    "A list to choose from; the first is chosen unless `value` is given."
-    first = options[0][1] if isinstance(options[0], tuple) else options[0]
+    "A list to choose from, of values or of pairs (name, value); the first is chosen unless `value` is given."
+    known = [one[1] if isinstance(one, tuple) else one for one in options]
+    value = known[0] if value is None else value
+    if value not in known:
+        raise ValueError(f"{label}: there is no {value!r}; choose one of {', '.join(map(str, known))}")
     style, layout = {"description_width": "initial"}, {"width": "max-content"}
-    value = first if value is None else value
     return widgets.Dropdown(options=options, value=value, description=label, style=style, layout=layout)
 
 # %% ../../nbs/72_lab.panel.ipynb #7fae21d2
