@@ -246,7 +246,8 @@ def make_parser() -> argparse.ArgumentParser:
     "The parser of the `musekit` command."
     parser = _Parser(
         prog="musekit", description="Train masked generative transformers and draw images with them.",
-        epilog="Begin with `musekit demo`. Every command explains itself: musekit train --help.",
+        epilog="Begin with `musekit demo`. Every command explains itself: musekit train --help. "
+        "Text for language models is the work of another command: musekit-shards --help.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")

@@ -1,5 +1,6 @@
 """The shard converter as a whole: killed, short of room, run twice, given bad files and bad options."""
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -375,7 +376,7 @@ LONG = "a text of more than fifty characters, as every text should be that is ke
     (lambda path: pq.write_table(pa.table({"text": [b"bytes"]}), path), [], "not text"),
     (lambda path: pq.write_table(pa.table({"text": pa.array([None] * 5, pa.string())}), path), [], "5 no text"),
     (lambda path: pq.write_table(pa.table({"text": ["short"] * 5}), path), [], "5 too short"),
-    (lambda path: pq.write_table(pa.table({"text": pa.array([], pa.string())}), path), [], "0 rows"),
+    (lambda path: pq.write_table(pa.table({"text": pa.array([], pa.string())}), path), [], "0 read"),
     (lambda path: write_source(path, [LONG] * 9, score=["high"] * 9), ["--score-column", "score", "--min-score", "1"], "number"),
     (lambda path: write_source(path, [LONG] * 9, score=[1] * 9), ["--score-column", "score", "--min-score", "3"], "9 low score"),
     (lambda path: write_source(path, [LONG] * 9), ["--score-column", "score", "--min-score", "3"], "no column 'score'"),
@@ -403,7 +404,7 @@ def test_bad_sources(cache, tmp_path, capsys, make, arguments, told):
     (["fineweb", "--num-shards", "7000"], 1, "7000"), (["--pattern", "a.parquet"], 2, "--repo"), (["--restore", "--dry-run"], 2, "not allowed"),
     (["--repo", "a/b", "--pattern", "0.parquet", "1.parquet", "2.parquet"], 2, "quotes"), (["--datasets", "own.yaml"], 2, "own.yaml"),
     (["--repo", "a/b", "--pattern", "0.parquet", "data/1.parquet", "--dry-run"], 1, "quotes"), (["x", "--datasets", "broken.yaml"], 1, "broken.yaml"),
-    (["x", "--datasets", "number.yaml"], 1, "'5'"), (["x", "--datasets", "count.yaml"], 1, "count.yaml: x"), (["fineweb", "--num-shards", "6543"], 1, "at most 6542"),
+    (["x", "--datasets", "number.yaml"], 1, "files=[5]"), (["x", "--datasets", "count.yaml"], 1, "count.yaml: x"), (["fineweb", "--num-shards", "6543"], 1, "at most 6542"),
     (["--repo", "https://a/b", "--pattern", "0.parquet"], 1, "owner/name"), (["--repo", "a/b", "--pattern", "*.parquet"], 1, "braces"),
     (["fineweb", "--cache-dir", "broken.yaml"], 1, "no folder"), (["--from", "https://a/*.parquet"], 1, "braces"),
     (["--from", "a.parquet", "--repo", "a/b"], 2, "not allowed"), (["fineweb", "--pattern", "a.parquet"], 2, "--repo"),
@@ -412,12 +413,18 @@ def test_bad_sources(cache, tmp_path, capsys, make, arguments, told):
     (["--from", __file__, "--revision", "v2"], 1, "revision"), (["x", "--datasets", "revision.yaml"], 1, "revision"),
     (["--from", "https://a/b.parquet", "--num-source", "0"], 2, "'0'"), (["--from", "https://a/b/%2e%2e"], 1, "ends in a folder"),
     (["--from", "HTTPS://a/*.parquet"], 1, "braces"), (["own.parquet"], 1, "--from"), (["me/words"], 1, "--repo"), (["https://a/b.parquet"], 1, "--from"),
+    (["fineweb", "--cache-dir", ""], 1, "no folder"), (["fineweb", "--cache-dir", "s3://a/b"], 1, "no folder"), (["x", "--min-score", "inf"], 2, "'inf'"),
+    (["--list-backups", "--cache-dir", "broken.yaml"], 1, "no folder"), (["--restore", "--cache-dir", "broken.yaml"], 1, "no folder"),
+    (["fineweb", "--remote", "--processes", "2"], 2, "everything twice"), (["--repo", "a/b", "--pattern", "{0..3.parquet"], 1, "a--b': pattern="),
+    (["2024", "--datasets", "files.yaml"], 1, "files.yaml: 2024: no file matches 'gone/*.parquet'"), (["x", "--datasets", "files.yaml"], 1, "2024"),
+    (["fineweb", "--download-dir", "cache/backup_a/raw"], 1, "trainer's"), (["fineweb", "--download-dir", "s3://a/b"], 1, "no folder"),
     (["--from", "https://"], 1, "https://"), (["--from", "http://["], 1, "http://["), (["--from", "s3://a/b.parquet"], 1, "s3://a/b.parquet"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, status, told):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.yaml").write_text("x: [1")
     (tmp_path / "number.yaml").write_text("x: {files: [5]}")
+    (tmp_path / "files.yaml").write_text("2024: {files: gone/*.parquet}")
     (tmp_path / "count.yaml").write_text("x: {files: 5}")
     (tmp_path / "revision.yaml").write_text(f"x: {{files: {__file__}, revision: v2}}")
     arguments = arguments if "--cache-dir" in arguments else [*arguments, "--cache-dir", "cache"]
@@ -544,7 +551,7 @@ def assert_never_told(folder, said):
     assert not found and "s3cret" not in said, (found, said)
 
 
-@pytest.mark.parametrize("more", [[], ["--remote"], ["--processes", "2"], ["--remote", "--processes", "2"], ["--dry-run"]], ids=" ".join)
+@pytest.mark.parametrize("more", [[], ["--remote"], ["--processes", "2"], ["--dry-run"]], ids=" ".join)
 def test_a_signature_is_never_written_down_or_told(server, cache, capsys, more):
     for number, content in enumerate(list(server.files.values())):
         server.files[f"texts/part-{number}.parquet?sig={SECRET}"] = content
@@ -581,11 +588,17 @@ def test_a_signature_is_not_told_by_what_is_wrong_with_a_file(server, cache, cap
 @pytest.mark.parametrize("arguments", [
     ["--from", f"https://a/{{0..2.parquet?sig={SECRET}"], ["--from", f"https://a/*.parquet?sig={SECRET}"], [f"https://a/b.parquet?sig={SECRET}"],
     ["--from", "https://me:s3cret@a/b.parquet"], ["x", "--datasets", "own.yaml"], ["x", "--datasets", "broken.yaml"],
-    ["--repo", "a/b", "--pattern", "a.parquet", "x", f"https://a/b.parquet?sig={SECRET}"],
+    ["--repo", "a/b", "--pattern", "a.parquet", "x", f"https://a/b.parquet?sig={SECRET}"], ["--from", f"s3://a/b.parquet?sig={SECRET}"],
+    ["--from", f"ftp://u:s3cret@a/b.parquet?sig={SECRET}"], ["--from", f"http:/a/b.parquet?sig={SECRET}"], ["--from", f"https:a/b.parquet?sig={SECRET}"],
+    ["y", "--datasets", "own.yaml"], ["x", "--datasets", f"https://a/own.yaml?sig={SECRET}"], ["--repo", "https://u:s3cret@a/o/n", "--pattern", "x"],
+    ["--repo", f"a/b?sig={SECRET}", "--pattern", "x"], ["--repo", "a/b", "--pattern", f"x*.parquet?sig={SECRET}"],
+    ["--repo", "a/b", "--pattern", f"{{0..3.parquet?sig={SECRET}"], ["--restore", f"https://a/x?sig={SECRET}"],
+    ["fineweb", "--num-shards", f"https://u:s3cret@a?sig={SECRET}"], ["fineweb", "--download-dir", f"s3://u:s3cret@a/b?sig={SECRET}"],
 ], ids=" ".join)
 def test_a_mistake_in_a_secret_address_is_one_line_without_it(tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "own.yaml").write_text("x: {files: 'https://me:s3cret@a/b.parquet'}")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "own.yaml").write_text(f"x: {{files: 'https://me:s3cret@a/b.parquet'}}\ny: {{files: 'htp://a/b.parquet?sig={SECRET}'}}")
     (tmp_path / "broken.yaml").write_text(f"x: {{files: https://a/b?sig={SECRET}]}}")
     try:
         assert main([*arguments, "--cache-dir", "cache"]) == 1
@@ -593,7 +606,37 @@ def test_a_mistake_in_a_secret_address_is_one_line_without_it(tmp_path, monkeypa
         assert end.code == 2
     said = capsys.readouterr().err
     assert said.startswith("musekit-shards: ") and said.count("\n") == 1 and "s3cret" not in said, said
-    assert ("leave out" in said) == ("me:" in str(arguments) or "own.yaml" in arguments)
+    assert ("leave out" in said) == ("me:" in str(arguments) or arguments == ["x", "--datasets", "own.yaml"])
+    assert ("only local files, http://" in said) == any(scheme in str(arguments) for scheme in ("s3://a", "ftp:", "http:/a", "'y'"))
+
+
+def test_one_entry_of_a_file_of_datasets_needs_no_other(cache, tmp_path, monkeypatch):
+    write_source(tmp_path / "mine" / "tiny.parquet", texts("tiny", 90))
+    (tmp_path / "mine" / "own.yaml").write_text("gone: {files: gone/*.parquet}\n2024: {files: [tiny.parquet, '*y.parquet']}")
+    monkeypatch.chdir(tmp_path)
+    assert main(["2024", "--datasets", "mine/own.yaml", "--quiet", "--cache-dir", str(cache.folder)]) == 0
+    assert (manifest := read_manifest(cache.data))["dataset"] == "2024" and manifest["rows"] == 90 and len(manifest["sources"]) == 1
+
+
+def test_what_is_told_of_the_bytes_that_came(server, cache, monkeypatch, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    arguments = ["--repo", "me/words", "--pattern", "part-{0..2}.parquet", "--cache-dir", str(cache.folder)]
+    for more in (["--remote"], []):
+        server.sent.clear()
+        assert main([*arguments, *more]) == 0
+        came = read_manifest(cache.data)["bytes_fetched"]
+        assert came == (sum(server.sent) if more else None)
+        assert ("came over the network" in capsys.readouterr().out) == bool(more)
+
+
+def test_a_validation_shard_of_a_few_rows_is_told(cache, tmp_path, capsys):
+    rows = 2 * Layout.rows_per_shard + 1
+    pq.write_table(pa.table({"text": [LONG] * rows}), tmp_path / "many.parquet", row_group_size=8192)
+    for more, held_out in (([], 1), (["--validation", "first"], Layout.rows_per_shard)):
+        assert main(["--from", str(tmp_path / "many.parquet"), "--cache-dir", str(cache.folder), "--skip-backup", *more]) == 0
+        assert pq.read_metadata(cache.data / VALIDATION_SHARD).num_rows == held_out
+        told = "only 1 row held out: there were no more rows; --validation first holds out a whole shard"
+        assert (told in (said := capsys.readouterr().out)) == (held_out == 1) and ("held out" in said) == (held_out == 1)
 
 
 @pytest.mark.parametrize("count, total", [([], 5), (["--num-source", "2"], 2)], ids=str)
@@ -615,6 +658,11 @@ def test_the_token_is_advised_for_the_hub_alone(server, cache, monkeypatch, caps
     assert main(["--from", f"{server.url}/a.parquet", "--quiet", "--cache-dir", str(cache.folder), *more]) == 1
     said = capsys.readouterr().err
     assert ("HF_TOKEN" in said) == hub and ("signature" in said) != hub and said.count("\n") == 1
+    monkeypatch.setenv("HF_TOKEN", "hf_s3cret")
+    server.moods["a.parquet"] = [(403, {})]
+    assert main(["--from", f"{server.url}/a.parquet", "--quiet", "--cache-dir", str(cache.folder), *more]) == 1
+    said = capsys.readouterr().err
+    assert ("was refused" in said) == hub and "s3cret" not in said
 
 
 def test_addresses_in_capitals_and_numbers(tmp_path, capsys):
@@ -639,6 +687,11 @@ def test_a_dry_run_of_addresses_and_local_files(tmp_path, capsys):
     own = write_source(tmp_path / "own.parquet", [LONG] * 9)
     assert main(["--from", "http://127.0.0.1:9/a.parquet", str(own), "--dry-run", "--cache-dir", str(tmp_path / "cache")]) == 0
     assert "download of unknown size, " in (said := capsys.readouterr().out) and "are read here" in said and "127.0.0.1:9/a.parquet" in said
+    assert "at most 10 + 1 shards of 86,016 rows, 946,176 rows in all, about 627 MB" in said
+    assert main(["--from", str(own), "--dry-run", "--cache-dir", str(tmp_path / "cache")]) == 0
+    assert "at most 1 + 1 shards of 86,016 rows, 9 rows in all, about 5.97 kB" in capsys.readouterr().out
+    assert main(["--from", str(own), "--text-column", "body", "--dry-run", "--cache-dir", str(tmp_path / "cache")]) == 1
+    assert_one_line(capsys, "no column 'body'")
 
 
 DAMAGED_MANIFESTS = ["{", "[]", "null", "\udcff", '{"shards": 1}', '{"dataset": "mine", "shards": [{}]}', '{"shards": [{"name": 3, "sha256": ""}]}',
@@ -675,7 +728,7 @@ def test_again_and_again_keeps_one_backup(server, cache):
     assert sorted(backup.name for backup in list_backups(cache.folder)) == ["climbmix", "words"]
 
 
-@pytest.mark.parametrize("trouble, told", [((404, {}), "check the repository"), ((401, {}), "HF_TOKEN"), ("no ranges", "download it instead"),
+@pytest.mark.parametrize("trouble, told", [((404, {}), "check the repository"), ((401, {}), "HF_TOKEN"), ("no ranges", "download it instead"), ("page", "no Parquet file"),
                                            ((429, {"Retry-After": "7000"}), "7,000 s")], ids=str)
 def test_troubles_of_reading_in_place_are_one_line(server, cache, monkeypatch, capsys, trouble, told):
     monkeypatch.setenv("HF_ENDPOINT", server.url)
@@ -736,10 +789,34 @@ def test_ctrl_c_is_one_line(server, cache, more):
 
 
 def test_the_download_folder_may_not_be_the_trainers(server, cache):
-    for place in (cache.data, cache.data / "raw", cache.folder):
+    for place in (cache.data, cache.data / "raw", cache.folder, cache.tokenizer, cache.next, cache.folder / "partial-x" / "raw", cache.backup("climbmix")):
         with pytest.raises(ValueError, match="choose another"):
             options = Options(cache.folder, download_dir=place, quiet=True, connection=Connection(endpoint=server.url))
             convert(WORDS, options, SMALL)
+
+
+def test_a_damaged_file_of_a_server_is_not_to_be_deleted(server, cache, monkeypatch, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    address = "datasets/me/words/resolve/main/part-1.parquet"
+    server.files[address] = server.files[address][:2000] + bytes(2000) + server.files[address][4000:]
+    assert main(["--repo", "me/words", "--pattern", "part-{0..1}.parquet", "--remote", "--quiet", "--cache-dir", str(cache.folder)]) == 1
+    assert_one_line(capsys, "part-1.parquet, row group 0", "tell those who keep it")
+
+
+def test_ctrl_c_before_the_command_is_loaded(monkeypatch, capsys):
+    def stop():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("musekit.shards.command.main", stop)
+    assert importlib.import_module("musekit.shards.__main__").main() == 130
+    assert_one_line(capsys, "stopped")
+
+
+@pytest.mark.parametrize("asked", [["--list-backups"], ["fineweb", "--dry-run"]], ids=str)
+def test_nobody_reads_on(cache, asked):
+    command = f"{sys.executable} -m musekit.shards {' '.join(asked)} --cache-dir {cache.folder} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", f"sleep 0.1; {command}"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_import_is_light_and_quick():

@@ -6,6 +6,7 @@ import sys
 import time
 import traceback
 from base64 import b64encode
+from dataclasses import replace
 from email.utils import formatdate
 
 import pyarrow as pa
@@ -103,10 +104,13 @@ def test_answers_that_stay_fail_at_once(server, connection, waits, tmp_path, sta
 @pytest.mark.parametrize("mood", ["page", "truncated", (503, {}), "promise more"], ids=str)
 def test_five_attempts_and_never_taken_for_data(server, connection, waits, tmp_path, mood):
     server.moods["a.parquet"] = [mood] * 9
-    with pytest.raises(ConnectionError, match="attempt 5 of 5"):
+    with pytest.raises(ConnectionError, match="attempt 5 of 5") as caught:
         fetch(f"{server.url}/a.parquet", tmp_path / "a.parquet", connection)
     assert (len(server.asked), waits) == (5, [1, 2, 4, 8]) and not (tmp_path / "a.parquet").exists()
     assert (tmp_path / "a.parquet.bad").exists() == (mood in ("page", "truncated"))
+    assert ("is kept" in str(caught.value)) == (tmp_path / "a.parquet.part").exists()
+    fetch(f"{server.url}/a.parquet", tmp_path / "a.parquet", replace(connection, attempts=9))
+    assert {path.name for path in tmp_path.iterdir()} == {"a.parquet", "a.parquet.json"}
 
 
 @pytest.mark.parametrize("kind", ["sha256", "md5"])
@@ -116,7 +120,7 @@ def test_checksums(server, connection, tmp_path, kind):
              "md5": {"Content-MD5": b64encode(hashlib.md5(content).digest()).decode()}}[kind]
     server.extra["a.parquet"], server.moods["a.parquet"] = given, ["garbled"]
     assert fetch(f"{server.url}/a.parquet", tmp_path / "a.parquet", connection).path.read_bytes() == content
-    assert (tmp_path / "a.parquet.bad").stat().st_size == len(content) and len(server.asked) == 2
+    assert not (tmp_path / "a.parquet.bad").exists() and len(server.asked) == 2
     server.moods["b.parquet"], server.extra["b.parquet"] = [], given
     with pytest.raises(ConnectionError, match=f"{kind} is not" if kind == "md5" else "bytes instead of|sha256 is not"):
         fetch(f"{server.url}/b.parquet", tmp_path / "b.parquet", connection)
@@ -142,7 +146,7 @@ def test_files_without_a_note_are_compared_with_the_server(server, connection, t
     (tmp_path / "b.parquet").write_bytes(FILES["b.parquet"][:-1])
     sources = download_all([f"{server.url}/{name}.parquet" for name in "ab"], tmp_path, connection, quiet=True)
     assert all(source.path.read_bytes() == FILES[source.path.name] for source in sources)
-    assert (tmp_path / "b.parquet.bad").exists() and not (tmp_path / "a.parquet.bad").exists()
+    assert (tmp_path / "b.parquet.old").exists() and not (tmp_path / "a.parquet.old").exists()
 
 
 def test_a_file_of_another_address_is_set_aside(server, connection, tmp_path):
@@ -150,7 +154,7 @@ def test_a_file_of_another_address_is_set_aside(server, connection, tmp_path):
     server.files["other/a.parquet"] = FILES["b.parquet"]
     fetch(f"{server.url}/other/a.parquet", tmp_path / "a.parquet", connection)
     assert (tmp_path / "a.parquet").read_bytes() == FILES["b.parquet"]
-    assert (tmp_path / "a.parquet.bad").read_bytes() == FILES["a.parquet"]
+    assert (tmp_path / "a.parquet.old").read_bytes() == FILES["a.parquet"]
 
 
 @pytest.mark.parametrize("change, kept", [("nothing", True), ("content", False), ("size", False), ("weak", False), ("damaged", False)])
@@ -166,7 +170,7 @@ def test_a_renewed_signature_fetches_nothing_that_is_here(server, connection, tm
     before = path.stat().st_ino
     source = fetch(f"{server.url}/a.parquet?sig=1", path, connection)
     assert path.read_bytes() == (NEWER if change == "size" else content) and source.url.endswith("sig=1")
-    assert (path.stat().st_ino == before) == kept != (tmp_path / "a.parquet.bad").exists()
+    assert (path.stat().st_ino == before) == kept != (tmp_path / "a.parquet.old").exists()
     server.asked.clear()
     assert fetch(f"{server.url}/a.parquet?sig=1", path, connection) == source and not server.asked
 

@@ -8,6 +8,7 @@ __all__ = ['summary', 'next_commands', 'dry_run', 'backups_table', 'make_parser'
 # %% ../../nbs/58_shards.command.ipynb #e19b38dd
 import argparse
 import errno
+import math
 import os
 import shlex
 import signal
@@ -24,11 +25,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..files import lock
-from .catalog import CATALOG, Dataset, dataset_of, find_dataset, is_remote, read_datasets, shown
-from .convert import FULL, Options, convert, readable_size
+from .catalog import CATALOG, Dataset, dataset_of, find_dataset, is_remote, redact, shown
+from .convert import FETCHED_TWICE, FULL, Options, convert, readable_size
 from .download import Connection
 from .plan import list_shards
 from .rechunk import CODECS, VALIDATION_SHARD, Layout
+from .sources import Selection, check_source
 from .store import Cache, damaged_shard, list_backups, recover, restore
 
 # %% ../../nbs/58_shards.command.ipynb #6f66c2d1
@@ -42,7 +44,7 @@ def summary(manifest: dict, cache: Cache) -> str:
         f"dataset     {manifest['dataset']}, {_plural(len(manifest['sources']), 'source file')}",
         f"place       {cache.data}",
         f"shards      {count} for training, {VALIDATION_SHARD} for validation",
-        f"read        {_read_of_sources(manifest)} in the source files",
+        f"read        {_read_of_sources(manifest)}",
         f"rows        {manifest['rows']:,} read, {filtered}, {manifest['kept']:,} kept, {rows:,} in shards",
         f"size        {readable_size(sum(shard['bytes'] for shard in shards))} ({layout['codec']})",
         f"sample      {_sample(cache)}",
@@ -54,6 +56,10 @@ def summary(manifest: dict, cache: Cache) -> str:
         asked = f"{layout['num_shards']} shards were asked for; there were no more rows"
         more = len(manifest["sources"]) < manifest["dataset_files"]
         lines.append(f"note        {asked}{': try more --num-source' if more else ' in the dataset'}")
+    held_out = next(shard["rows"] for shard in shards if shard["name"] == VALIDATION_SHARD)
+    if held_out < layout["rows_per_shard"] / 10:
+        advice = "; --validation first holds out a whole shard" if count > 1 else ""
+        lines.append(f"warning     only {_plural(held_out, 'row')} held out: there were no more rows{advice}")
     return "\n".join(lines + [next_commands(count, cache)])
 
 
@@ -75,7 +81,9 @@ def _place_option(cache):
 
 def _read_of_sources(manifest):
     whole = sum(source["bytes"] for source in manifest["sources"])
-    return f"{readable_size(manifest['bytes_needed'])} of {readable_size(whole)}"
+    fetched = manifest["bytes_fetched"]
+    came = f"; {readable_size(fetched)} came over the network" if fetched else ""
+    return f"{readable_size(manifest['bytes_needed'])} of {readable_size(whole)} in the source files{came}"
 
 
 def _sample(cache):
@@ -89,21 +97,28 @@ def _plural(count, noun):
 
 # %% ../../nbs/58_shards.command.ipynb #e344f20d
 def dry_run(dataset: Dataset, options: Options = Options(), layout: Layout = Layout()) -> str:
-    "The files, and the estimated sizes of the download and of the shards."
+    "The files, and the estimated sizes of the download and of the shards, at most; rows are known of local files."
     connection = options.connection or Connection.from_environment()
     urls = dataset.urls(options.num_source, connection.endpoint)
-    here = [Path(url).stat().st_size for url in urls if not is_remote(url)]
-    far = len(urls) - len(here)
+    local = [url for url in urls if not is_remote(url)]
+    here, far = [Path(path).stat().st_size for path in local], len(urls) - len(local)
+    selection = Selection(dataset.text_column, dataset.score_column, dataset.min_score)
+    known = sum(check_source(path, selection).num_rows for path in local)
     size = f"about {dataset.gigabytes * far:.2f} GB" if dataset.gigabytes else "unknown size"
     download = f"download of {size}" + (" at most, read in place" if options.remote else "")
     parts = [download if far else "nothing to download"]
     parts += [f"{readable_size(sum(here))} are read here"] if here else []
-    per_row = 1_020 if layout.codec == "snappy" else 0.65 * 1_020  # bytes; shards of the original have 88 MB
     files = f"{len(urls)} of {len(dataset.paths)} files"
-    made = f"{layout.num_shards} + 1 shards of {layout.rows_per_shard:,} rows"
-    last = f"{made}, about {readable_size(layout.rows * per_row)} in {Cache(options.cache_dir).data}"
     first = f"dataset {dataset.name}, {', '.join([files, *parts])}:"
-    return "\n".join([first, *(f"  {shown(url)}" for url in urls), last])
+    last = _shards_at_most(layout.rows if far else min(known, layout.rows), layout)
+    return "\n".join([first, *(f"  {shown(url)}" for url in urls), f"{last} in {Cache(options.cache_dir).data}"])
+
+
+def _shards_at_most(rows, layout):
+    per_row = 1_020 if layout.codec == "snappy" else 0.65 * 1_020  # bytes; shards of the original have 88 MB
+    count = max(1, math.ceil(rows / layout.rows_per_shard) - 1)
+    made = f"at most {count} + 1 shards of {layout.rows_per_shard:,} rows, {rows:,} rows in all"
+    return f"{made}, about {readable_size(rows * per_row)}"
 
 # %% ../../nbs/58_shards.command.ipynb #c058595f
 def backups_table(folder: str | Path) -> str:
@@ -125,8 +140,7 @@ def backups_table(folder: str | Path) -> str:
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         unquoted = "; put patterns of files in quotes" if message.startswith("unrecognized") else ""
-        message = " ".join(map(shown, message.split()))
-        self.exit(2, f"{self.prog}: {message}{unquoted}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {redact(' '.join(message.split()))}{unquoted}; see {self.prog} --help\n")
 
 
 def _at_least(low, read=int):
@@ -135,7 +149,7 @@ def _at_least(low, read=int):
             number = read(text)
         except ValueError:
             number = low - 1
-        if not number >= low:
+        if not low <= number < math.inf:
             kind = "whole number" if read is int else "number"
             raise argparse.ArgumentTypeError(f"{text!r} is not a {kind} of at least {low}")
         return number
@@ -186,7 +200,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--remote", action="store_true",
         help="read only the columns and rows that are needed, straight from the server; keep no source files")
     add("--processes", type=whole, default=1, metavar="N",
-        help="write shards in N processes (default: 1); slower for files of one giant row group")
+        help="write shards in N processes (default: 1), not with --remote; slower for one giant row group")
     add("--quiet", action="store_true", help="say nothing unless something fails")
     _add_own(parser.add_argument_group("your own dataset"))
     return parser
@@ -211,17 +225,16 @@ def chosen_dataset(arguments: argparse.Namespace) -> Dataset:
     names = ("text_column", "score_column", "min_score", "revision")
     given = {name: getattr(arguments, name) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
-    own = read_datasets(arguments.datasets) if arguments.datasets else {}
-    if arguments.name in CATALOG and (arguments.files or arguments.repo or arguments.name in own):
+    if arguments.name in CATALOG and (arguments.files or arguments.repo):
         raise ValueError(f"{arguments.name!r} is a dataset of the catalogue; give yours another name.")
     if arguments.files:
         return dataset_of(arguments.files, arguments.name, **given)
     if arguments.repo:
-        name = arguments.name or arguments.repo.replace("/", "--")
+        name = arguments.name or redact(arguments.repo).replace("/", "--")
         return Dataset(name, arguments.repo, pattern=arguments.pattern or "", **given)
     if "/" in arguments.name or arguments.name.endswith(".parquet"):
         raise ValueError(f"{shown(arguments.name)!r} is no name; files go with --from, a repository with --repo.")
-    return replace(find_dataset(arguments.name, own), **given)
+    return replace(find_dataset(arguments.name, arguments.datasets), **given)
 
 
 def _what_is_wrong(arguments, given):
@@ -232,6 +245,8 @@ def _what_is_wrong(arguments, given):
         return "a backup's name stands behind --restore, which goes with --cache-dir, --skip-backup and --quiet alone"
     if arguments.dry_run and arguments.quiet:
         return "--dry-run only prints, which --quiet forbids"
+    if arguments.remote and arguments.processes > 1:
+        return f"--remote {FETCHED_TWICE}; leave --processes out, or --remote to download instead"
     if arguments.remote and given & {"workers", "download_dir"}:
         return "--remote downloads no files, so --workers and --download-dir do not go with it"
     if arguments.pattern and not arguments.repo:
@@ -270,30 +285,29 @@ def worker_pool(count: int) -> Iterator[ProcessPoolExecutor]:
         signal.signal(signal.SIGINT, answer)
 
 # %% ../../nbs/58_shards.command.ipynb #f85c9534
-def _restore(arguments):
+def _restore(arguments, options):
     cache = Cache(arguments.cache_dir)
     if not cache.folder.is_dir():
         raise ValueError(f"there is no backup to restore: {cache.folder} does not exist.")
     with lock(cache.folder):
         recover(cache)
         backup = restore(cache, arguments.restore or None, arguments.skip_backup)
-    if not arguments.quiet:
-        count = len(set(list_shards(cache.data)) - {VALIDATION_SHARD})
-        print(f"restored    backup_{backup.name} ({backup.origin}, {backup.shards} shards)")
-        print(next_commands(count, cache))
+    count = len(set(list_shards(cache.data)) - {VALIDATION_SHARD})
+    options.tell(f"restored    backup_{backup.name} ({backup.origin}, {backup.shards} shards)")
+    options.tell(next_commands(count, cache))
 
 
 def _run(arguments):
-    if arguments.list_backups:
-        return print(backups_table(arguments.cache_dir))
-    if arguments.restore is not None:
-        return _restore(arguments)
     known = {name: value for name, value in vars(arguments).items() if name in Options.__dataclass_fields__}
     options = Options(**known)
+    if arguments.list_backups:
+        return options.tell(backups_table(arguments.cache_dir))
+    if arguments.restore is not None:
+        return _restore(arguments, options)
     layout = Layout(codec=arguments.codec, num_shards=arguments.num_shards, validation=arguments.validation)
     dataset = chosen_dataset(arguments)
     if arguments.dry_run:
-        return print(dry_run(dataset, options, layout))
+        return options.tell(dry_run(dataset, options, layout))
     with ExitStack() as stack:
         if arguments.processes > 1:
             options = replace(options, executor=stack.enter_context(worker_pool(arguments.processes)))
@@ -331,5 +345,5 @@ _ADVICE = {
 
 
 def _fail(message, status=1):
-    print(f"musekit-shards: {' '.join(message.split())}", file=sys.stderr)
+    print(f"musekit-shards: {redact(' '.join(message.split()))}", file=sys.stderr)
     return status

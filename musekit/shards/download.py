@@ -59,8 +59,7 @@ class _Passing(Exception):
 def _check_status(url, response, endpoint):
     code = response.status_code
     if code in (408, 425, 429) or code >= 500:
-        said = f"the server answered {code} {response.reason}".rstrip()
-        raise _Passing(said, retry_after(response))
+        raise _Passing(f"the server answered {code} {response.reason}".rstrip(), retry_after(response))
     if code not in (200, 206):
         raise refusal(url, response, endpoint)
 
@@ -184,8 +183,7 @@ def _append(response, path, at, facts, watch):
 # %% ../../nbs/52_shards.download.ipynb #4d04e55a
 def _attempt(url, path, connection, watch):
     "Fetches what is missing of a file and checks it."
-    start, headers = _rest(path, url)
-    facts = _read_note(path)
+    (start, headers), facts = _rest(path, url), _read_note(path)
     if not start or start != facts["size"]:
         with _ask(url, connection, headers) as response:
             if start and not _continues(response, facts, start):
@@ -203,6 +201,7 @@ def _attempt(url, path, connection, watch):
         os.replace(_beside(path, ".part"), _beside(path, ".bad"))
         raise _Passing(f"{fault}; set aside as {_beside(path, '.bad')}")
     os.replace(_beside(path, ".part"), path)
+    _beside(path, ".bad").unlink(missing_ok=True)
     return facts
 
 
@@ -220,7 +219,7 @@ def _begin(path, facts):
     _beside(path, ".part").unlink(missing_ok=True)
     may_be = path.exists() and _agree(_read_note(path), facts) and facts["size"] == path.stat().st_size
     if path.exists() and (not may_be or _fault(path, facts)):
-        os.replace(path, _beside(path, ".bad"))
+        os.replace(path, _beside(path, ".old"))
     _write_note(path, facts)
     return path.exists()
 
@@ -261,7 +260,8 @@ def _insist(url, path, connection, watch):
             if wait > connection.longest_wait:
                 raise ConnectionError(f"{told}; the server asks to come back in {wait:,.0f} s.") from trouble
             if attempt == connection.attempts:
-                raise ConnectionError(f"{told}; run it again later, what has arrived is kept.") from trouble
+                kept = ", what has arrived is kept" if _beside(path, ".part").exists() else ""
+                raise ConnectionError(f"{told}; run it again later{kept}.") from trouble
         watch(path, "wait", wait)
         connection.tell(f"{told}; trying again in {wait:,.0f} s")
         connection.sleep(wait)

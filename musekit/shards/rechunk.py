@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..files import write_aside
-from .sources import Selection, Tally, check_source, plot_tally, read_sources, source_list
+from .sources import Selection, Tally, check_source, check_whole, plot_tally, read_sources, source_list
 
 # %% ../../nbs/54_shards.rechunk.ipynb #7a548b54
 VALIDATION_SHARD = "shard_06542.parquet"  # the one file that is never trained on
@@ -49,8 +49,7 @@ class Layout:
 
     def __post_init__(self):
         for name in ("rows_per_shard", "rows_per_group", "num_shards"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give a whole number of at least 1.")
+            check_whole(self, name, 1)
         if self.codec not in CODECS or self.validation not in ("last", "first"):
             raise ValueError(f"codec={self.codec!r}, validation={self.validation!r}: the codec is "
                              "zstd or snappy, the validation shard is the last or the first.")

@@ -11,7 +11,9 @@ import bisect
 import io
 import os
 import re
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
@@ -30,6 +32,7 @@ _ADVICE = {
     404: "there is no such file: check the repository, the revision and the pattern, or the address",
     **dict.fromkeys(_BUSY, "run it again later"),
 }
+_REFUSED = "the token (HF_TOKEN) was refused: is it still good, and has its owner accepted the dataset's terms"
 _ELSEWHERE = "check the address, and whether its signature, if it has one, is still good"
 
 
@@ -54,6 +57,8 @@ def refusal(url: str, response: requests.Response, endpoint: str | None = None) 
     advice = _ADVICE.get(code, "asking again would not help")
     if code in (401, 403) and not _is_of_hub(url, hub_address(endpoint)):
         advice = _ELSEWHERE
+    elif code in (401, 403) and "Authorization" in response.request.headers:
+        advice = _REFUSED
     return kind(f"{shown(url)}: {said}; {advice}.")
 
 
@@ -64,7 +69,8 @@ def reason_of(error: Exception) -> str:
         return plain[kind]
     if not isinstance(error, requests.ConnectionError):
         return f"it cannot be asked for ({type(error).__name__})"
-    return str(error).rpartition("(Caused by ")[2].rpartition(": ")[2].strip("()'\" ") or "unknown"
+    said = str(error).rpartition("(Caused by ")[2].rpartition(": ")[2].strip("()'\" ") or "unknown"
+    return said + ")" * (said.count("(") - said.count(")"))
 
 
 def _is_of_hub(url, endpoint):
@@ -116,12 +122,17 @@ def coalesce(ranges: Iterable[tuple[int, int]], piece: int = PIECE) -> list[tupl
     return [(at, min(at + piece, stop)) for start, stop in joined for at in range(start, stop, piece)]
 
 # %% ../../nbs/51_shards.remote.ipynb #d9e2d514
+_NO_PARQUET = "what the server gives is no Parquet file, perhaps a page to log in; open the address in a browser"
+
+
 class RemoteFile(io.RawIOBase):
     """A file on a web server as a readable, seekable file; only what is read is fetched.
 
     Raises a ValueError where the server gives no Range or the file changes meanwhile, FileNotFoundError where
     there is none, ConnectionError when the attempts are used up. `HF_TOKEN` is sent to `HF_ENDPOINT` alone.
     """
+
+    counted, counting = Counter(), threading.Lock()  # bytes of each address that this process has fetched
 
     def __init__(self, url: str, threads: int = 4):
         self.url, self.place, self.etag, self.fetched = url, url, None, 0
@@ -131,14 +142,19 @@ class RemoteFile(io.RawIOBase):
 
     def _fetch(self, start, stop):
         reply = self._request(start, stop)
+        with self.counting:
+            self.counted[self.url] += len(reply.content)
+            self.fetched += len(reply.content)
         if reply.status_code == 200:
-            raise ValueError(f"{shown(self.url)}: the server gives no parts of files (Range); download it instead.")
+            whole = reply.content.startswith(b"PAR1")
+            told = "the server gives no parts of files (Range); download it instead" if whole else _NO_PARQUET
+            raise ValueError(f"{shown(self.url)}: {told}.")
         if reply.status_code != 206:
             raise refusal(self.url, reply)
         etag, size = reply.headers.get("ETag"), int(reply.headers["Content-Range"].rpartition("/")[2])
         if self.size not in (None, size) or self.etag not in (None, etag):
             raise ValueError(f"{shown(self.url)} was changed on the server while it was read; start again.")
-        self.etag, self.size, self.fetched = etag, size, self.fetched + len(reply.content)
+        self.etag, self.size = etag, size
         return reply.content
 
     def _request(self, start, stop):
