@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,12 +23,14 @@ from .data.conditions import TextEncoder, load_encoder
 from .data.pictures import fade_tokens, read_mask, read_picture, to_images, to_pixels, token_mask
 from .files import folder_aside
 from musekit.generation import (
-    GenerationConfig, generate_guided, negative_conditions, prompt_conditions, refuse_unknown,
+    GenerationConfig, generate_guided, negative_conditions, prompt_conditions, refuse_unknown, start_ids,
+    whole_numbers,
 )
 from .hub import write_card
 from .masking import random_mask
 from .models.amused import MODEL_INDEX, read_amused, save_amused
 from .models.checkpoints import find_model_class
+from .schedules import is_number
 from .training.resume import step_seed
 from .weights import find_folder, read_json
 
@@ -49,10 +52,10 @@ class TokenPipeline:
         written = getattr(transformer, "_orig_mod", transformer)  # torch.compile hides what forward takes
         self.reads = list(inspect.signature(written.forward).parameters)
         self.generation, self.zero_uncond = generation or GenerationConfig(), zero_uncond
-        grid = grid or getattr(transformer, "default_shape", None)
+        grid = getattr(transformer, "default_shape", None) if grid is None else grid
         if grid is None:
             raise ValueError(f"{type(transformer).__name__} has no default_shape; pass grid=(height, width)")
-        self.grid, self.micro_conds = tuple(grid), micro_conds
+        self.grid, self.micro_conds = self._grid(grid), micro_conds
         self.mask_token_id = transformer.config.mask_token_id
 
     @property
@@ -77,27 +80,27 @@ class TokenPipeline:
         **generation,  # fields of `GenerationConfig` to change
     ) -> Tensor | tuple[Tensor, list[dict]]:  # (B, N), a prompt's images side by side
         "Decoded tokens; the same seed gives the same ones, whatever the batch size."
-        fields = [field.name for field in dataclasses.fields(self.generation)]
-        refuse_unknown(generation, [*fields, *inspect.signature(self.ids).parameters])
+        refuse_unknown(generation, [*vars(self.generation), *inspect.signature(self.ids).parameters])
         refuse_unknown(conditions or {}, self.reads)
-        if min(batch_size, num_images_per_prompt) < 1:
-            raise ValueError(f"batch_size {batch_size} and num_images_per_prompt {num_images_per_prompt} "
-                             "must be at least 1")
-        how, grid = self.generation.override(**generation), tuple(grid or self.grid)
+        count = whole_numbers("num_images_per_prompt", num_images_per_prompt, 1)
+        how, grid = self.generation.override(**generation), self._grid(grid)
         conditions = prompt_conditions(self.text_encoder, prompts, conditions, batch_size)
-        input_ids = self._start(start, max(map(len, conditions.values())) * num_images_per_prompt, grid)
+        shape, model = (count * max(map(len, conditions.values())), math.prod(grid)), self.transformer
+        known = self.mask_token_id, model.config.codebook_size
         negative = {}
         if any(weight != 1 for weight in how.guidance_weights()):
             negative = negative_conditions(self.text_encoder, conditions, negative_prompt, self.zero_uncond)
         if self.micro_conds is not None:
             conditions.setdefault("micro_conds", torch.tensor([self.micro_conds], dtype=torch.float32))
-        model = self.transformer
         prepare = (lambda rows: model.precompute(**rows)) if "precomputed" in self.reads else dict
         return generate_guided(
-            self._forward(grid), input_ids, self.mask_token_id, model.config.codebook_size,
+            self._forward(grid), start_ids(start, shape, *known, self.device), *known,
             self._readable(conditions), self._readable(negative), how, prepare=prepare,
             seed=seed, batch_size=batch_size, callback=callback, return_steps=return_steps, grid=grid,
         )
+
+    def _grid(self, grid):
+        return self.grid if grid is None else whole_numbers("grid (height, width)", grid, 1, 2)
 
     def _forward(self, grid):
         "The transformer as `generate_guided` asks it: hidden tokens alone, and what changes between steps."
@@ -114,16 +117,6 @@ class TokenPipeline:
     def _readable(self, conditions):
         "On the device, and only what the transformer reads: some read no pooled text or no micro-conditions."
         return {name: value.to(self.device) for name, value in conditions.items() if name in self.reads}
-
-    def _start(self, start, count, grid):
-        num_tokens = grid[0] * grid[1]
-        blank = torch.full((1, num_tokens), self.mask_token_id)
-        start = torch.atleast_2d(blank if start is None else start).to(self.device)
-        if start.shape[1] != num_tokens or len(start) not in (1, count):
-            raise ValueError(f"start has the shape {tuple(start.shape)}, which must be {(num_tokens,)} or "
-                             f"{(count, num_tokens)}: {count} images")
-        return start.expand(count, -1)
-
 
 # %% ../nbs/40_pipeline.ipynb #ec08e79b
 OUTPUT_TYPES = ("pil", "numpy", "tensor", "ids")
@@ -174,7 +167,7 @@ class ImagePipeline(TokenPipeline):
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         result = self.ids(prompts, grid=grid, batch_size=batch_size, return_steps=return_steps, **options)
         ids, records = result if return_steps else (result, [])
-        grid = tuple(grid or self.grid)
+        grid = self._grid(grid)
 
         def finish(ids, hidden):
             if output_type == "ids":
@@ -197,7 +190,7 @@ class ImagePipeline(TokenPipeline):
         self, ids: Tensor, grid: tuple[int, int] | None = None, batch_size: int = 64
     ) -> list[Image.Image]:
         "The pictures of tokens (B, N)."
-        grid, pieces = tuple(grid or self.grid), ids.to(self.device).split(batch_size)
+        grid, pieces = self._grid(grid), ids.to(self.device).split(whole_numbers("batch_size", batch_size, 1))
         return [image for piece in pieces for image in to_images(self.vq_model.decode_code(piece, grid))]
 
     def inpaint(
@@ -214,7 +207,13 @@ class ImagePipeline(TokenPipeline):
         anew = token_mask(hidden, self.factor, self.multiple).to(ids.device)
         where = Image.fromarray(hidden)
         paste = lambda new: Image.composite(new.crop((0, 0, *image.size)), image, where)
-        return self(prompts, start=ids.masked_fill(anew, self.mask_token_id), grid=grid, mend=paste, **options)
+        return self._redraw(prompts, ids.masked_fill(anew, self.mask_token_id), grid, paste, options)
+
+    def _redraw(self, prompts, start, grid, mend, options):
+        given = sorted({"start", "grid", "mend"} & options.keys())
+        if given:
+            raise ValueError(f"{', '.join(given)} cannot be given: the picture to edit settles it; leave it out")
+        return self(prompts, start=start, grid=grid, mend=mend, **options)
 
     def outpaint(
         self,
@@ -224,10 +223,10 @@ class ImagePipeline(TokenPipeline):
         **options,  # of `__call__`
     ) -> list[Image.Image] | np.ndarray | Tensor | tuple:
         "Draws what might be around a picture, which itself stays as it is."
-        if len(margins) != 4 or not any(margins) or not all(hasattr(m, "__index__") and m >= 0 for m in margins):
-            raise ValueError(f"margins must be 4 whole numbers (left, above, right, below), got {margins}")
-        (left, above, right, below), pixels = margins, np.asarray(read_picture(image))
-        around = (above, below), (left, right)
+        margins = left, above, right, below = whole_numbers("margins (left, above, right, below)", margins, 0, 4)
+        if not any(margins):
+            raise ValueError("margins are all 0, so that nothing is to be drawn; give 4 whole numbers")
+        pixels, around = np.asarray(read_picture(image)), ((above, below), (left, right))
         canvas = Image.fromarray(np.pad(pixels, (*around, (0, 0)), mode="edge"))
         hidden = np.pad(np.zeros(pixels.shape[:2], bool), around, constant_values=True)
         return self.inpaint(canvas, hidden, prompts, **options)
@@ -244,18 +243,19 @@ class ImagePipeline(TokenPipeline):
         **options,  # of `__call__`
     ) -> list[Image.Image] | np.ndarray | Tensor | tuple:
         "Variations of a picture: in each a random share of the tokens is drawn anew."
-        if not 0 < ratio <= 1:
-            raise ValueError(f"ratio must be above 0 and at most 1, got {ratio}")
+        if not is_number(ratio) or not 0 < ratio <= 1:
+            raise ValueError(f"ratio must be a number above 0 and at most 1, got {ratio!r}")
         image = read_picture(image)
         ids, grid = self.encode(image)
-        seed = int(torch.randint(2**62, ())) if seed is None else seed
-        rows = max(map(len, conditions.values())) if conditions else np.size(prompts)
+        seed = int(torch.randint(2**62, ())) if seed is None else whole_numbers("seed", seed)
+        count = max(map(len, conditions.values())) if conditions else np.size(prompts)
         which = torch.Generator().manual_seed(step_seed(seed, "which tokens"))
-        count, crop = rows * num_images_per_prompt, lambda new: new.crop((0, 0, *image.size))
+        count *= whole_numbers("num_images_per_prompt", num_images_per_prompt, 1)
+        crop = lambda new: new.crop((0, 0, *image.size))
         hidden = random_mask(torch.full((count,), ratio), ids.shape[1], which).to(ids.device)
         start = ids.expand(count, -1).masked_fill(hidden, self.mask_token_id)
         options |= dict(conditions=conditions, num_images_per_prompt=num_images_per_prompt, seed=seed)
-        return self(prompts, start=start, grid=grid, mend=crop, **options)
+        return self._redraw(prompts, start, grid, crop, options)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Pipeline":
         "Moves all models, in place."

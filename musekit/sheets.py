@@ -19,7 +19,7 @@ from PIL import Image, PngImagePlugin
 from . import __version__
 from .data.pictures import fade_tokens, image_grid, read_mask, token_mask
 from .files import write_aside
-from .generation import refuse_unknown
+from .generation import prompt_list, refuse_unknown, whole_numbers
 from .pipeline import ImagePipeline, Pipeline
 
 # %% ../nbs/66_sheets.ipynb #a7b483c1
@@ -40,7 +40,8 @@ class Task:
     alone: int | None = None  # of its pictures, from 0, the one to keep; None: all, on a sheet
 
     def __post_init__(self):
-        self.prompts = [self.prompts] if isinstance(self.prompts, (str, int)) else list(self.prompts)
+        self.prompts, self.seed = prompt_list(self.prompts), whole_numbers("seed", self.seed)
+        self.num_images_per_prompt = whole_numbers("num_images_per_prompt", self.num_images_per_prompt, 1)
         edits = [name for name in ("mask", "margins", "ratio") if getattr(self, name) is not None]
         if len(edits) != (self.image is not None):
             raise ValueError(f"an image is edited by exactly one of mask, margins and ratio; got "
@@ -118,14 +119,24 @@ def _to_text(image):
         return base64.b64encode(stream.getvalue()).decode()
 
 
+def _plain(value):
+    "What JSON does not know by itself: paths, and numbers of NumPy and PyTorch."
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise ValueError(f"a picture cannot keep {value!r}; give a name, or write another format than PNG")
+
+
 def write_sheet(sheet: Image.Image, task: Task, path: str | Path):
     "Writes the picture; in a PNG with the task, so that `read_task` finds it."
     path, pnginfo = Path(path), PngImagePlugin.PngInfo()
     given = {name: value for name, value in vars(task).items() if value is not None}
     words = {"version": __version__, **given}
     words |= {name: _to_text(words[name]) for name in words.keys() & {"image", "mask"}}
-    pnginfo.add_text(_CHUNK, json.dumps(words))
     kind = Image.registered_extensions()[path.suffix.lower()]
+    if kind == "PNG":
+        pnginfo.add_text(_CHUNK, json.dumps(words, default=_plain))
     with write_aside(path) as aside:
         sheet.save(aside, kind, **({"pnginfo": pnginfo} if kind == "PNG" else {}))
 
@@ -140,20 +151,40 @@ def write_singles(images: list[Image.Image], task: Task, folder: str | Path) -> 
     return list(paths.values())
 
 
+_WRITTEN = {"negative_prompt": (str, list), "generation": dict, "margins": list, "ratio": (int, float),
+            "image": str, "mask": str, "model": str, "alone": int}  # the types of what may be written
+
+
+def _parse_task(written):
+    "The task of a text; a ValueError or TypeError where it is none."
+    known = json.loads(written)
+    if not isinstance(known, dict) or "prompts" not in known:
+        raise ValueError("it does not say which prompts")
+    known.pop("version", None)
+    refuse_unknown(known, [field.name for field in dataclasses.fields(Task)])
+    for name, kind in _WRITTEN.items():
+        if name in known and not isinstance(known[name], kind):
+            raise ValueError(f"{name} cannot be {known[name]!r:.60}")
+    for name in known.keys() & {"image", "mask"}:
+        known[name] = Image.open(io.BytesIO(base64.b64decode(known[name])))
+        known[name].load()
+    return Task(**known)
+
+
 def read_task(path: str | Path) -> Task:
     "The task of a picture that `write_sheet` wrote; FileNotFoundError or ValueError where there is none."
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no picture {path}")
-    with Image.open(path) as picture:
-        picture.load()
-        written = getattr(picture, "text", {}).get(_CHUNK)
-    if written is None:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            written = getattr(picture, "text", {}).get(_CHUNK)
+        task = None if written is None else _parse_task(written)
+    except (OSError, SyntaxError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} holds no task that can be read: {error}") from error
+    if task is None:
         raise ValueError(f"{path} holds no task; a PNG that musekit wrote does, unless it was saved anew")
-    known = {name: value for name, value in json.loads(written).items() if name != "version"}
-    refuse_unknown(known, [field.name for field in dataclasses.fields(Task)])
-    for name in known.keys() & {"image", "mask"}:
-        known[name] = Image.open(io.BytesIO(base64.b64decode(known[name])))
-    return Task(**known)
+    return task
 
 
 def draw_again(

@@ -226,7 +226,9 @@ def test_a_plain_transformer_from_end_to_end(place, here):
 def test_a_model_of_texts_says_what_to_give(place, trained, here):
     model = "--model", "runs/small"
     assert_refused(here(place, "generate", *model), "at least one PROMPT", "a blue three")
-    assert_refused(here(place, "inpaint", "photos/00.png", "photos/01.png", *model), "at least one PROMPT")
+    process = here(place, "inpaint", "photos/00.png", "photos/01.png", *model)
+    assert_refused(process, "at least one PROMPT", "for the whole picture")
+    assert "--again" not in process.stderr
 
 
 class Terminal(io.StringIO):
@@ -310,7 +312,7 @@ def test_interrupted_stage_leaves_nothing_half_made(place, trained, here):
     killer.start()
     process = here(place, "train", "data=photos", f"experiment.output_dir={run}", *TINY, "model.vq_model.train.steps=100000")
     killer.join()
-    assert process.returncode == 130 and process.stderr.count("\n") == 1 and "interrupted" in process.stderr
+    assert process.returncode == 130 and process.stderr.count("\n") == 1 and "interrupted; what is finished is kept" in process.stderr
     assert [path.name for path in run.iterdir()] == ["data"]
 
 

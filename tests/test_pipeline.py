@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
+from musekit import inspection
 from musekit.cli import main
 from musekit.data.conditions import TextEncoder, train_tokenizer
 from musekit.data.pictures import token_mask
@@ -229,6 +230,77 @@ def test_what_cannot_be_done_is_told_in_a_line(tmp_path, capsys, monkeypatch, wo
         status = end.code
     said = capsys.readouterr().err
     assert status == 2 and told in said and said.count("\n") == 1 and not (tmp_path / "generated.png").exists()
+
+
+def told(capsys, *words):
+    "The one line on standard error of a command that is refused."
+    assert main([str(word) for word in words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("musekit: ") and said.count("\n") == 1
+    return said
+
+
+def test_a_picture_that_cannot_be_made_again_is_named(pipeline, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sheet, task = draw_sheet(pipeline, Task("two", num_images_per_prompt=2))
+    write_sheet(sheet, task, "no model.png")
+    assert "no model.png does not say which model" in told(capsys, "generate", "--again", "no model.png")
+    assert main(["generate", "--again", "no model.png", "--model", str(folder)]) == 0 and not capsys.readouterr().err
+    for text in ("[1, 2]", '{"seed": 1}', '{"generation": [1]}', "not json", '{"prompts": ["two"], "generation": [1]}'):
+        info = PngImagePlugin.PngInfo()
+        info.add_text("musekit", text)
+        sheet.save("damaged.png", pnginfo=info)
+        assert "damaged.png holds no task that can be read" in told(capsys, "generate", "--again", "damaged.png")
+    shutil.copytree(folder, "runs/of/mine")
+    write_sheet(sheet, task.change(model="runs/of/mine"), "moved.png")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    said = told(capsys, "generate", "--again", "../moved.png")
+    assert "../moved.png was drawn by runs/of/mine" in said and "--model" in said
+    assert main(["generate", "--again", "../moved.png", "--model", "../runs/of/mine"]) == 0
+
+
+def test_a_picture_is_never_written_over_what_it_is_made_from(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawn = lambda *words: main([str(word) for word in words]) == 0 and capsys.readouterr().out.split()
+    assert drawn("generate", "two", "--model", folder, "--num-images", 2, "--singles", "singles")[0] == "generated.png"
+    before = {path: Path(path).read_bytes() for path in ("generated.png", "singles/001.png")}
+    assert drawn("generate", "--again", "generated.png", "--seed", 7) == ["generated-again.png"]
+    Image.new("RGB", (16, 16), "white").save("mask.png")
+    for words in (["generate", "--again", "generated.png", "--out", "./generated.png"], ["inpaint", "singles/001.png", "mask.png", "two", "--out", "mask.png"]):
+        assert "is a picture that is read, too" in told(capsys, *words)
+    assert "singles/001.png has the name of one" in told(capsys, "generate", "--again", "singles/001.png", "--singles", "singles", "--seed", 7)
+    assert before == {path: Path(path).read_bytes() for path in before}
+
+
+def test_long_work_is_seen_and_a_far_too_large_picture_told(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inspection, "LINE_EVERY", 0)
+    for side, warned in (32, False), (33, True):  # the model's pictures have 16 x 16 pixels
+        Image.new("RGB", (side, side), "red").save("image.png")
+        Image.new("L", (side, side), "white").save("mask.png")
+        assert main(["inpaint", "image.png", "mask.png", "two", "--model", str(folder), "--steps", "3", "--num-images", "1"]) == 0
+        said = capsys.readouterr().err
+        assert "step 2 of 3, " in said and ("warning: 33x33 pixels are more than 4 times" in said) == warned
+    assert main(["generate", "two", "--model", str(folder), "--steps", "3", "--out", "two.jpg"]) == 0
+    said = capsys.readouterr().err
+    assert "step 2 of 3, " in said and said.count("two.jpg keeps no settings") == 1
+
+
+def test_an_interrupted_drawing_promises_nothing(folder, tmp_path, capsys, monkeypatch):
+    def interrupt(*given, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ImagePipeline, "__call__", interrupt)
+    assert main(["generate", "two", "--model", str(folder)]) == 130
+    assert capsys.readouterr().err == "musekit: interrupted\n" and not list(tmp_path.iterdir())
+
+
+def test_an_option_of_what_has_none_is_told(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["--set", "sampler_params=3", "--set", "sampler_params.eta=2"]
+    assert "sampler_params is 3 already" in told(capsys, "generate", "two", "--model", folder, *given)
 
 
 def test_model_classes_are_found_by_name_alone():
