@@ -234,21 +234,21 @@ def add_generate(commands):
     parser.set_defaults(run=_generate, words="prompts")
 
 # %% ../nbs/68_commands.ipynb #0572b901
-def _open_picture(path):
-    from PIL import Image, UnidentifiedImageError
+def _open_picture(path, mode):
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no picture {path}")
     try:
         with Image.open(path) as picture:
-            return picture.convert("RGB")
+            return ImageOps.exif_transpose(picture).convert(mode)
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is no picture") from error
 
 
 def _inpaint(options):
     _settle_out(options)
-    image, mask = _open_picture(options.image), _open_picture(options.mask).convert("L")
+    image, mask = _open_picture(options.image, "RGB"), _open_picture(options.mask, "RGBA")
     _find_demo(options.model or DEMO_MODEL)
     from musekit.sheets import Task
 
