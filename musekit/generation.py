@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GUIDANCE_SCHEDULES', 'guide', 'guidance_weights', 'whole_numbers', 'refuse_unknown', 'GenerationConfig',
            'prompt_list', 'prompt_conditions', 'negative_conditions', 'join_conditions', 'guided_logits', 'take_rows',
-           'start_ids', 'generate_guided']
+           'start_ids', 'settle_seed', 'generate_guided']
 
 # %% ../nbs/05_generation.ipynb #544d6946
 import dataclasses
@@ -291,6 +291,11 @@ def _prepare_once(prepared, batches, room=2 << 30):
     return ready
 
 
+def settle_seed(seed: int | None) -> int:
+    "The seed that is given, or one that is drawn."
+    return int(torch.randint(2**62, ())) if seed is None else whole_numbers("seed", seed)
+
+
 def generate_guided(
     forward: Callable[[Tensor, dict, Tensor], Tensor],  # (ids, conditions, hidden) -> logits (M, V)
     input_ids: Tensor,  # (B, N) int64, the mask id where hidden
@@ -309,7 +314,7 @@ def generate_guided(
 ) -> Tensor | tuple[Tensor, list[dict]]:  # (B, N) ids, or ids and records
     "Parallel decoding under guidance (Chang et al. 2023, section 2.7)."
     batch_size = whole_numbers("batch_size", batch_size, 1)
-    seed = int(torch.randint(2**62, ())) if seed is None else whole_numbers("seed", seed)
+    seed = settle_seed(seed)
     prompts = max((len(value) for value in conditions.values()), default=len(input_ids))
     if len(input_ids) % prompts:
         raise ValueError(f"{len(input_ids)} rows must be a multiple of {prompts} prompts")

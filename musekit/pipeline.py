@@ -23,8 +23,8 @@ from .data.conditions import TextEncoder, load_encoder
 from .data.pictures import fade_tokens, read_mask, read_picture, to_images, to_pixels, token_mask
 from .files import folder_aside
 from musekit.generation import (
-    GenerationConfig, generate_guided, negative_conditions, prompt_conditions, refuse_unknown, start_ids,
-    whole_numbers,
+    GenerationConfig, generate_guided, negative_conditions, prompt_conditions, refuse_unknown, settle_seed,
+    start_ids, whole_numbers,
 )
 from .hub import write_card
 from .masking import random_mask
@@ -247,7 +247,7 @@ class ImagePipeline(TokenPipeline):
             raise ValueError(f"ratio must be a number above 0 and at most 1, got {ratio!r}")
         image = read_picture(image)
         ids, grid = self.encode(image)
-        seed = int(torch.randint(2**62, ())) if seed is None else whole_numbers("seed", seed)
+        seed = settle_seed(seed)
         count = max(map(len, conditions.values())) if conditions else np.size(prompts)
         which = torch.Generator().manual_seed(step_seed(seed, "which tokens"))
         count *= whole_numbers("num_images_per_prompt", num_images_per_prompt, 1)

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from musekit.data.metadata import (
     LAYOUTS, MetadataFilter, Sample, clean_caption, micro_conditions, read_sample,
 )
-from .packing import expand_urls, pack_folder, upright_size, write_shards  # offered here too
+from .packing import expand_urls, pack_folder, upright_size, write_shards  # most offered here too
 
 # %% ../../nbs/22_data.image_text.ipynb #f80c7829
 def resize_shorter(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDPOINT', 'ORIGINAL', 'CATALOG', 'is_remote', 'is_address', 'shown', 'redact', 'names_user', 'hub_address',
-           'address_key', 'Dataset', 'plot_catalog', 'find_dataset', 'dataset_of', 'read_datasets']
+           'address_key', 'Dataset', 'plot_catalog', 'find_dataset', 'dataset_of']
 
 # %% ../../nbs/50_shards.catalog.ipynb #679eecec
 import difflib
@@ -224,12 +224,8 @@ def _addresses(pattern):
     return list(braceexpand(pattern))
 
 # %% ../../nbs/50_shards.catalog.ipynb #3b2e6f46
-def read_datasets(path: str | Path) -> dict[str, Dataset]:
-    "Datasets of a YAML file: a mapping from names to fields of `Dataset`."
-    return {name: _read_entry(path, name, entry) for name, entry in _read_entries(path).items()}
-
-
 def _read_entries(path):
+    "A YAML file's mapping from names to fields of `Dataset`."
     try:
         with open(path, encoding="utf-8") as file:  # of a file, errors name the line and do not quote it
             entries = yaml.safe_load(file) or {}
