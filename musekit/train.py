@@ -217,7 +217,8 @@ def _train_vq_model(recipe, folder):
             f"tokenizer's {model.codebook_size} codes; add images, or give model.vq_model.params a smaller codebook."
         )
     batches = recipe.pool.batches(64, options.seed)
-    train_vq_model(model, batches, options, folder=folder, progress=recipe.progress)
+    precision = recipe.config.training.mixed_precision
+    train_vq_model(model, batches, options, folder=folder, precision=precision, progress=recipe.progress)
 
 # %% ../nbs/45_train.ipynb #ab4fb2d9
 def make_text_encoder(recipe: Recipe):

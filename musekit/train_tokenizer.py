@@ -69,7 +69,9 @@ class ImageData(Section):
 class TokenizerConfig(VQConfig):
     "Everything that defines the training of a tokenizer."
     MOVED = {"data": "dataset.path"}
-    SAME_RUN = (*VQConfig.SAME_RUN, "model.", "dataset.path", "dataset.eval_", "dataset.resolution")
+    SAME_MODEL = ("model.type", "model.params")
+    SAME_DATA = (*VQConfig.SAME_DATA, "dataset.path", "dataset.eval_")
+    SAME_RUN = (*VQConfig.SAME_RUN, *SAME_DATA, "model.", "dataset.resolution")
     model: TokenizerModel = field(default_factory=TokenizerModel)
     dataset: ImageData = field(default_factory=ImageData)
 
