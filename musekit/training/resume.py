@@ -469,17 +469,17 @@ def load_run(trainer: Loop, folder: str | Path):
     folder = Path(folder)
     check_files(folder)
     refuse_changes(folder, trainer.config)
+    changes, state = changed_settings(folder, trainer.config), json.loads((folder / STATE_FILE).read_text())
+    if state.get("num_processes") != trainer.processes:
+        changes["number of processes"] = state.get("num_processes"), trainer.processes
     _refuse_other_model(trainer, folder)
-    changes = changed_settings(folder, trainer.config)
+    _refuse_deepspeed(trainer.accelerator, changes)
     try:
-        news = _load(trainer, folder)
-        state = json.loads((folder / STATE_FILE).read_text())
+        news = _load(trainer, folder, changes)
         trainer.load_state_dict(state)
     except _DAMAGE as error:
         told = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{folder} could not be loaded: {told[:200]}. You can {_way_back(folder)}.") from error
-    if state["num_processes"] != trainer.processes:
-        changes["number of processes"] = state["num_processes"], trainer.processes
     if not trainer.same_data or any(name.startswith(trainer.config.SAME_DATA) for name in changes):
         trainer.batches_seen = 0
         news.append("the data starts from its beginning")
@@ -488,14 +488,15 @@ def load_run(trainer: Loop, folder: str | Path):
             trainer.accelerator.print(f"  {folder.name}: {line}")
 
 
-def _load(trainer, folder):
+def _load(trainer, folder, changes):
     "Loads what fits into a trainer; gives what began anew instead, in words."
     accelerator, experiment = trainer.accelerator, trainer.config.experiment
     plain = lambda group: {name: value for name, value in group.items() if name != "params"}
     options = [[plain(group) for group in optimizer.param_groups] for optimizer, _ in trainer.schedules]
     models = _models_that_fit(accelerator, folder)
     news = ["a fresh discriminator"] * (models < len(accelerator._models))
-    optimizers = 0 if experiment.dont_resume_optimizer else _optimizers_that_fit(trainer, folder, models)
+    keep = not experiment.dont_resume_optimizer and "optimizer.name" not in changes
+    optimizers = _optimizers_that_fit(trainer, folder, models) if keep else 0
     news += ["a fresh optimizer"] * (optimizers < models)
     counts = {"_models": models, "_optimizers": optimizers,
               "_schedulers": models if experiment.resume_lr_scheduler else 0}
@@ -564,6 +565,15 @@ def _refuse_other_model(trainer, folder):
     if difference := _difference(trainer.accelerator.unwrap_model(trainer.model), path):
         raise ValueError(f"{folder} holds another model: {difference}. A run goes on with the same one; take "
                          "the change back, or choose another experiment.output_dir.")
+
+
+def _refuse_deepspeed(accelerator, changes):
+    "DeepSpeed cuts its state by processes and keeps weights and optimizer in one."
+    fixed = {"optimizer.name", "training.mixed_precision", "number of processes"}
+    other = {name: pair for name, pair in changes.items() if name in fixed}
+    if other and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(f"With DeepSpeed a run goes on as it was ({_listed(other)}). Take the change back, or start "
+                         "a new run from its weights with model.pretrained_model_path=CHECKPOINT/unwrapped_model.")
 
 
 def _models_that_fit(accelerator, folder):
