@@ -133,16 +133,23 @@ def _first_fault(checkpoint):
     if fault := fault_of(state):
         return state, fault
     saved = json.loads(state.read_text())
-    sizes = saved.get("files", {}) if isinstance(saved, dict) else {}  # checkpoints of older versions have none
+    sizes = saved.get("files", {}) if isinstance(saved, dict) else {}
+    if not sizes and not _is_cut_up(checkpoint):  # of an older version, which did not list them
+        sizes = dict.fromkeys(("model.safetensors", "optimizer.bin", "scheduler.bin"))
     for name, size in sizes.items():
         path = checkpoint / name
         if not path.is_file():
             return path, "it is missing"
-        if (found := path.stat().st_size) != size:
+        if size is not None and (found := path.stat().st_size) != size:
             return path, f"it has {found:,} bytes, and {size:,} were saved"
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         if fault := fault_of(path):
             return path, fault
+
+
+def _is_cut_up(checkpoint):
+    "Whether a checkpoint has its weights in the pieces of FSDP or DeepSpeed."
+    return any(checkpoint.glob("pytorch_model*"))
 
 
 def _way_back(checkpoint):
@@ -217,15 +224,15 @@ def _same_path(value):
     return str(Path(value).resolve()) if os.path.exists(value) else value.rstrip("/")
 
 
-def _listed(changes):
-    "The first changes in words."
-    shown = [f"{name}: {_short(before)} -> {_short(now)}" for name, (before, now) in changes.items()]
+def _listed(changes, room=60):
+    "The first changes in words, each value in so many characters."
+    shown = [f"{name}: {_short(before, room)} -> {_short(now, room)}" for name, (before, now) in changes.items()]
     return "; ".join(shown[:4]) + (f"; and {len(shown) - 4} more" if len(shown) > 4 else "")
 
 
-def _short(value):
+def _short(value, room=60):
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= room else f"{text[:room - 3]}..."
 
 
 def refuse_changes(checkpoint: Path, config: Section):
@@ -484,7 +491,7 @@ def load_run(trainer: Loop, folder: str | Path):
         trainer.batches_seen = 0
         news.append("the data starts from its beginning")
     if trainer.config.experiment.resume_from_checkpoint != "latest":
-        for line in [_listed({name: pair}) for name, pair in changes.items()] + news:
+        for line in [_listed({name: pair}, 500) for name, pair in changes.items()] + news:
             trainer.accelerator.print(f"  {folder.name}: {line}")
 
 
@@ -558,10 +565,10 @@ def _refuse_other_model(trainer, folder):
     "Raises ValueError where the weights of a checkpoint do not fit the model."
     if not _is_whole(trainer.accelerator):
         return
+    if _is_cut_up(folder):
+        raise ValueError(f"{folder} is of a run with FSDP or DeepSpeed and holds its weights in pieces; launch as that "
+                         f"run was, or start anew from model.pretrained_model_path={folder}/unwrapped_model.")
     path = folder / "model.safetensors"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: the checkpoint is damaged, or of a run with FSDP or DeepSpeed; launch "
-                         f"as that run was, or start anew from model.pretrained_model_path={folder}/unwrapped_model.")
     if difference := _difference(trainer.accelerator.unwrap_model(trainer.model), path):
         raise ValueError(f"{folder} holds another model: {difference}. A run goes on with the same one; take "
                          "the change back, or choose another experiment.output_dir.")
