@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from . import __version__
+from .data.packing import DRAWN
 from .data.pictures import fade_tokens, image_grid, read_mask, token_mask
 from .files import write_aside
 from .generation import prompt_list, refuse_unknown, whole_numbers
@@ -109,9 +110,6 @@ def draw_sheet(pipeline: ImagePipeline, task: Task, **options) -> tuple[Image.Im
     return lay_out(pipeline, task, draw_task(pipeline, task, **options)), task
 
 # %% ../nbs/66_sheets.ipynb #f4d50def
-_CHUNK = "musekit"
-
-
 def _to_text(image):
     "A picture without loss, as text."
     with io.BytesIO() as stream:
@@ -136,7 +134,7 @@ def write_sheet(sheet: Image.Image, task: Task, path: str | Path):
     words |= {name: _to_text(words[name]) for name in words.keys() & {"image", "mask"}}
     kind = Image.registered_extensions()[path.suffix.lower()]
     if kind == "PNG":
-        pnginfo.add_text(_CHUNK, json.dumps(words, default=_plain))
+        pnginfo.add_text(DRAWN, json.dumps(words, default=_plain))
     with write_aside(path) as aside:
         sheet.save(aside, kind, **({"pnginfo": pnginfo} if kind == "PNG" else {}))
 
@@ -178,7 +176,7 @@ def read_task(path: str | Path) -> Task:
     try:
         with Image.open(path) as picture:
             picture.load()
-            written = getattr(picture, "text", {}).get(_CHUNK)
+            written = getattr(picture, "text", {}).get(DRAWN)
         task = None if written is None else _parse_task(written)
     except (OSError, SyntaxError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} holds no task that can be read: {error}") from error

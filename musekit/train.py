@@ -7,6 +7,8 @@ __all__ = ['SMALL', 'STAGES', 'check_recipe', 'configure', 'Recipe', 'find_data'
            'make_trainer', 'fit', 'train']
 
 # %% ../nbs/45_train.ipynb #dadb6b10
+import json
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -23,10 +25,10 @@ from torch import nn
 from .data.conditions import train_clip
 from .data.encoded import BatchEncoder, encode_dataset
 from .data.image_text import make_loader
-from .data.packing import left_out
+from .data.packing import file_facts, left_out
 from .data.pre_encoded import EncodedSource, first_batch, open_encoded
 from .data.pictures import SamplePool
-from .files import make_once
+from .files import TAKEN, folder_aside, make_once, read_note, take_for
 from .finetune import adopt_pipeline
 from .hub import write_card
 from .inspection import watched
@@ -41,7 +43,7 @@ from musekit.training.config import (
 )
 from .training.history import check_trackers
 from .training.optim import check_library, check_optimization
-from .training.resume import find_checkpoint, latest_checkpoint, on_main_process, refuse_other_run
+from .training.resume import find_checkpoint, latest_checkpoint, on_main_process, refuse_other_run, step_of
 from .training.tokenizer import train_vq_model
 from .training.trainer import Trainer, make_accelerator
 
@@ -111,6 +113,9 @@ class Recipe:
         self.accelerator = accelerator or make_accelerator(config)
         self.folder, self.seconds, self.facts = Path(config.experiment.output_dir), {}, {}
         self.sources, self._pool = {}, None
+        wanted = config.experiment.resume_from_checkpoint
+        self.named = None if wanted == "latest" else find_checkpoint(self.folder, wanted)  # to go on from, changed or not
+        self.same_data = True
 
     @contextmanager
     def stage(self, name: str):
@@ -122,13 +127,24 @@ class Recipe:
 
     @property
     def may_replace(self) -> bool:
-        "Whether stages may be made anew: no transformer was trained on them yet."
-        return latest_checkpoint(self.folder) is None
+        "Whether stages may be made anew: no transformer was trained on them yet, or the change is meant."
+        return self.named is not None or latest_checkpoint(self.folder) is None
 
     def make(self, name: str, make: Callable[[Path], object]) -> Path:
         "The folder of a stage, which the main process makes unless it is there."
-        once = lambda: make_once(self.folder / name, self.facts[name], make, replace=self.may_replace)
-        return on_main_process(once)
+        folder, facts = self.folder / name, self.facts[name]
+
+        def once():
+            note = read_note(self.named.parent / name) if self.named else None
+            if self.named and name in ("vq_model", "clip"):
+                _take_over(self.named.parent / name, folder, facts)
+            changed = note is not None and note.get("shards") != json.loads(json.dumps(facts.get("shards")))
+            replace = self.may_replace or name == "encoded/test"  # nothing was trained on it
+            return make_once(folder, facts, make, replace=replace), changed
+
+        folder, changed = on_main_process(once)
+        self.same_data = self.same_data and not (changed and name != "encoded/test")
+        return folder
 
     @property
     def place(self) -> dict:
@@ -163,6 +179,27 @@ class Recipe:
             grid=self.grid, micro_conds=self.micro_conds,
             zero_uncond=not self.config.training.use_empty_embeds_for_uncond,
         )
+
+
+def _take_over(source, folder, facts):
+    "Makes the network that a checkpoint's run made this run's own, whatever facts it would be made from now."
+    if not source.is_dir():
+        if not folder.is_dir():
+            raise ValueError(f"{source} is missing: the checkpoint beside it was trained with that network. Copy it there, "
+                             f"or set model.{'vq_model' if source.name == 'vq_model' else 'text_encoder'}.pretrained.")
+        return
+    weights = [file_facts(place, ("safetensors",)) for place in (source, folder)]
+    if weights[0] == weights[1]:
+        if read_note(folder) != json.loads(json.dumps(facts, default=str)):
+            take_for(folder, facts)
+        return
+    if latest_checkpoint(folder.parent):
+        raise ValueError(f"{folder} is another network than {source}, which the checkpoint was trained with, and "
+                         f"{folder.parent} holds checkpoints of its own; choose another experiment.output_dir.")
+    shutil.rmtree(folder.parent / "encoded", ignore_errors=True)  # by the other network
+    with folder_aside(folder) as aside:
+        shutil.copytree(source, aside, dirs_exist_ok=True)
+        (aside / TAKEN).write_text(json.dumps(facts, default=str, indent=1))
 
 # %% ../nbs/45_train.ipynb #5ea8a75b
 def find_data(recipe: Recipe):
@@ -217,7 +254,8 @@ def _train_vq_model(recipe, folder):
             f"tokenizer's {model.codebook_size} codes; add images, or give model.vq_model.params a smaller codebook."
         )
     batches = recipe.pool.batches(64, options.seed)
-    train_vq_model(model, batches, options, folder=folder, progress=recipe.progress)
+    precision = recipe.config.training.mixed_precision
+    train_vq_model(model, batches, options, folder=folder, precision=precision, progress=recipe.progress)
 
 # %% ../nbs/45_train.ipynb #ab4fb2d9
 def make_text_encoder(recipe: Recipe):
@@ -304,6 +342,7 @@ def make_trainer(recipe: Recipe) -> Trainer:
         unconditional=only_read(transformer, recipe.unconditional),
         callbacks=callbacks,
     )
+    recipe.trainer.same_data = recipe.same_data
     return recipe.trainer
 
 
@@ -320,8 +359,7 @@ def _tell_progress(recipe):
     "Says where a run goes on, or that it is already done."
     steps = recipe.config.training.max_train_steps
     found = find_checkpoint(recipe.folder, recipe.config.experiment.resume_from_checkpoint)
-    done = int(found.name.split("-")[1]) if found and found.name.startswith("checkpoint-") else 0
-    if done:
+    if done := step_of(found) if found else 0:
         told = "already trained (training.max_train_steps=N for more)," if done >= steps else "going on"
         recipe.accelerator.print(f"  {told} after step {done} of {steps}")
 

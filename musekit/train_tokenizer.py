@@ -69,7 +69,9 @@ class ImageData(Section):
 class TokenizerConfig(VQConfig):
     "Everything that defines the training of a tokenizer."
     MOVED = {"data": "dataset.path"}
-    SAME_RUN = (*VQConfig.SAME_RUN, "model.", "dataset.path", "dataset.eval_", "dataset.resolution")
+    SAME_MODEL = ("model.type", "model.params")
+    SAME_DATA = (*VQConfig.SAME_DATA, "dataset.path", "dataset.eval_")
+    SAME_RUN = (*VQConfig.SAME_RUN, *SAME_DATA, "model.", "dataset.resolution")
     model: TokenizerModel = field(default_factory=TokenizerModel)
     dataset: ImageData = field(default_factory=ImageData)
 
@@ -228,7 +230,15 @@ def train_tokenizer(
 ) -> VQTrainer:  # its `stop` is true if the run was stopped
     "Trains a tokenizer, or goes on with it; leaves the model and a report in the folder of the run."
     refuse_other_run(config)
-    accelerator, folder = make_accelerator(config), Path(config.experiment.output_dir)
+    accelerator = make_accelerator(config)
+    try:
+        return _train(config, accelerator, progress, base_dir)
+    finally:
+        accelerator.end_training()
+
+
+def _train(config, accelerator, progress, base_dir):
+    folder = Path(config.experiment.output_dir)
     train, held_out = on_main_process(lambda: _find_splits(config.dataset, folder, base_dir))
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     read = partial(make_loader, config=_reading(config), make_reader=PictureReader)
@@ -242,7 +252,6 @@ def train_tokenizer(
         with evaluating(trainer.network, trainer.ema) as network:
             reconstruction_sheet(network, shown).save(folder / "reconstructions.png")
         (folder / "report.json").write_text(json.dumps(final_report(folder), indent=1) + "\n")
-    accelerator.end_training()
     return trainer
 
 

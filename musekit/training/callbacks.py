@@ -27,7 +27,9 @@ from ..files import PARTIAL, publish, sweep, write_aside
 from .config import Config, condition_of, num_classes, save_config
 from .ema import evaluating, save_model
 from .history import Callback, Log, read_log
-from .resume import Loop, checkpoints, failing_clearly, keep_newest, latest_checkpoint, save_run
+from musekit.training.resume import (
+    Loop, checkpoint_folders, failing_clearly, keep_newest, latest_checkpoint, save_run, step_of,
+)
 from .trainer import Trainer
 
 # %% ../../nbs/39_training.callbacks.ipynb #bc95cef8
@@ -251,8 +253,8 @@ class DiagnoseTokens(Callback):
 # %% ../../nbs/39_training.callbacks.ipynb #fe3d05d1
 def leave_later(folder: Path, step: int):
     "Calls checkpoints after that step abandoned, so that a run which went back does not take them for its own."
-    for path in checkpoints(folder):
-        if int(path.name.split("-")[1]) > step:
+    for path in checkpoint_folders(folder):
+        if step_of(path) > step:
             aside = path.with_name(f"abandoned-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)

@@ -90,6 +90,12 @@ class EMA:
         current = [_piece(p).to(s.dtype) for p, s in zip(self.parameters, self.shadow)]
         torch._foreach_lerp_(self.shadow, current, 1 - self.decay)
 
+    @torch.no_grad()
+    def restart(self):
+        "Begins anew, from the weights of the moment."
+        torch._foreach_copy_(self.shadow, [_piece(p) for p in self.parameters])
+        self.step, self.decay = 0, 0.0
+
     @contextmanager
     def swapped(self):
         "Inside the block the model holds the averaged weights; afterwards its own again, whatever happened."

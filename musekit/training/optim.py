@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NO_DECAY', 'decays', 'parameter_groups', 'plot_parameter_groups', 'scaled_learning_rate', 'make_optimizer',
-           'make_scheduler', 'learning_rates', 'check_optimization', 'check_library', 'plot_learning_rates']
+           'fits_state', 'make_scheduler', 'learning_rates', 'check_optimization', 'check_library',
+           'plot_learning_rates']
 
 # %% ../../nbs/32_training.optim.ipynb #fcd8b7c0
 import importlib
@@ -93,6 +94,19 @@ def make_optimizer(model: nn.Module, config: Config, num_processes: int = 1) -> 
     if name == "8bit_adamw":
         return _library("bitsandbytes.optim", "AdamW8bit", "bitsandbytes")(groups, **arguments)
     return torch.optim.AdamW(groups, fused=name == "fused_adamw", **arguments)
+
+# %% ../../nbs/32_training.optim.ipynb #7f13a8a7
+def fits_state(
+    optimizer: Optimizer,  # of `make_optimizer`
+    name: str,  # `config.optimizer.name`
+    state: dict,  # another's `state_dict`
+) -> bool:
+    "Whether an optimizer can go on with a state: of its own kind, with as many parameters in each group."
+    entries = {entry for memory in state["state"].values() for entry in memory}
+    marks = {"8bit_adamw": "state1", "adamw": "exp_avg_sq", "lion": "exp_avg"}
+    kind = next((kind for kind, entry in marks.items() if entry in entries), None)
+    sizes = [[len(group["params"]) for group in groups] for groups in (optimizer.param_groups, state["param_groups"])]
+    return kind in (None, name.removeprefix("fused_")) and sizes[0] == sizes[1]
 
 # %% ../../nbs/32_training.optim.ipynb #b331e02c
 def make_scheduler(optimizer: Optimizer, config: Config) -> LRScheduler:

@@ -41,6 +41,8 @@ def _fault(value, low=None, high=None, above=None, below=None, choices=None):
 class Section:
     "A part of the configuration. `check` raises a `ValueError` at the first value that cannot be."
 
+    SAME_RUN = SAME_MODEL = SAME_DATA = ()  # beginnings of keys, of a whole configuration: see each of them
+
     def check(self, path: str):  # where this section stands, such as "training"
         for key in dataclasses.fields(self):
             value, name = getattr(self, key.name), f"{path}.{key.name}".lstrip(".")
@@ -331,11 +333,18 @@ class Config(Section):
     MOVED = {  # keys that have, or may be written with, another name
         "training.mask_schedule": "mask_schedule.schedule", "data": "dataset.params.train_shards_path_or_url",
     }
-    SAME_RUN = (  # what a run is, and cannot change on the way
-        "model.vq_model.", "model.text_encoder.", "model.transformer", "model.architecture", "model.lora.",
+    SAME_MODEL = (  # what no checkpoint can go on without
+        "model.architecture", "model.transformer", "model.lora.", "model.vq_model.type", "model.vq_model.params",
+        "model.text_encoder.type",
+    )
+    SAME_DATA = (  # without which the position in the data means nothing
         "dataset.type", "dataset.params.train_shards_path_or_url", "dataset.params.is_",
-        "dataset.params.imagenet_class_mapping_path", "dataset.preprocessing.", "training.seed",
-        "training.batch_size", "training.encode_first", "training.pre_encode",
+        "dataset.params.imagenet_class_mapping_path", "training.seed", "training.batch_size",
+        "training.encode_first", "training.pre_encode",
+    )
+    SAME_RUN = (  # what a run is, and changes only where the checkpoint to go on from is named
+        *SAME_MODEL, *SAME_DATA, "model.vq_model.", "model.text_encoder.", "dataset.preprocessing.",
+        "optimizer.name", "training.mixed_precision", "training.use_ema",
     )
     experiment: Experiment = field(default_factory=Experiment)
     wandb: WandB = field(default_factory=WandB)

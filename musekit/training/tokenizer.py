@@ -27,7 +27,7 @@ from musekit.training.reconstruction import (
     PatchDiscriminator, PerceptualLoss, VGGFeatures, adaptive_weight, codebook_report, discriminator_loss,
     generator_loss, last_layer, pixel_loss, read_channel_weights,
 )
-from .resume import Loop, step_seed
+from .resume import Loop, new_accelerator, step_seed
 from musekit.training.schema import (
     LRScheduler, Optimizer, OptimizerParams, Run, SchedulerParams, Section, Steps, WandB, setting,
 )
@@ -70,7 +70,8 @@ class Codebook(Section):
 @dataclass
 class VQConfig(Section):
     "What the trainer of a tokenizer goes by."
-    MOVED, SAME_RUN = {}, ("loss.", "training.seed", "training.batch_size")
+    MOVED, SAME_DATA = {}, ("training.seed", "training.batch_size")
+    SAME_RUN = (*SAME_DATA, "loss.", "optimizer.name", "training.mixed_precision", "training.use_ema")
     experiment: Run = field(default_factory=Run)
     wandb: WandB = field(default_factory=WandB)
     loss: ReconstructionLoss = field(default_factory=ReconstructionLoss)
@@ -173,7 +174,8 @@ class VQTrainer(Loop):
         alone: bool = False,  # this process trains, and no other
         fresh: bool = True,  # its codes may be moved; those of a trained model stay where they are
     ):
-        super().__init__(data, config, accelerator or Accelerator(), callbacks, alone)
+        accelerator = accelerator or new_accelerator(mixed_precision=config.training.mixed_precision)
+        super().__init__(data, config, accelerator, callbacks, alone)
         module, self.eval_batches = Autoencoder(model, config.codebook), eval_batches
         self.model, self.optimizer, self.scheduler = self._prepare(module)
         self.perceptual = perceptual or make_perceptual(config.loss)
@@ -327,6 +329,7 @@ def train_vq_model(
     config: VQTrainingConfig | None = None,
     *,
     folder: str | Path | None = None,  # receives the model and `log.jsonl`
+    precision: str = "no",  # no, fp16 or bf16
     progress: bool | None = None,  # show it, see `watched`
 ) -> list[dict]:  # the rows of the log: step, reconstruction, codebook_loss, codes_used, ...
     "Trains a tokenizer by reconstruction, codebook loss and commitment (van den Oord et al. 2017, eq. 3)."
@@ -334,6 +337,7 @@ def train_vq_model(
     config.check("tokenizer")
     with tempfile.TemporaryDirectory() as spare:
         whole = config.whole(folder or spare)
+        whole.training.mixed_precision = precision
         log = Log(config.log_every, progress)
         if VQTrainer(model, batches, whole, callbacks=[log], alone=True).fit().stop:
             raise KeyboardInterrupt

@@ -26,7 +26,7 @@ from .config import Config
 from .ema import keep_whole, make_ema
 from .history import check_trackers
 from .optim import make_optimizer, make_scheduler
-from .resume import Loop
+from .resume import Loop, new_accelerator
 
 # %% ../../nbs/38_training.trainer.ipynb #5efc07cb
 def make_accelerator(config: Config) -> Accelerator:
@@ -34,9 +34,9 @@ def make_accelerator(config: Config) -> Accelerator:
     training, experiment = config.training, config.experiment
     check_trackers(experiment.trackers)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.enable_tf32
-    accelerator = Accelerator(
+    accelerator = new_accelerator(
         mixed_precision=training.mixed_precision, log_with=list(experiment.trackers) or None,
-        project_dir=experiment.output_dir, step_scheduler_with_optimizer=False,
+        project_dir=experiment.output_dir,
     )
     for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         asked = os.environ.get(f"ACCELERATE_USE_{kind.value}", "").lower() == "true"
