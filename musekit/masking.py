@@ -139,11 +139,14 @@ class MaskingConfig:
 def hide_tokens(ids: Tensor,  # (B, N) int64 token ids
                 mask: Tensor,  # (B, N) bool, True where to hide
                 config: MaskingConfig,  # its noise type, mask id and codebook size are used
-                generator: torch.Generator | None = None
+                generator: torch.Generator | list[torch.Generator] | None = None  # a list: one for each row
                ) -> Tensor:  # (B, N) int64
     "The ids with hidden ones replaced by the mask id or by random image ids."
     if config.noise_type == "mask":
         return ids.masked_fill(mask, config.mask_token_id)
+    if isinstance(generator, list):
+        rows = zip(ids.split(1), mask.split(1), generator, strict=True)
+        return torch.cat([hide_tokens(row, hidden, config, one) for row, hidden, one in rows])
     home = generator.device if generator is not None else ids.device
     noise = torch.randint(config.codebook_size, ids.shape, generator=generator, device=home)
     return torch.where(mask, noise.to(ids.device), ids)

@@ -22,17 +22,24 @@ from .schedules import check_params, get_schedule
 
 # %% ../nbs/03_sampling.ipynb #f83b95cd
 def exact_noise(shape: tuple[int, ...],  # of the result
-                generator: torch.Generator | None = None,  # None: PyTorch's global one
-                device: torch.device | str | None = None  # of the result; None: the generator's
+                generator: torch.Generator | list[torch.Generator] | None = None,  # None: PyTorch's global one
+                device: torch.device | str | None = None,  # of the result; None: the generator's
+                counts: list[int] | None = None  # how many rows each of several generators draws; None: one
                ) -> Tensor:  # float64 in [0, 1); float32 on Apple's GPUs, which have no float64
-    "Uniform random numbers of 53 bits, drawn on the generator's device."
+    "Uniform random numbers of 53 bits, drawn on the generator's device; several generators draw rows of their own."
+    if isinstance(generator, list):
+        counts = [1] * len(generator) if counts is None else counts
+        if len(counts) != len(generator) or sum(counts) != shape[0]:
+            raise ValueError(f"{len(generator)} generators draw {counts} rows, but there are {shape[0]}; give one a row")
+        parts = [exact_noise((count, *shape[1:]), one, device) for one, count in zip(generator, counts)]
+        return torch.cat(parts)
     home = torch.device(device or "cpu") if generator is None else generator.device
     precision = torch.float32 if "mps" in (home.type, torch.device(device or home).type) else torch.float64
     return torch.rand(shape, dtype=precision, generator=generator, device=home).to(device or home)
 
 
 def gumbel_noise(shape: tuple[int, ...],  # of the result
-                 generator: torch.Generator | None = None,  # None: PyTorch's global one
+                 generator: torch.Generator | list[torch.Generator] | None = None,  # see `exact_noise`
                  device: torch.device | str | None = None  # of the result; None: the generator's
                 ) -> Tensor:  # float64, always finite
     "Standard Gumbel noise in double precision, -log(-log(u)) of uniform u (Zheng et al. 2024, section 4)."
@@ -42,13 +49,14 @@ def gumbel_noise(shape: tuple[int, ...],  # of the result
 # %% ../nbs/03_sampling.ipynb #5ada6cbd
 def sample_tokens(logits: Tensor,  # (..., V)
                   sampling_temperature: float = 1.0,  # above 0, divides the logits
-                  generator: torch.Generator | None = None
+                  generator: torch.Generator | list[torch.Generator] | None = None,
+                  counts: list[int] | None = None  # of several generators: how many of the distributions are each one's
                  ) -> tuple[Tensor, Tensor]:  # ids int64 and their probabilities float32, both (...)
     "An id from each distribution, and how probable it was."
     if sampling_temperature <= 0:
         raise ValueError(f"sampling_temperature must be above 0, got {sampling_temperature}; nearly greedy is 0.01")
     rows, device = logits.flatten(0, -2), logits.device
-    noise = exact_noise((len(rows), 1), generator, device)
+    noise = exact_noise((len(rows), 1), generator, device, counts)
     at_once = max(1, (2**19 if device.type == "cpu" else 2**26) // logits.shape[-1])
     drawn = [_invert((some.float() / sampling_temperature).softmax(-1), u)
              for some, u in zip(rows.split(at_once), noise.split(at_once))]
@@ -89,7 +97,7 @@ def hide_lowest(score: Tensor,  # (B, N); infinite where the token must stay vis
 def remask(confidence: Tensor,  # (B, N) probabilities; infinite where the token must stay
            num_masked: Tensor,  # (B,) or (B, 1) int64, how many to hide per row
            temperature: Tensor | float,  # how much chance decides, 0 not at all
-           generator: torch.Generator | None = None
+           generator: torch.Generator | list[torch.Generator] | None = None
           ) -> Tensor:  # (B, N) bool, True where to hide
     "Hide the lowest in log-confidence + temperature * Gumbel noise (after Chang et al. 2022, section 3.2)."
     score = confidence.float().log()
@@ -110,7 +118,7 @@ class Moment:
     confidence: Tensor  # (B, N) float32, the guess's probability; infinite where not hidden
     logits: Tensor  # (M, V) of the M hidden tokens
     grid: tuple[int, int] | None = None  # (height, width), if known
-    generator: torch.Generator | None = None
+    generator: torch.Generator | list[torch.Generator] | None = None  # a list: one for each row
     memory: dict = field(default_factory=dict)  # what a sampler notes, kept from step to step
 
     def ratios(self) -> tuple[float, float]:
@@ -255,7 +263,7 @@ def generate_ids(logits_fn: Callable[[Tensor, Tensor, int], Tensor],  # (ids, hi
                  temperature: float | tuple[float, float] = 2.0,  # of re-masking, see `temperatures`
                  sampling_temperature: float = 1.0,  # above 0, divides the logits
                  schedule: str | Callable = "cosine",  # of the share still hidden
-                 generator: torch.Generator | None = None,
+                 generator: torch.Generator | list[torch.Generator] | None = None,  # a list: one for each row, which alone decides it
                  callback: Callable[[int, dict], None] | None = None,  # gets (step, record) after each step
                  return_steps: bool = False,  # also return the records: sampled, ids, confidence, hidden
                  noise_type: str = "mask",  # or "random_replace", which needs the two arguments below
@@ -275,7 +283,8 @@ def generate_ids(logits_fn: Callable[[Tensor, Tensor, int], Tensor],  # (ids, hi
         busy = bool(hidden.any())
         answer = logits_fn(ids, hidden, step) if busy else torch.zeros(0, 1, device=ids.device)
         logits = _image_logits(answer, hidden, mask_token_id, codebook_size)
-        drawn, probability = sample_tokens(logits, sampling_temperature, generator)
+        counts_of_rows = hidden.sum(-1).tolist() if isinstance(generator, list) else None
+        drawn, probability = sample_tokens(logits, sampling_temperature, generator, counts_of_rows)
         sampled = ids.masked_scatter(hidden, drawn)
         confidence = torch.full_like(ids, float("inf"), dtype=torch.float32)
         confidence.masked_scatter_(hidden, probability)
@@ -319,7 +328,12 @@ def _image_logits(logits, hidden, mask_token_id, codebook_size):
     if codebook_size is None and logits.shape[-1] > mask_token_id:
         raise ValueError(f"logits of width {logits.shape[-1]} reach the mask id {mask_token_id}, which must "
                          "not be sampled; pass codebook_size, the number of image ids")
-    return logits[..., :codebook_size]
+    logits = logits[..., :codebook_size]
+    if not logits.amax(-1).isfinite().all():
+        rows = int((~logits.amax(-1).isfinite()).sum())
+        raise ValueError(f"the logits of {rows} of {len(logits)} hidden tokens are not finite (NaN or infinity); look "
+                         "for NaN in the model's weights and inputs, or for a type that overflows")
+    return logits
 
 # %% ../nbs/03_sampling.ipynb #3eeb8b9f
 def plot_ids(rows: list[Tensor],  # each (B, N) or (N,) int64: one line of pictures per entry

@@ -11,9 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
 from hub_server import serving
+from musekit.models.maskgit_vqgan import MaskGitVQGAN
+from musekit.models.movq import MOVQ
 from musekit.models.paella_vq import PaellaVQModel
+from musekit.models.transformer import MaskGitTransformer
 from musekit.models.uvit import MaskGiTUViT
+from musekit.models.vqgan import VQGANModel
 from musekit.pipeline import Pipeline
+from musekit.training.ema import EMA, load_ema, save_ema
 from musekit.weights import load_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -197,7 +202,88 @@ def test_wrong_names_shapes_and_types_are_listed(saved, model):
             with pytest.raises(ValueError, match=told):
                 MaskGiTUViT.from_pretrained(saved, strict=False)
         else:
-            assert MaskGiTUViT.from_pretrained(saved, strict=False).config.hidden_size == 16
+            with pytest.warns(UserWarning, match="tensors are those of the file"):
+                assert MaskGiTUViT.from_pretrained(saved, strict=False).config.hidden_size == 16
+
+
+PREFIXES = ("module.", "_orig_mod.", "model.", "transformer.", "vq_model.", "vae.", "module._orig_mod.net.")
+PLAIN = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=17, codebook_size=16, num_vq_tokens=16,
+             max_position_embeddings=16)
+FAMILIES = {
+    MaskGiTUViT: TINY, MaskGitTransformer: PLAIN, PaellaVQModel: dict(levels=2, c_hidden=16, codebook_size=16),
+    **dict.fromkeys((VQGANModel, MOVQ), dict(hidden_channels=32, channel_mult=(1,), num_res_blocks=1, resolution=8, attn_resolutions=(8,), z_channels=4,
+                                            num_embeddings=16, quantized_embed_dim=4)),
+    MaskGitVQGAN: dict(hidden_channels=32, channel_mult=(1, 1), num_res_blocks=1, z_channels=4, num_embeddings=16, quantized_embed_dim=4),
+}
+
+
+@pytest.mark.parametrize("cls", FAMILIES, ids=lambda cls: cls.__name__)
+def test_names_with_a_prefix_load_in_every_family(tmp_path, cls):
+    torch.manual_seed(0)
+    network = cls.from_config(FAMILIES[cls]).eval()
+    network.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for prefix in PREFIXES:
+        save_file({prefix + name: tensor for name, tensor in weights.items()}, tmp_path / "model.safetensors")
+        assert equal(cls.from_pretrained(tmp_path), network), prefix
+    inside = {name.replace(".", "._fsdp_wrapped_module.", 1): tensor for name, tensor in weights.items()}
+    torch.save({"state_dict": {f"net.{name}": tensor for name, tensor in inside.items()}, "global_step": 3}, tmp_path / "epoch=1.ckpt")
+    (tmp_path / "model.safetensors").unlink()
+    assert equal(cls.from_pretrained(tmp_path), network) and equal(cls.from_pretrained(tmp_path / "epoch=1.ckpt"), network)
+    (tmp_path / "epoch=1.ckpt").unlink()
+    save_file({name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}, tmp_path / "model.fp16.safetensors")
+    for options in ({}, {"variant": "fp16"}):
+        assert equal(cls.from_pretrained(tmp_path, torch_dtype=torch.float16, **options), network.half()), options
+
+
+@pytest.mark.parametrize("part", ["transformer", "vqvae"])
+def test_names_with_a_prefix_load_from_diffusers_too(golden, tmp_path, part):
+    cls = {"transformer": MaskGiTUViT, "vqvae": VQGANModel}[part]
+    folder, weights = golden / "amused" / part, load_weights(golden / "amused" / part)
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    for prefix in PREFIXES:
+        save_file({prefix + name: tensor for name, tensor in weights.items()}, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+        assert equal(cls.from_pretrained(tmp_path), cls.from_pretrained(folder)), prefix
+    compiled = {name.replace("_block.", "_block._orig_mod.").replace("coder.", "coder._orig_mod."): tensor for name, tensor in weights.items()}
+    save_file(compiled, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+    assert compiled.keys() != weights.keys() and equal(cls.from_pretrained(tmp_path), cls.from_pretrained(folder))
+
+
+def test_a_file_of_a_whole_pipeline_gives_each_part_its_own(tmp_path, model):
+    tokenizer = PaellaVQModel(levels=2, c_hidden=16, codebook_size=16).eval()
+    together = {f"{part}.{name}": tensor for part, network in (("transformer", model), ("vq_model", tokenizer))
+                for name, tensor in network.state_dict().items()}
+    for network in (model, tokenizer):
+        network.save_pretrained(tmp_path)
+        save_file(together, tmp_path / "model.safetensors")
+        with pytest.warns(UserWarning, match=f"{len(network.state_dict())} tensors under '.*' are read, .* others are left out"):
+            assert equal(type(network).from_pretrained(tmp_path), network)
+
+
+def test_averaged_weights_with_a_prefix_go_on(tmp_path, model):
+    ema = EMA(model)
+    save_ema(ema, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({f"_orig_mod.{name}": tensor + 1 for name, tensor in weights.items()}, tmp_path / "model.safetensors")
+    load_ema(ema, tmp_path)
+    assert all(torch.equal(shadow, weights[name] + 1) for name, shadow in zip(ema.names, ema.shadow))
+    compiled = EMA(torch.compile(model))
+    load_ema(compiled, tmp_path)
+    assert all(map(torch.equal, compiled.shadow, ema.shadow))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(saved, model, value):
+    torch.nn.init.constant_(model.encoder_proj.weight, value)
+    model.save_pretrained(saved)
+    with pytest.raises(ValueError, match="saved: encoder_proj.weight of .* tensors not finite"):
+        MaskGiTUViT.from_pretrained(saved)
+
+
+def test_none_of_the_names_is_an_error_though_not_strict(saved):
+    save_file({"up.weight": torch.zeros(1)}, saved / "model.safetensors")
+    with pytest.raises(ValueError, match="none of their 1 names"):
+        MaskGiTUViT.from_pretrained(saved, strict=False)
 
 
 @pytest.mark.parametrize("name", ["float16", "torch.bfloat16", torch.float64])
@@ -274,6 +360,24 @@ def test_pickles_and_shards_from_the_hub(tmp_path, saved, model):
     as_bin(saved)
     with serving({"someone/shards": {"main": files_of(tmp_path / "shards")}, "someone/old": {"main": files_of(saved)}}) as hub:
         assert ask(tmp_path, hub.url, ("load", "someone/shards", {}), ("load", "someone/old", {})) == 2 * [total(model)]
+
+
+def test_variants_on_the_hub(tmp_path, saved, model):
+    "What is there twice is fetched once: plain, unless the variant is asked for or the only one."
+    plain = files_of(saved)
+    model.half().save_pretrained(saved)
+    half = {"config.json": plain["config.json"], "model.fp16.safetensors": (saved / "model.safetensors").read_bytes()}
+    with serving({"a/both": {"main": plain | half}, "a/half": {"main": half}}) as hub:
+        requests = ("a/both", {}), ("a/both", {"variant": "fp16"}), ("a/half", {}), ("a/half", {"variant": "bf16"})
+        fetched = []
+        for number, (name, options) in enumerate(requests):
+            hub.asked.clear()
+            told, = ask(tmp_path / str(number), hub.url, ("load", name, options))
+            names = {line.rsplit("/", 1)[1] for line in hub.asked if line.startswith("GET /a/") and line.endswith("safetensors")}
+            fetched.append((names, told == total(model.float()), told))
+    assert fetched[0][:2] == ({"model.safetensors"}, False) and fetched[0][2].startswith("sum")
+    assert fetched[1][:2] == fetched[2][:2] == ({"model.fp16.safetensors"}, True)
+    assert "no weights of variant 'bf16'" in fetched[3][2] and "there are: fp16" in fetched[3][2]
 
 
 def test_push_to_hub(tmp_path, saved, model):

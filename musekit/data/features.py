@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPModel
 
+from .conditions import load_transformers_model
 from ..files import write_aside
 from ..models.checkpoints import check_weights
 from ..weights import find_folder, read_json, read_tensors
@@ -236,7 +237,7 @@ class InceptionFeatures(nn.Module):
         weights = {name: value for name, value in weights.items()
                    if not name.startswith(("fc.", "AuxLogits.")) and not name.endswith(batches)}
         wanted = {name: value for name, value in network.state_dict().items() if not name.endswith(batches)}
-        check_weights(wanted, weights)
+        check_weights(wanted, weights, advice="Fetch pt_inception-2015-12-05-6726825d.pth")
         network.load_state_dict(weights, strict=False)
         return network.eval().requires_grad_(False)
 
@@ -267,7 +268,7 @@ class ClipFeatures(nn.Module):
         said = folder / "preprocessor_config.json"
         said = read_json(said) if said.is_file() else {}
         scales = {name: said[f"image_{name}"] for name in ("mean", "std") if f"image_{name}" in said}
-        features = cls(CLIPModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), **scales)
+        features = cls(load_transformers_model(CLIPModel, folder), AutoTokenizer.from_pretrained(folder), **scales)
         features.name = f"clip-{Path(path).name}"
         return features
 

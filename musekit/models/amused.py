@@ -192,7 +192,7 @@ CONVERTERS["UVit2DModel"] = uvit_from_diffusers
 def _flip_levels(weights, levels):
     """Counts the levels of the decoder, `decoder.up.#`, from the other end."""
     flip = lambda found: f"decoder.up.{levels - 1 - int(found[1])}."
-    return {re.sub(r"^decoder\.up\.(\d+)\.", flip, name): tensor for name, tensor in weights.items()}
+    return {re.sub(r"\bdecoder\.up\.(\d+)\.", flip, name): tensor for name, tensor in weights.items()}
 
 def _reshape_attention(weights, shape):
     """Gives every matrix of an attention the function `shape` of it."""

@@ -12,6 +12,7 @@ import inspect
 import json
 import pkgutil
 import tempfile
+import warnings
 from contextlib import ExitStack
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import nn
 from .. import models
 from ..files import write_aside
 from ..hub import push
-from ..weights import find_folder, load_weights, read_json, remove_others, write_weights
+from ..weights import check_finite, find_folder, load_weights, match_names, read_json, remove_others, unwrap_names, write_weights
 
 # %% ../../nbs/10_models.checkpoints.ipynb #81c2780e
 class ModelConfig(dict):
@@ -42,11 +43,12 @@ def _some(names, limit=8):
     names = list(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
-def check_weights(expected, found, *, strict=True):
+def check_weights(expected, found, *, strict=True, advice=None):
     """Raises ValueError if the named tensors `found` do not fit those `expected`; returns the missing names.
 
     Shapes must always agree, and numbers be whole or not; missing and unexpected names are allowed with
-    `strict=False`.
+    `strict=False`, which warns of them, unless no name at all is expected: the model would stay as it was.
+    advice: the end of the message; None: that of `from_pretrained`
     """
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
@@ -58,9 +60,15 @@ def check_weights(expected, found, *, strict=True):
     problems = [("wrong shape: ", shapes), ("wrong type: ", types)]
     problems += [("missing: ", missing), ("unexpected: ", unexpected)] * strict
     text = "; ".join(title + _some(names) for title, names in problems if names)
+    if expected and not both and not strict:
+        text = f"none of their {len(found)} names ({_some(found, 2)}) is among its {len(expected)} ({_some(expected, 2)})"
     if text:
-        hint = "" if shapes or types else ", or pass strict=False"
-        raise ValueError(f"the weights do not fit the model: {text}. Use their own config.json{hint}.")
+        hint = ", or pass strict=False" if both and not shapes and not types else ""
+        raise ValueError(f"the weights do not fit the model: {text}. {advice or f'Use their own config.json{hint}'}.")
+    if missing or unexpected:
+        told = [f"{len(missing)} keep their initial values ({_some(missing, 2)})"] * bool(missing)
+        told += [f"{len(unexpected)} of the file are left out ({_some(unexpected, 2)})"] * bool(unexpected)
+        warnings.warn(f"{len(both)} of {len(expected)} tensors are those of the file; {', '.join(told)}.")
     return missing
 
 # %% ../../nbs/10_models.checkpoints.ipynb #25188be6
@@ -206,30 +214,40 @@ class PretrainedModel(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, path, *, subfolder=None, revision=None, torch_dtype=None, strict=True):
+    def from_pretrained(cls, path, *, subfolder=None, revision=None, torch_dtype=None, strict=True, variant=None):
         """The model stored in a folder or on the hub, in evaluation mode on the CPU.
 
-        path, subfolder, revision: where it is, see `find_folder`
+        path, subfolder, revision: where it is, see `find_folder`; or a file of weights beside its config.json
         torch_dtype: type of the floating-point parameters or its name; PyTorch's default (float32) if None
         strict: if False, missing parameters keep their initial values and unexpected ones are left out
-        Raises FileNotFoundError for a missing folder or file, ValueError for weights that do not fit.
+        variant: which weights, such as "fp16", see `weight_paths`
+        Raises FileNotFoundError for a missing folder or file, ValueError for weights that do not fit or are not finite.
         Models of other libraries are converted where `CONVERTERS` knows how.
         """
-        dtype, folder = find_dtype(torch_dtype), find_folder(path, subfolder=subfolder, revision=revision)
+        dtype, file = find_dtype(torch_dtype), Path(path).expanduser()
+        if file.is_file():
+            folder, place = file.parent, file
+        else:
+            folder = place = find_folder(path, subfolder=subfolder, revision=revision, variant=variant)
         if not (folder / "config.json").is_file():
             inner = _some(sorted(found.parent.name for found in folder.glob("*/config.json")))
             hint = f"there is one in {inner}; name it as subfolder" if inner else "it belongs there"
             raise FileNotFoundError(f"no config.json in {folder}; {hint}.")
-        config, weights = read_json(folder / "config.json"), load_weights(folder)
+        config, weights = read_json(folder / "config.json"), load_weights(place, variant)
         if config.get("_class_name", cls.__name__) not in (cls.__name__, *cls.class_aliases):
-            config, weights = convert(config, weights)
+            config, weights = convert(config, unwrap_names(weights))
         with torch.device("meta"):
             model = cls.from_config(config)
+        weights = match_names(model.state_dict(), weights, place)
         missing = check_weights(model.state_dict(), weights, strict=strict)
+        check_finite({name: weights[name] for name, _ in model.named_parameters() if name in weights}, place)
         complete = not missing and all(name in weights for name, _ in model.named_buffers())
         model = model.to_empty(device="cpu") if complete else cls.from_config(config)
         model.load_state_dict(weights, strict=False)
-        return model.to(dtype).eval()
+        model = model.to(dtype).eval()
+        if dtype == torch.float16:
+            check_finite(dict(model.named_parameters()), f"{place} in float16")
+        return model
 
     def save_pretrained(self, folder, *, max_shard_size="5GB"):
         """Writes `config.json` and the weights to `folder`, each file aside and then renamed.

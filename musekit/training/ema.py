@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..models.checkpoints import load_weights
+from ..weights import load_weights, match_names
 from .schema import Steps
 
 # %% ../../nbs/33_training.ema.ipynb #bac0904b
@@ -197,7 +197,7 @@ def _piece_like(tensor, parameter):
 def load_ema(ema: EMA, folder: str | Path):
     "Continues an average that `save_ema` wrote; raises `ValueError` when it is another model's."
     adapted = Path(folder) / ADAPTED
-    weights = load_file(adapted) if adapted.is_file() else load_weights(folder)
+    weights = match_names(ema.names, load_file(adapted) if adapted.is_file() else load_weights(folder), folder)
     missing = [name for name in ema.names if name not in weights]
     if missing:
         raise ValueError(f"{folder} holds no {missing[0]} ({len(missing)} missing); is it another model's?")
