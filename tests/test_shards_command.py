@@ -728,7 +728,7 @@ def test_again_and_again_keeps_one_backup(server, cache):
     assert sorted(backup.name for backup in list_backups(cache.folder)) == ["climbmix", "words"]
 
 
-@pytest.mark.parametrize("trouble, told", [((404, {}), "check the repository"), ((401, {}), "HF_TOKEN"), ("no ranges", "download it instead"), ("page", "no Parquet file"),
+@pytest.mark.parametrize("trouble, told", [((404, {}), "check the repository"), ((401, {}), "HF_TOKEN"), ("no ranges", "download it instead"), ("page", "not Parquet but a web page"),
                                            ((429, {"Retry-After": "7000"}), "7,000 s")], ids=str)
 def test_troubles_of_reading_in_place_are_one_line(server, cache, monkeypatch, capsys, trouble, told):
     monkeypatch.setenv("HF_ENDPOINT", server.url)

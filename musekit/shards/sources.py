@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .catalog import is_remote, shown
-from .remote import RemoteFile, chunk_ranges
+from .remote import RemoteFile, chunk_ranges, wrong_content
 
 # %% ../../nbs/53_shards.sources.ipynb #97ff91a9
 def check_whole(owner, field: str, least: int):
@@ -153,7 +153,7 @@ def open_source(
             if start == b"PARE":
                 raise ValueError(f"{shown(source)} {_ENCRYPTED}.")
             if start != b"PAR1":
-                raise pa.ArrowInvalid(f"it starts with {start!r}")
+                raise BadSource(str(source), f": {wrong_content(str(source), start + file.read(60))}")
             options = {"buffer_size": 1 << 20, "pre_buffer": False, "page_checksum_verification": True}
             parquet = pq.ParquetFile(file if is_remote(source) else str(source), **options)
             _refuse_encrypted(source, file, parquet.metadata, columns)
