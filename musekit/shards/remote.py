@@ -223,13 +223,19 @@ LONGEST_WAIT = 600.0  # seconds
 class Patience:
     "Counts the attempts that brought nothing and says how long to wait for the next."
 
-    def __init__(self, url: str, attempts: int = ATTEMPTS, longest_wait: float = LONGEST_WAIT, pause: float = 1.0):
+    def __init__(
+        self,
+        url: str,
+        attempts: int = ATTEMPTS,
+        longest_wait: float = LONGEST_WAIT,
+        pause: float = 1.0,  # seconds; it doubles with every attempt that counts
+    ):
         self.url = url
         self.attempts = attempts
         self.longest_wait = longest_wait
-        self.pause = pause  # seconds; it doubles with every attempt that counts
+        self.pause = pause
         self.failed = 0  # attempts since something came
-        self.lost = 0  # attempts after which what had come was of no use; forgotten never, as they might go on for ever
+        self.lost = 0  # attempts that made what had come of no use; always counted, as they might go on for ever
 
     def after(
         self,
@@ -262,14 +268,15 @@ def wrong_content(url: str, start: bytes) -> str | None:
         return "it is encrypted; only files without encryption are read"
     text, path = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower(), urlsplit(url).path
     if text.startswith(b"version https://git-lfs"):
-        return "it is not Parquet but a pointer of Git LFS; give the address of the file itself, with /resolve/ for " \
-               "/raw/ on the hub, from media.githubusercontent.com on GitHub"
+        return "it is not Parquet but a pointer of Git LFS; give the address of the file itself, with /resolve/ " \
+               "for /raw/ on the hub, from media.githubusercontent.com on GitHub"
     if not text.startswith(b"<"):
         return f"it is not Parquet (it begins with {start[:8]!r})" if start else "it is empty"
     if "/blob/" in path:
-        return "it is not Parquet but the page about a file; write /resolve/ for /blob/ in the address (/raw/ on GitHub)"
+        return "it is not Parquet but the page about a file; write /resolve/ for /blob/ in the address " \
+               "(/raw/ on GitHub)"
     if re.search("/(tree|viewer)(/|$)", path) or re.fullmatch("/datasets/[^/]+/[^/]+/?", path):
-        return "it is not Parquet but the page of a repository; use --repo with --pattern, or the address of a file"
+        return "it is not Parquet but the page of a repository; use --repo with --pattern, or a file's address"
     return "it is not Parquet but a web page, perhaps one to log in; open the address in a browser"
 
 # %% ../../nbs/51_shards.remote.ipynb #711f8271
@@ -379,24 +386,26 @@ class RemoteFile(io.RawIOBase):
             if range_size(reply) == 0 and wanted == 0:
                 self.size = 0
                 return None
-            raise ValueError(f"{name}: the server has no byte {wanted:,} of it: it is shorter than it was, or than its "
-                             "table of contents says; start again.")
+            raise ValueError(f"{name}: the server has no byte {wanted:,} of it: it is shorter than it was, or than "
+                             "its table of contents says; start again.")
         if code != 206:
             raise refusal(self.url, reply)
         part, told = content_range(reply), _short(reply.headers.get("Content-Range")) or "none"
         if is_encoded(reply):
             raise ValueError(f"{name}: the server compresses the parts of files, though not asked to; {_NO_PARTS}.")
-        if part is None or not part[0] <= wanted < part[1] or wanted - part[0] + max(0, part[1] - stop) > 1 << 16:
-            raise ValueError(f"{name}: the server gives other parts of files than it is asked for (byte {wanted:,}; "
-                             f"Content-Range: {told}); {_NO_PARTS}.")
-        self._remember(part[2], reply.headers.get("ETag"), told)
-        return part[:2]
+        begin, end, size = part or (stop, stop, None)
+        too_much = wanted - begin + max(0, end - stop)
+        if not begin <= wanted < end or too_much > 1 << 16:
+            raise ValueError(f"{name}: the server gives other parts of files than it is asked for (byte "
+                             f"{wanted:,}; Content-Range: {told}); {_NO_PARTS}.")
+        self._remember(size, reply.headers.get("ETag"), told)
+        return begin, end
 
     def _remember(self, size, etag, told):
         "Notes size and version of the file, or finds that they have changed."
         if size is None and self.size is None:
-            raise ValueError(f"{shown(self.url)}: the server does not tell how long the file is (Content-Range: {told}); "
-                             f"{_NO_PARTS}.")
+            raise ValueError(f"{shown(self.url)}: the server does not tell how long the file is (Content-Range: "
+                             f"{told}); {_NO_PARTS}.")
         if self.size not in (None, size or self.size) or self.etag not in (None, etag or self.etag):
             raise ValueError(f"{shown(self.url)} was changed on the server while it was read; start again.")
         self.size, self.etag = size or self.size, etag or self.etag

@@ -165,7 +165,9 @@ def open_source(
                 raise ValueError(f"{shown(source)} {_ENCRYPTED}.")
             if start != b"PAR1":
                 fault = wrong_content(str(source), start + file.read(60))
-                raise ValueError(f"{shown(source)}: {fault}.") if is_remote(source) else BadSource(str(source), f": {fault}")
+                if is_remote(source):
+                    raise ValueError(f"{shown(source)}: {fault}.")
+                raise BadSource(str(source), f": {fault}")
             options = {"buffer_size": 1 << 20, "pre_buffer": False, "page_checksum_verification": True}
             parquet = pq.ParquetFile(file if is_remote(source) else str(source), **options)
             _refuse_encrypted(source, file, parquet.metadata, columns)
