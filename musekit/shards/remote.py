@@ -350,7 +350,7 @@ class RemoteFile(io.RawIOBase):
             except Passing as trouble:
                 self.place = self.url  # from the beginning, where that one led elsewhere
                 what, wait = patience.after(trouble, (len(data) - before) / (stop - start))
-                logging.getLogger(__name__).warning(f"{what}; trying again in {wait:,.0f} s")
+                logging.getLogger(__name__).warning(f"{what}; trying again in {wait:.3g} s")
                 if self.closing.wait(wait):
                     raise ConnectionError(f"{shown(self.url)} was closed while it was read.") from None
             if self.size == 0:
