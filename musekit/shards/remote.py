@@ -198,7 +198,7 @@ def ask(url: str, headers: dict[str, str], timeout: float = 60.0, session=reques
     return response
 
 
-def pieces(response: requests.Response, least: int = 1 << 16) -> Iterator[bytes]:
+def pieces(response: requests.Response, least: int = 1 << 12) -> Iterator[bytes]:
     "The body of an answer as it arrives, in pieces of `least` bytes or more; a `Passing` where it breaks."
     start = b""
     try:
