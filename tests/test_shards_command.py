@@ -875,7 +875,7 @@ def test_ctrl_c_is_one_line(server, cache, more):
     with subprocess.Popen(command, env=os.environ | {"HF_ENDPOINT": server.url}, **options) as process:
         while not server.asked:
             time.sleep(0.02)
-        time.sleep(0.3)
+        time.sleep(0.7)  # something has come, and not all
         stopped = time.perf_counter()
         process.send_signal(signal.SIGINT)
         said = process.communicate()[1]
