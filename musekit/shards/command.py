@@ -9,6 +9,7 @@ __all__ = ['RANKS', 'summary', 'next_commands', 'dry_run', 'backups_table', 'mak
 # %% ../../nbs/58_shards.command.ipynb #e19b38dd
 import argparse
 import errno
+import logging
 import math
 import os
 import shlex
@@ -183,8 +184,8 @@ _EPILOG = f"""datasets:
   musekit-shards mine --datasets mine.yaml    with, in mine.yaml:
       mine: {{repo: owner/name, pattern: 'data/{{0..3}}.parquet', text_column: body}}
 
-HF_ENDPOINT names another hub, HF_TOKEN opens datasets that ask who you are. Stopped at any moment,
-the data in place are whole, and the same command goes on with what has arrived."""
+HF_ENDPOINT names another hub; HF_TOKEN, or the token of `hf auth login`, opens datasets that ask who you are.
+Stopped at any moment, the data in place are whole, and the same command goes on with what has arrived."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -317,6 +318,7 @@ def _restore(arguments, options):
 def _run(arguments):
     known = {name: value for name, value in vars(arguments).items() if name in Options.__dataclass_fields__}
     options = Options(**known)
+    logging.getLogger("musekit.shards").setLevel(logging.ERROR if options.quiet else logging.WARNING)
     if arguments.list_backups:
         return options.tell(backups_table(arguments.cache_dir))
     if arguments.restore is not None:

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .catalog import is_remote, shown
-from .remote import RemoteFile, chunk_ranges
+from .remote import RemoteFile, chunk_ranges, wrong_content
 
 # %% ../../nbs/53_shards.sources.ipynb #97ff91a9
 def check_whole(owner, field: str, least: int):
@@ -138,6 +138,17 @@ def _refuse_encrypted(source, file, metadata, columns):
 
 
 @contextmanager
+def _naming(source):
+    "Turns the errors of a damaged file, whose own text does not name it, into a `BadSource`."
+    try:
+        yield
+    except ConnectionError:
+        raise
+    except (pa.ArrowException, OSError, UnicodeDecodeError, IndexError, OverflowError) as error:
+        raise BadSource(str(source), f" is not a whole Parquet file: {error}") from error
+
+
+@contextmanager
 def open_source(
     source: str | Path,
     columns: Iterable[str] = (),  # what will be read, which a file on a web server wants to know
@@ -148,22 +159,22 @@ def open_source(
     Columns are read through a buffer of 1 MiB, so that memory does not grow with the row groups.
     """
     with RemoteFile(str(source)) if is_remote(source) else open(source, "rb", buffering=0) as file:
-        try:
+        with _naming(source):
             start = file.read(4)
             if start == b"PARE":
                 raise ValueError(f"{shown(source)} {_ENCRYPTED}.")
             if start != b"PAR1":
-                raise pa.ArrowInvalid(f"it starts with {start!r}")
+                fault = wrong_content(str(source), start + file.read(60))
+                if is_remote(source):
+                    raise ValueError(f"{shown(source)}: {fault}.")
+                raise BadSource(str(source), f": {fault}")
             options = {"buffer_size": 1 << 20, "pre_buffer": False, "page_checksum_verification": True}
             parquet = pq.ParquetFile(file if is_remote(source) else str(source), **options)
             _refuse_encrypted(source, file, parquet.metadata, columns)
-        except ConnectionError:
-            raise
-        except (pa.ArrowException, OSError) as error:
-            raise BadSource(str(source), f" is not a whole Parquet file: {error}") from error
-        if is_remote(source):
             groups = range(parquet.num_row_groups) if groups is None else groups
-            file.expect(chunk_ranges(parquet.metadata, columns, groups))
+            ranges = chunk_ranges(parquet.metadata, columns, groups)
+            if is_remote(source):
+                file.expect(ranges)
         with parquet:
             yield parquet
 
@@ -178,8 +189,8 @@ def source_list(sources: str | Path | Iterable[str | Path]) -> list[str]:
 
 def check_source(source: str | Path, selection: Selection) -> pq.FileMetaData:
     "The metadata of a source with the wanted columns and fitting types; else a ValueError that names it."
-    with open_source(source, selection.columns, ()) as parquet:
-        schema = _schema(source, parquet)
+    with open_source(source, selection.columns) as parquet, _naming(source):
+        schema = parquet.schema_arrow
         for column in selection.columns:
             if schema.names.count(column) != 1:
                 count = "more than one" if column in schema.names else "no"
@@ -188,16 +199,8 @@ def check_source(source: str | Path, selection: Selection) -> pq.FileMetaData:
         return parquet.metadata
 
 
-def _schema(source, parquet):
-    "The columns as Arrow's types; a `BadSource` where they are none."
-    try:
-        return parquet.schema_arrow
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise BadSource(str(source), f" has columns that cannot be read: {error}") from error
-
-
 def _check_types(source, parquet, selection):
-    schema = _schema(source, parquet)
+    schema = parquet.schema_arrow
     text = schema.field(selection.text_column).type
     if not _is_text(text) and not _is_named_text(parquet, selection.text_column):
         raise ValueError(f"{shown(source)}: column {selection.text_column!r} holds {text}, not text (string).")
@@ -287,7 +290,8 @@ def read_texts(
 ) -> Iterator[tuple[pa.StringArray, int, Counter, int]]:
     "Batch by batch: the kept texts, the rows read for them, those dropped by reason, and the row group."
     with open_source(source, selection.columns, groups) as parquet:
-        _check_types(source, parquet, selection)
+        with _naming(source):
+            _check_types(source, parquet, selection)
         for group in range(parquet.num_row_groups) if groups is None else groups:
             for batch in _read_group(source, parquet, group, selection):
                 texts, read, dropped = _select(batch, selection, limit)
@@ -311,7 +315,7 @@ def _read_group(source, parquet, group, selection):
             raise pa.ArrowInvalid(f"{missing} rows are missing")
     except ConnectionError:
         raise
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         raise BadSource(str(source), f", row group {group} cannot be read: {error}") from error
 
 
