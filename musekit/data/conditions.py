@@ -261,12 +261,14 @@ class NoEncoder(_WithoutText):
 def load_encoder(
     folder: str | Path,
     kind: str,  # "clip", "t5", "class" or "none"
+    *,
+    variant: str | None = None,  # of a text model's weights, see `weight_paths`
     **settings,  # the rest of an encoder's `settings`
 ) -> nn.Module:
     "The encoder with these settings that `save_pretrained` left in a folder."
     if kind == "class":
         return ClassEncoder(**settings)
-    return NoEncoder() if kind == "none" else TextEncoder.from_pretrained(folder, kind, **settings)
+    return NoEncoder() if kind == "none" else TextEncoder.from_pretrained(folder, kind, variant=variant, **settings)
 
 # %% ../../nbs/23_data.conditions.ipynb #9fe3959e
 @dataclass
