@@ -123,7 +123,7 @@ def to_images(
 
 # %% ../../nbs/27_data.pictures.ipynb #53b041db
 def read_mask(
-    mask: Image.Image | np.ndarray | Tensor,  # (height, width), 0 to 255, or 0 to 1 if none is above 1; masked above half
+    mask: Image.Image | np.ndarray | Tensor,  # (height, width), 0 to 1, 255 or 65535, by its largest value; masked above half
     size: tuple[int, int],  # (width, height) of the image, as PIL counts
 ) -> np.ndarray:  # (height, width) bool
     "A mask of an image; one of another size or without a masked pixel is a ValueError."
@@ -131,14 +131,19 @@ def read_mask(
     if values.shape != (size[1], size[0]):
         raise ValueError(f"the mask has the shape (height, width) {values.shape}, the image {size[::-1]}; "
                          "resize the mask")
-    masked = values > (127.5 if values.max() > 1.01 else 0.5)
+    masked = values > _white(values) / 2
     if not masked.any():
         raise ValueError(f"the mask is black everywhere (its brightest pixel is {values.max():g}); make what shall be drawn anew white")
     return masked
 
 
+def _white(values):
+    "The level that stands for white, by the largest value, which resampling may have raised a little."
+    return next((level for level in (1, 255, 65535) if values.max() <= 1.01 * level), values.max())
+
+
 def _mask_values(mask):
-    "The values of a mask that is no PIL image, from 0 to 255 or to 1; a ValueError that says what else it is."
+    "The values of a mask that is no PIL image; a ValueError that says what it is instead."
     values = np.asarray(_to_array(mask))
     wanted = "a mask is a PIL image, or an array or tensor (height, width), 0 to 255 or 0 to 1, or booleans"
     if values.dtype.kind not in "buif":
@@ -146,10 +151,9 @@ def _mask_values(mask):
     if values.ndim != 2:
         single = "; take mask[0]" if values.ndim == 3 and len(values) == 1 else "; it may be a picture, or a batch"
         raise ValueError(f"{wanted}; got {type(mask).__name__} {values.shape}{single}")
-    deep = values.dtype == np.uint16
-    if values.size and not -0.01 <= values.min() <= values.max() <= (65535 if deep else 255):
+    if values.size and not -0.01 <= values.min() <= values.max() <= 65536:
         raise ValueError(f"{wanted}; got values from {values.min():g} to {values.max():g}")
-    return values / 257 if deep and values.max() > 255 else values
+    return values
 
 
 def _on_black(mask):
