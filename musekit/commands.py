@@ -245,7 +245,7 @@ def _add_decoding(parser):
     add("--sampler", metavar="NAME", help="confidence, random, halton, entropy, remasking or first_hitting")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting of decoding, such "
         "as sampler_params.eta=0.2, guidance_schedule=power-cosine or guidance_interval=[0.2,0.8]")
-    add("--batch-size", type=whole, default=64, metavar="N", help="drawn at once (default: %(default)s)")
+    add("--batch-size", type=whole, metavar="N", help="drawn at once (default: 64; 1 where each image has its own seed)")
     add("--compile", action="store_true", help="let torch.compile fuse operators; pays for many images")
 
 

@@ -29,7 +29,7 @@ from musekit.generation import (
 from .hub import write_card
 from .masking import random_mask
 from .models.amused import MODEL_INDEX, read_amused, save_amused
-from .models.checkpoints import find_model_class
+from .models.checkpoints import find_dtype, find_model_class
 from .models.quantizers import ImageTokenizer
 from .schedules import is_number
 from .training.resume import step_seed
@@ -43,6 +43,12 @@ def _require_finite(values: Tensor, part: str, made: str, dtype: torch.dtype | N
         if dtype == torch.float16:
             hint = "float16 overflows early: load the pipeline with dtype=torch.bfloat16 or torch.float32"
         raise ValueError(f"the {part} made {made} that are not finite (NaN or infinity); {hint}")
+
+
+def _at_once(batch_size, seed):
+    "Rows of a batch: 64 unless said; alone where pictures have seeds of their own, since a batch changes the last bits."
+    several = hasattr(seed, "__len__") and getattr(seed, "ndim", 1)
+    return (1 if several else 64) if batch_size is None else batch_size
 
 
 class TokenPipeline:
@@ -84,7 +90,7 @@ class TokenPipeline:
         start: Tensor | None = None,  # (N,) or (B, N) ids, hidden where the mask id; None: all hidden
         grid: tuple[int, int] | None = None,  # another (height, width) than the pipeline's
         seed: int | list[int] | None = None,  # a list: one for each image; None: PyTorch's global generator chooses
-        batch_size: int = 64,  # rows the transformer sees at once, twice as many under guidance
+        batch_size: int | None = None,  # rows computed at once, twice as many under guidance; None: 64, or 1 with seeds
         callback: Callable[[int, dict], None] | None = None,  # see `generate_ids`
         return_steps: bool = False,  # also the records of `generate_ids`
         **generation,  # fields of `GenerationConfig` to change, and names of `DIFFUSERS_NAMES`
@@ -94,7 +100,7 @@ class TokenPipeline:
         prompts, seed = generation.pop("prompts"), generation.pop("seed")
         refuse_unknown(generation, [*vars(self.generation), *inspect.signature(self.ids).parameters, *DIFFUSERS_NAMES])
         refuse_unknown(conditions or {}, self.reads)
-        count = whole_numbers("num_images_per_prompt", num_images_per_prompt, 1)
+        count, batch_size = whole_numbers("num_images_per_prompt", num_images_per_prompt, 1), _at_once(batch_size, seed)
         how, grid = self.generation.override(**generation), self._grid(grid)
         part = "text encoder" if conditions is None else "caller"
         conditions = prompt_conditions(self.text_encoder, prompts, conditions, batch_size)
@@ -194,7 +200,7 @@ class ImagePipeline(TokenPipeline):
         prompts: str | list[str] | None = None,
         *,
         grid: tuple[int, int] | None = None,
-        batch_size: int = 64,
+        batch_size: int | None = None,  # as of `ids`
         return_steps: bool = False,  # also return what there is after every step, a list
         output_type: str = "pil",  # or "numpy" (B, height, width, 3), "tensor" (B, 3, height, width), "ids"
         mend: Callable[[Image.Image], Image.Image] = lambda picture: picture,  # what is done to each picture
@@ -210,6 +216,7 @@ class ImagePipeline(TokenPipeline):
             options |= {"grid": grid} if grid else {}
             return self._edit(prompts, options, batch_size=batch_size, return_steps=return_steps, output_type=output_type)
         options = {name: value for name, value in options.items() if name not in edit}
+        batch_size = _at_once(batch_size, options.get("seed"))
         result = self.ids(prompts, grid=grid, batch_size=batch_size, return_steps=return_steps, **options)
         ids, records = result if return_steps else (result, [])
         grid = self._grid(grid)
@@ -435,8 +442,12 @@ class Pipeline(ImagePipeline):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,  # None: single precision
         variant: str | None = None,  # which weights, such as "fp16", of the parts that have any; see `weight_paths`
+        torch_dtype: torch.dtype | str | None = None,  # what diffusers calls dtype
     ) -> "Pipeline":
         "Reads what `save_pretrained` or `save_diffusers` wrote."
+        if None not in (dtype, torch_dtype) and find_dtype(dtype) != find_dtype(torch_dtype):
+            raise ValueError(f"torch_dtype={torch_dtype} and dtype={dtype} are two values of one setting; give one of them")
+        dtype = find_dtype(dtype or torch_dtype or torch.float32)
         folder = find_folder(path, whole=True, variant=variant)
         if (folder / "pipeline" / SETTINGS_FILE).is_file():  # the folder of a run
             folder = folder / "pipeline"
@@ -451,7 +462,7 @@ class Pipeline(ImagePipeline):
             load("transformer"), load("vq_model"), text, generation=GenerationConfig().override(**settings["generation"]),
             **{name: settings[name] for name in ("grid", "micro_conds", "zero_uncond")},
         )
-        pipeline.to(device, dtype or torch.float32)
+        pipeline.to(device, dtype)
         for name, place in inner.items():
             model = getattr(pipeline, name)
             if dtype == torch.float16 and model is not None:
