@@ -127,7 +127,8 @@ def _value(text):
 # %% ../nbs/68_commands.ipynb #fd1e7738
 def _wanted(options):
     "What was typed of a task; None where nothing was."
-    names = "negative_prompt", "seed", "steps", "guidance_scale", "temperature", "sampler", "model", "lora", "lora_scale"
+    names = "negative_prompt", "seed", "model", "lora", "lora_scale"
+    names += "steps", "guidance_scale", "temperature", "sampler"
     typed = {"prompts": options.prompts or None, "num_images_per_prompt": options.num_images}
     return typed | {name: getattr(options, name) for name in names} | _decoding(options.set)
 
@@ -230,14 +231,14 @@ def _generate(options):
 def _add_decoding(parser):
     add, whole = parser.add_argument, number_between(1)
     add("--model", metavar="FOLDER", help=f"pipeline or hub id (default: {DEMO_MODEL})")
-    add("--lora", metavar="FOLDER", help="low-rank updates to add to the model: of a run, of peft or of diffusers")
+    add("--lora", metavar="FOLDER", help="low-rank updates to add to the model: of a run, peft or diffusers")
     add("--lora-scale", type=float, metavar="X", help="how much they count (default: 1)")
-    add("--out", metavar="FILE", help="picture to write; a PNG keeps all settings (default: generated.png, or "
-        "generated-1.png and so on where that is there)")
+    add("--out", metavar="FILE", help="picture to write; a PNG keeps all settings (default: generated.png, "
+        "or generated-1.png and so on where that is there)")
     add("--singles", metavar="FOLDER", help="write each picture there, too: a PNG that keeps how to draw it again")
     add("--num-images", type=whole, metavar="N", help="images a prompt (default: 4)")
-    add("--seed", type=seed_list, metavar="N[,N...]", help="same seed, same images (default: 0); 1,2,3 gives each "
-        "image its own, so that it comes out the same in any company")
+    add("--seed", type=seed_list, metavar="N[,N...]", help="same seed, same images (default: 0); 1,2,3 gives "
+        "each image its own, so that it comes out the same in any company")
     add("--negative-prompt", metavar="PROMPT", help="what to steer away from")
     add("--steps", type=whole, metavar="N", help="decoding steps (default: the pipeline's)")
     add("--guidance-scale", type=float, metavar="W", help="weight of the prompt (default: the pipeline's)")
@@ -245,7 +246,8 @@ def _add_decoding(parser):
     add("--sampler", metavar="NAME", help="confidence, random, halton, entropy, remasking or first_hitting")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting of decoding, such "
         "as sampler_params.eta=0.2, guidance_schedule=power-cosine or guidance_interval=[0.2,0.8]")
-    add("--batch-size", type=whole, metavar="N", help="drawn at once (default: 64; 1 where each image has its own seed)")
+    add("--batch-size", type=whole, metavar="N",
+        help="drawn at once (default: 64; 1 where each image has its own seed)")
     add("--compile", action="store_true", help="let torch.compile fuse operators; pays for many images")
 
 

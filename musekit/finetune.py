@@ -202,7 +202,8 @@ def _find_updates(path):
     if path.is_file():
         return path
     folder = find_folder(path)
-    places = [folder / inner for inner in ("", "adapter", "transformer/adapter", "pipeline/transformer/adapter")]
+    inner = "", "adapter", "transformer/adapter", "pipeline/transformer/adapter"
+    places = [folder / place for place in inner]
     there = [place / name for place in places for name in LORA_FILES if (place / name).is_file()]
     if not there:
         raise FileNotFoundError(f"no low-rank updates in {folder}; looked for {', '.join(LORA_FILES)}.")
@@ -223,14 +224,16 @@ def _read_updates(path):
             layers.setdefault(_ROLES[role].sub("", name), {})[role] = tensor
         else:
             unknown.append(f"{name} is no part of one")
-    unknown += [f"{layer} lacks one of its matrices" for layer, parts in layers.items() if not {"A", "B"} <= parts.keys()]
-    if unknown or not layers:
-        raise ValueError(f"{path} holds no low-rank updates of linear layers alone: {(unknown or ['it is empty'])[0]}.")
+    halves = [layer for layer, parts in layers.items() if not {"A", "B"} <= parts.keys()]
+    unknown += [f"{layer} lacks one of its matrices" for layer in halves]
+    unknown += ["it is empty"] * (not layers)
+    if unknown:
+        raise ValueError(f"{path} holds no low-rank updates of linear layers alone: {unknown[0]}.")
     return layers
 
 
 def _layer_names(model):
-    "What libraries call a model's linear layers -> their names here; two where diffusers keeps them as one matrix."
+    "Libraries' names of linear layers -> the names here, two where diffusers keeps them as one matrix."
     names = {}
     for layer in [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]:
         theirs = layer
@@ -260,7 +263,7 @@ def _fit_updates(model, updates, path):
     if len(text) < len(strangers) or not fitting:
         other = next((layer for layer in strangers if layer not in text), strangers[0])
         raise ValueError(f"{path} holds updates of {other}, which this {type(model).__name__} does not have "
-                         f"({len(fitting)} layers fit); load them into the model that they were trained with.")
+                         f"({len(fitting)} layers fit); use the model that they were trained with.")
     if text:
         warnings.warn(f"{path}: the updates of {len(text)} layers of a text encoder are left out.")
     return fitting
@@ -282,16 +285,17 @@ def _read_config(path):
 
 def _of_pattern(pattern, layer, default):
     "peft's entry for a layer, by the end of its name, or the default."
-    return next((value for key, value in (pattern or {}).items() if re.fullmatch(rf"(.*\.)?({key})", layer)), default)
+    fitting = (value for key, value in (pattern or {}).items() if re.fullmatch(rf"(.*\.)?({key})", layer))
+    return next(fitting, default)
 
 
 def _lora_config(fitting, settings, scale):
-    "The configuration with which peft adds updates of these layers; what most have is the rule, the rest exceptions."
+    "The configuration with which peft adds these updates: what most layers have, and the exceptions."
     ranks = {layer: len(parts["A"]) for layer, parts in fitting.items()}
     usual = settings.get("lora_alpha")
     stated = {layer: _of_pattern(settings.get("alpha_pattern"), layer, usual) for layer in fitting}
-    alphas = {layer: parts["alpha"].item() if "alpha" in parts else stated[layer] for layer, parts in fitting.items()}
-    alphas = {layer: scale * (ranks[layer] if alpha is None else alpha) for layer, alpha in alphas.items()}
+    stated |= {layer: parts["alpha"].item() for layer, parts in fitting.items() if "alpha" in parts}
+    alphas = {layer: scale * (ranks[layer] if alpha is None else alpha) for layer, alpha in stated.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return _peft().LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=list(fitting), use_rslora=bool(settings.get("use_rslora")),
@@ -305,13 +309,13 @@ def _targets_without(model, fitting, settings):
     "Layers that the settings name as targets, by the end of a name here, and that have no update."
     target = settings.get("target_modules") or []
     ends = [target] if isinstance(target, str) else [rf"(.*\.)?{re.escape(end)}" for end in target]
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in fitting]
-    return [name for name in names if any(re.fullmatch(end, name) for end in ends)]
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in names if name not in fitting and any(re.fullmatch(end, name) for end in ends)]
 
 
 def load_lora(
     model: nn.Module,  # plain, as it was when the updates were added
-    path: str | Path,  # a folder of `save_lora`, peft or diffusers, a run that was trained so, a file, or a hub id
+    path: str | Path,  # a folder of `save_lora`, peft or diffusers, or of a run; a file; a hub id
     scale: float = 1.0,  # how much the updates count; 0 not at all
 ) -> nn.Module:  # the same model
     "Adds stored updates in place; raises ValueError where their names or shapes do not fit, and for DoRA."
@@ -325,7 +329,8 @@ def load_lora(
     fitting = _fit_updates(model, _read_updates(path), path)
     missing = _targets_without(model, fitting, settings)
     if missing:
-        raise ValueError(f"{path} lacks updates of {len(missing)} layers that it should have, missing: {missing[0]}; "
+        raise ValueError(f"{path} lacks updates of {len(missing)} layers that it should have, missing: "
+                         f"{missing[0]}; "
                          "load them into the model that they were trained with.")
     _inject(model, _lora_config(fitting, settings, scale))
     stored = {f"{layer}.lora_{role}.weight": parts[role] for layer, parts in fitting.items() for role in "AB"}

@@ -46,7 +46,7 @@ def _require_finite(values: Tensor, part: str, made: str, dtype: torch.dtype | N
 
 
 def _at_once(batch_size, seed):
-    "Rows of a batch: 64 unless said; alone where pictures have seeds of their own, since a batch changes the last bits."
+    "Rows of a batch: 64, or 1 where pictures have seeds of their own, since a batch changes the last bits."
     several = hasattr(seed, "__len__") and getattr(seed, "ndim", 1)
     return (1 if several else 64) if batch_size is None else batch_size
 
@@ -89,8 +89,8 @@ class TokenPipeline:
         num_images_per_prompt: int = 1,
         start: Tensor | None = None,  # (N,) or (B, N) ids, hidden where the mask id; None: all hidden
         grid: tuple[int, int] | None = None,  # another (height, width) than the pipeline's
-        seed: int | list[int] | None = None,  # a list: one for each image; None: PyTorch's global generator chooses
-        batch_size: int | None = None,  # rows computed at once, twice as many under guidance; None: 64, or 1 with seeds
+        seed: int | list[int] | None = None,  # a list: one for each image; None: PyTorch's generator chooses
+        batch_size: int | None = None,  # rows at once, twice as many under guidance; None: 64; 1 with seeds
         callback: Callable[[int, dict], None] | None = None,  # see `generate_ids`
         return_steps: bool = False,  # also the records of `generate_ids`
         **generation,  # fields of `GenerationConfig` to change, and names of `DIFFUSERS_NAMES`
@@ -98,9 +98,11 @@ class TokenPipeline:
         "Decoded tokens; the same seed gives the same ones, whatever the batch size."
         generation = our_names(generation, prompts=prompts, seed=seed)
         prompts, seed = generation.pop("prompts"), generation.pop("seed")
-        refuse_unknown(generation, [*vars(self.generation), *inspect.signature(self.ids).parameters, *DIFFUSERS_NAMES])
+        arguments = inspect.signature(self.ids).parameters
+        refuse_unknown(generation, [*vars(self.generation), *arguments, *DIFFUSERS_NAMES])
         refuse_unknown(conditions or {}, self.reads)
-        count, batch_size = whole_numbers("num_images_per_prompt", num_images_per_prompt, 1), _at_once(batch_size, seed)
+        count = whole_numbers("num_images_per_prompt", num_images_per_prompt, 1)
+        batch_size = _at_once(batch_size, seed)
         how, grid = self.generation.override(**generation), self._grid(grid)
         part = "text encoder" if conditions is None else "caller"
         conditions = prompt_conditions(self.text_encoder, prompts, conditions, batch_size)
@@ -110,7 +112,8 @@ class TokenPipeline:
         negative = {}
         if any(weight != 1 for weight in how.guidance_weights()):
             negative = negative_conditions(self.text_encoder, conditions, negative_prompt, self.zero_uncond)
-            self._check_conditions("caller" if isinstance(negative_prompt, dict) else "text encoder", negative)
+            part = "caller" if isinstance(negative_prompt, dict) else "text encoder"
+            self._check_conditions(part, negative)
         if self.micro_conds is not None:
             conditions.setdefault("micro_conds", torch.tensor([self.micro_conds], dtype=torch.float32))
         prepare = (lambda rows: model.precompute(**rows)) if "precomputed" in self.reads else dict
@@ -139,7 +142,8 @@ class TokenPipeline:
                 logits = model(ids, **conditions, token_mask=hidden, grid=grid)
             else:
                 logits = model(ids, **conditions, grid=grid)[hidden]
-            _require_finite(logits.amax(-1), "transformer", "logits", dtype)  # an id that never comes may have -inf
+            best = logits.amax(-1)  # an id that never comes may have -inf
+            _require_finite(best, "transformer", "logits", dtype)
             return logits.float()
 
         return forward
@@ -204,17 +208,18 @@ class ImagePipeline(TokenPipeline):
         return_steps: bool = False,  # also return what there is after every step, a list
         output_type: str = "pil",  # or "numpy" (B, height, width, 3), "tensor" (B, 3, height, width), "ids"
         mend: Callable[[Image.Image], Image.Image] = lambda picture: picture,  # what is done to each picture
-        **options,  # of `ids`: negative_prompt, num_images_per_prompt, seed, steps, guidance_scale, ...; diffusers' names
+        **options,  # of `ids`: negative_prompt, num_images_per_prompt, seed, steps, guidance_scale, ...
     ) -> list[Image.Image] | np.ndarray | Tensor | tuple:  # with `return_steps` also a list of the same
         "Pictures for the prompts, those of a prompt side by side; numbers in [0, 1], ids (B, *grid) int64."
         options = self._with_grid(our_names(options, prompts=prompts, grid=grid))
-        prompts, grid, edit = options.pop("prompts"), options.pop("grid"), {"image", "mask", "ratio"} & options.keys()
+        prompts, grid = options.pop("prompts"), options.pop("grid")
+        edit = {"image", "mask", "ratio"} & options.keys()
         output_type = _THEIR_TYPES.get(output_type, output_type)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         if any(options[name] is not None for name in edit):
-            options |= {"grid": grid} if grid else {}
-            return self._edit(prompts, options, batch_size=batch_size, return_steps=return_steps, output_type=output_type)
+            options |= dict(batch_size=batch_size, return_steps=return_steps, output_type=output_type)
+            return self._edit(prompts, options | ({"grid": grid} if grid else {}))
         options = {name: value for name, value in options.items() if name not in edit}
         batch_size = _at_once(batch_size, options.get("seed"))
         result = self.ids(prompts, grid=grid, batch_size=batch_size, return_steps=return_steps, **options)
@@ -235,27 +240,29 @@ class ImagePipeline(TokenPipeline):
         sides = {name: options.pop(name, None) for name in ("height", "width")}
         if all(side is None for side in sides.values()):
             return options
-        default = dict(zip(sides, (side * self.factor for side in self.grid)))
-        sides = {name: whole_numbers(name, default[name] if side is None else side, 1) for name, side in sides.items()}
-        if any(side % self.multiple for side in sides.values()):
-            raise ValueError(f"height={sides['height']} and width={sides['width']} must be multiples of {self.multiple}")
-        grid = tuple(side // self.factor for side in sides.values())
+        usual = [tokens * self.factor for tokens in self.grid]
+        typed = [default if side is None else side for side, default in zip(sides.values(), usual)]
+        height, width = (whole_numbers(name, side, 1) for name, side in zip(sides, typed))
+        told = f"height={height} and width={width}"
+        if height % self.multiple or width % self.multiple:
+            raise ValueError(f"{told} must be multiples of {self.multiple}")
+        grid = height // self.factor, width // self.factor
         if options.get("grid") is not None and tuple(options["grid"]) != grid:
-            raise ValueError(f"height={sides['height']} and width={sides['width']} make the grid {grid}, and grid is "
-                             f"{options['grid']}; give one of them")
+            raise ValueError(f"{told} make the grid {grid}, and grid is {options['grid']}; give one of them")
         return options | {"grid": grid}
 
-    def _edit(self, prompts, options, **own):
+    def _edit(self, prompts, options):
         "What a call with an image means: inpainting of a mask, or a variation of the strength."
         image, mask, ratio = (options.pop(name, None) for name in ("image", "mask", "ratio"))
         if image is None:
             raise ValueError("mask_image and strength say how to edit an image; give image, too")
         if mask is not None:
-            return self.inpaint(image, mask, prompts, ratio=ratio, **options, **own)
+            return self.inpaint(image, mask, prompts, ratio=ratio, **options)
         if ratio is None:
-            raise ValueError("an image alone does not say what to change: give mask_image, to draw a part of it anew, or "
+            raise ValueError("an image alone does not say what to change: give mask_image, to draw a part "
+                             "of it anew, or "
                              "strength, above 0 and up to 1, to vary it")
-        return self.vary(image, ratio, prompts, **options, **own)
+        return self.vary(image, ratio, prompts, **options)
 
     @torch.no_grad()
     def encode(self, image: Image.Image | np.ndarray | Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -284,7 +291,7 @@ class ImagePipeline(TokenPipeline):
     def inpaint(
         self,
         image: Image.Image | np.ndarray | Tensor,  # see `read_picture`; of any size, for best results that of the training pictures
-        mask: Image.Image | np.ndarray | Tensor | None = None,  # of the image's size, see `read_mask`; or mask_image=
+        mask: Image.Image | np.ndarray | Tensor | None = None,  # of the image's size, see `read_mask`
         prompts: str | int | list[str] | list[int] | None = None,  # numbers are classes
         **options,  # of `__call__`
     ) -> list[Image.Image] | np.ndarray | Tensor | tuple:
@@ -292,7 +299,8 @@ class ImagePipeline(TokenPipeline):
         options = our_names(options, mask=mask, prompts=prompts)
         mask, prompts, ratio = options.pop("mask"), options.pop("prompts"), options.pop("ratio", None)
         if ratio not in (None, 1):
-            raise ValueError(f"strength={ratio!r} has no meaning with a mask, all of which is drawn anew; leave it out")
+            raise ValueError(f"strength={ratio!r} has no meaning with a mask, all of which is drawn anew; "
+                             "leave it out")
         if _is_black_and_white(image) and hasattr(mask, "size") and not _is_black_and_white(mask):
             raise ValueError("the image is black and white all over and the mask is not; are they swapped?")
         image = read_picture(image)
@@ -392,7 +400,8 @@ def _part_variants(folder, inner, variant):
     there = {name: weight_variants(folder / place) for name, place in inner.items()}
     if variant and not any(variant in variants for variants in there.values()):
         known = sorted({each for variants in there.values() for each in variants})
-        raise ValueError(f"{folder} has no weights of variant {variant!r}; there are: {', '.join(known) or 'the plain ones'}")
+        raise ValueError(f"{folder} has no weights of variant {variant!r}; there are: "
+                         f"{', '.join(known) or 'the plain ones'}")
     return {name: variant if variant in variants else None for name, variants in there.items()}
 
 
@@ -441,25 +450,32 @@ class Pipeline(ImagePipeline):
         path: str | Path,  # a folder, or owner/name on the hub; also of diffusers' aMUSEd
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,  # None: single precision
-        variant: str | None = None,  # which weights, such as "fp16", of the parts that have any; see `weight_paths`
+        variant: str | None = None,  # which weights, such as "fp16", of the parts that have them
         torch_dtype: torch.dtype | str | None = None,  # what diffusers calls dtype
     ) -> "Pipeline":
         "Reads what `save_pretrained` or `save_diffusers` wrote."
         if None not in (dtype, torch_dtype) and find_dtype(dtype) != find_dtype(torch_dtype):
-            raise ValueError(f"torch_dtype={torch_dtype} and dtype={dtype} are two values of one setting; give one of them")
+            raise ValueError(f"torch_dtype={torch_dtype} and dtype={dtype} are two values of one setting; "
+                             "give one of them")
         dtype = find_dtype(dtype or torch_dtype or torch.float32)
         folder = find_folder(path, whole=True, variant=variant)
         if (folder / "pipeline" / SETTINGS_FILE).is_file():  # the folder of a run
             folder = folder / "pipeline"
         amused = (folder / MODEL_INDEX).is_file() and not (folder / SETTINGS_FILE).is_file()
         settings = read_amused(folder) if amused else _read_settings(folder)
-        inner = {"transformer": "transformer", "vq_model": "vqvae" if amused else "vq_model", "text_encoder": "text_encoder"}
+        inner = {name: name for name in ("transformer", "vq_model", "text_encoder")}
+        inner |= {"vq_model": "vqvae"} if amused else {}
         chosen = _part_variants(folder, inner, variant)
-        load = lambda name: find_model_class(settings[name]).from_pretrained(folder / inner[name], variant=chosen[name])
+
+        def load(name):
+            cls = find_model_class(settings[name])
+            return cls.from_pretrained(folder / inner[name], variant=chosen[name])
+
         text = settings["text_encoder"]
         text = text and load_encoder(folder, **text, variant=chosen["text_encoder"])
         pipeline = cls(
-            load("transformer"), load("vq_model"), text, generation=GenerationConfig().override(**settings["generation"]),
+            load("transformer"), load("vq_model"), text,
+            generation=GenerationConfig().override(**settings["generation"]),
             **{name: settings[name] for name in ("grid", "micro_conds", "zero_uncond")},
         )
         pipeline.to(device, dtype)

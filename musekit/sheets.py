@@ -54,7 +54,8 @@ class Task:
             raise ValueError(f"an image is edited by exactly one of mask, margins and ratio; got "
                              f"{'an' if self.image else 'no'} image and {', '.join(edits) or 'none of them'}")
         if self.lora_scale is not None and not (self.lora and is_number(self.lora_scale)):
-            raise ValueError(f"lora_scale={self.lora_scale!r} must be a number, and needs lora, the updates that it scales")
+            raise ValueError(f"lora_scale={self.lora_scale!r} must be a number, and needs lora, the updates "
+                             "that it scales")
         if self.alone is not None and not 0 <= self.alone < total:
             raise ValueError(f"alone={self.alone} is none of this task's pictures, which are 0 to {total - 1}")
 
@@ -172,8 +173,9 @@ def write_singles(images: list[Image.Image], task: Task, folder: str | Path) -> 
     return list(paths.values())
 
 
+# the types of what may be written
 _WRITTEN = {"negative_prompt": (str, list), "generation": dict, "margins": list, "ratio": (int, float),
-            "image": str, "mask": str, "model": str, "lora": str, "lora_scale": (int, float), "alone": int}  # the types of what may be written
+            "image": str, "mask": str, "model": str, "lora": str, "lora_scale": (int, float), "alone": int}
 
 
 def _parse_task(written):

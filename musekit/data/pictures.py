@@ -123,10 +123,10 @@ def to_images(
 
 # %% ../../nbs/27_data.pictures.ipynb #53b041db
 def read_mask(
-    mask: Image.Image | np.ndarray | Tensor,  # (height, width), 0 to 1, 255 or 65535, by its largest value; masked above half
+    mask: Image.Image | np.ndarray | Tensor,  # (height, width), 0 to 1, 255 or 65535, by its largest value
     size: tuple[int, int],  # (width, height) of the image, as PIL counts
 ) -> np.ndarray:  # (height, width) bool
-    "A mask of an image; one of another size or without a masked pixel is a ValueError."
+    "A mask of an image, true above half of white; another size or no masked pixel is a ValueError."
     values = np.asarray(_on_black(mask)) if isinstance(mask, Image.Image) else _mask_values(mask)
     if values.shape != (size[1], size[0]):
         raise ValueError(f"the mask has the shape (height, width) {values.shape}, the image {size[::-1]}; "
@@ -149,7 +149,8 @@ def _mask_values(mask):
     if values.dtype.kind not in "buif":
         raise ValueError(f"{wanted}; got {type(mask).__name__} {mask!r:.60}. Open a file with PIL.Image.open")
     if values.ndim != 2:
-        single = "; take mask[0]" if values.ndim == 3 and len(values) == 1 else "; it may be a picture, or a batch"
+        alone = values.ndim == 3 and len(values) == 1
+        single = "; take mask[0]" if alone else "; it may be a picture, or a batch"
         raise ValueError(f"{wanted}; got {type(mask).__name__} {values.shape}{single}")
     if values.size and not -0.01 <= values.min() <= values.max() <= 65536:
         raise ValueError(f"{wanted}; got values from {values.min():g} to {values.max():g}")

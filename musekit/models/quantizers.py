@@ -291,7 +291,7 @@ class ImageTokenizer(PretrainedModel):
 
     @classmethod
     def from_config(cls, config):
-        """See `PretrainedModel.from_config`; `force_upcast` says that the numbers overflow in half precision."""
+        """See `PretrainedModel.from_config`; `force_upcast`: the numbers overflow in half precision."""
         settings = {name: value for name, value in config.items() if name != "force_upcast"}
         upcast = config.get("force_upcast", False)
         if not isinstance(upcast, bool):
