@@ -142,9 +142,9 @@ def _images_of_seeds(options, prompts):
 
 def _decoding(pairs):
     "Settings of decoding, and no others."
-    from musekit.generation import GenerationConfig, refuse_unknown
+    from musekit.generation import GenerationConfig, our_names, refuse_unknown
 
-    settings = read_settings(pairs)
+    settings = our_names(read_settings(pairs))
     refuse_unknown(settings, list(vars(GenerationConfig())))
     return settings
 

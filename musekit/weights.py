@@ -248,6 +248,8 @@ def find_folder(path, *, subfolder=None, revision=None, whole=False, variant=Non
     Raises FileNotFoundError if there is neither.
     """
     folder = Path(path).expanduser()
+    if folder.is_file():
+        raise FileNotFoundError(f"{path} is a file, where a folder is needed; name the folder that holds it.")
     if not folder.is_dir():
         if not _is_hub_id(str(path)):
             raise FileNotFoundError(f"{path} is no folder and no hub id of the form owner/name.")
