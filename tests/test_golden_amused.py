@@ -188,6 +188,17 @@ VQ_CHANGES = {
 }
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_tokenizer_that_asks_for_single_precision_keeps_it(diffusers, asked, tmp_path):
+    diffusers.VQModel(**VQ_CHANGES["one level"], force_upcast=asked).save_pretrained(tmp_path)
+    model = VQGANModel.from_pretrained(tmp_path, torch_dtype="float16")
+    model.save_pretrained(tmp_path / "ours")
+    again = VQGANModel.from_pretrained(tmp_path / "ours")
+    for one in (model, again.half(), again.to("cpu", torch.float16), again.to(torch.zeros(1, dtype=torch.float16))):
+        assert one.dtype == (torch.float32 if asked else torch.float16)
+    assert again.to(torch.bfloat16).dtype == torch.bfloat16 and again.config.get("force_upcast", False) == asked
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("settings", VQ_CHANGES.values(), ids=VQ_CHANGES)
 def test_vq_model_of_diffusers(diffusers, settings, tmp_path):
