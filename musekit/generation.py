@@ -87,19 +87,22 @@ def refuse_unknown(options: dict, known: list[str]):
 
 
 DIFFUSERS_NAMES = {
-    "prompt": "prompts", "num_inference_steps": "steps", "generator": "seed", "mask_image": "mask", "strength": "ratio",
+    "prompt": "prompts", "num_inference_steps": "steps", "generator": "seed", "mask_image": "mask",
+    "strength": "ratio",
 }
 
 
 def our_names(options: dict, **ours) -> dict:  # `ours`: arguments under their names here, None where absent
-    "All arguments under their names here; one that has a value under both names, and not the same, is a ValueError."
+    "All arguments under their names here; two different values, one under each name, are a ValueError."
     merged = ours | {name: value for name, value in options.items() if name not in DIFFUSERS_NAMES}
     for theirs, name in DIFFUSERS_NAMES.items():
         value, own = options.get(theirs), merged.get(name)
         if value is None:
             continue
-        if own is not None and own is not value and not (isinstance(own, (int, float, str, list)) and own == value):
-            raise ValueError(f"{theirs}={value!r:.60} and {name}={own!r:.60} are two values of one setting; give one of them")
+        same = own is None or own is value or isinstance(own, (int, float, str, list)) and own == value
+        if not same:
+            told = f"{theirs}={value!r:.60} and {name}={own!r:.60}"
+            raise ValueError(f"{told} are two values of one setting; give one of them")
         merged[name] = draw_seed(value) if theirs == "generator" else value
     return merged
 
@@ -337,7 +340,7 @@ def generate_guided(
     config: GenerationConfig,
     *,
     prepare: Callable[[dict], dict] = dict,  # rows of conditions -> what `forward` takes, row by row
-    seed: int | list[int] | None = None,  # a list: one for each row; None: PyTorch's global generator chooses one
+    seed: int | list[int] | None = None,  # a list: one for each row; None: PyTorch's generator chooses one
     batch_size: int = 64,  # rows that `forward` sees at once, twice as many under guidance
     callback: Callable[[int, dict], None] | None = None,  # see `generate_ids`
     return_steps: bool = False,  # also the records of `generate_ids`
@@ -375,7 +378,8 @@ def generate_guided(
     return generate_ids(
         logits_fn, input_ids, mask_token_id, steps=config.steps, temperature=config.temperature,
         sampling_temperature=config.sampling_temperature, schedule=config.mask_schedule(),
-        generator=list(map(seeded, seed)) if isinstance(seed, list) else seeded(seed), callback=callback, return_steps=return_steps,
+        generator=list(map(seeded, seed)) if isinstance(seed, list) else seeded(seed),
+        callback=callback, return_steps=return_steps,
         noise_type=config.noise_type, unknown=input_ids == mask_token_id, codebook_size=codebook_size,
         sampler=config.token_sampler(), grid=grid,
     )

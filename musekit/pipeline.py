@@ -23,18 +23,34 @@ from .data.conditions import TextEncoder, load_encoder
 from .data.pictures import fade_tokens, read_mask, read_picture, to_images, to_pixels, token_mask
 from .files import folder_aside
 from musekit.generation import (
-    GenerationConfig, generate_guided, negative_conditions, prompt_conditions, refuse_unknown, settle_seed,
-    start_ids, whole_numbers,
+    DIFFUSERS_NAMES, GenerationConfig, generate_guided, negative_conditions, our_names, prompt_conditions,
+    refuse_unknown, settle_seed, start_ids, whole_numbers,
 )
 from .hub import write_card
 from .masking import random_mask
 from .models.amused import MODEL_INDEX, read_amused, save_amused
-from .models.checkpoints import find_model_class
+from .models.checkpoints import find_dtype, find_model_class
+from .models.quantizers import ImageTokenizer
 from .schedules import is_number
 from .training.resume import step_seed
-from .weights import find_folder, read_json
+from .weights import check_finite, find_folder, read_json, weight_variants
 
 # %% ../nbs/40_pipeline.ipynb #abb62c8d
+def _require_finite(values: Tensor, part: str, made: str, dtype: torch.dtype | None = None):
+    "A ValueError that names the part of a pipeline that made NaN or infinity."
+    if not values.isfinite().all():
+        hint = "its weights, or what it reads, are damaged"
+        if dtype == torch.float16:
+            hint = "float16 overflows early: load the pipeline with dtype=torch.bfloat16 or torch.float32"
+        raise ValueError(f"the {part} made {made} that are not finite (NaN or infinity); {hint}")
+
+
+def _at_once(batch_size, seed):
+    "Rows of a batch: 64, or 1 where pictures have seeds of their own, since a batch changes the last bits."
+    several = hasattr(seed, "__len__") and getattr(seed, "ndim", 1)
+    return (1 if several else 64) if batch_size is None else batch_size
+
+
 class TokenPipeline:
     "From prompts, or their tensors, to image tokens."
 
@@ -73,23 +89,31 @@ class TokenPipeline:
         num_images_per_prompt: int = 1,
         start: Tensor | None = None,  # (N,) or (B, N) ids, hidden where the mask id; None: all hidden
         grid: tuple[int, int] | None = None,  # another (height, width) than the pipeline's
-        seed: int | None = None,  # None: PyTorch's global generator chooses
-        batch_size: int = 64,  # rows the transformer sees at once, twice as many under guidance
+        seed: int | list[int] | None = None,  # a list: one for each image; None: PyTorch's generator chooses
+        batch_size: int | None = None,  # rows at once, twice as many under guidance; None: 64; 1 with seeds
         callback: Callable[[int, dict], None] | None = None,  # see `generate_ids`
         return_steps: bool = False,  # also the records of `generate_ids`
-        **generation,  # fields of `GenerationConfig` to change
+        **generation,  # fields of `GenerationConfig` to change, and names of `DIFFUSERS_NAMES`
     ) -> Tensor | tuple[Tensor, list[dict]]:  # (B, N), a prompt's images side by side
         "Decoded tokens; the same seed gives the same ones, whatever the batch size."
-        refuse_unknown(generation, [*vars(self.generation), *inspect.signature(self.ids).parameters])
+        generation = our_names(generation, prompts=prompts, seed=seed)
+        prompts, seed = generation.pop("prompts"), generation.pop("seed")
+        arguments = inspect.signature(self.ids).parameters
+        refuse_unknown(generation, [*vars(self.generation), *arguments, *DIFFUSERS_NAMES])
         refuse_unknown(conditions or {}, self.reads)
         count = whole_numbers("num_images_per_prompt", num_images_per_prompt, 1)
+        batch_size = _at_once(batch_size, seed)
         how, grid = self.generation.override(**generation), self._grid(grid)
+        part = "text encoder" if conditions is None else "caller"
         conditions = prompt_conditions(self.text_encoder, prompts, conditions, batch_size)
+        self._check_conditions(part, conditions)
         shape, model = (count * max(map(len, conditions.values())), math.prod(grid)), self.transformer
         known = self.mask_token_id, model.config.codebook_size
         negative = {}
         if any(weight != 1 for weight in how.guidance_weights()):
             negative = negative_conditions(self.text_encoder, conditions, negative_prompt, self.zero_uncond)
+            part = "caller" if isinstance(negative_prompt, dict) else "text encoder"
+            self._check_conditions(part, negative)
         if self.micro_conds is not None:
             conditions.setdefault("micro_conds", torch.tensor([self.micro_conds], dtype=torch.float32))
         prepare = (lambda rows: model.precompute(**rows)) if "precomputed" in self.reads else dict
@@ -102,15 +126,25 @@ class TokenPipeline:
     def _grid(self, grid):
         return self.grid if grid is None else whole_numbers("grid (height, width)", grid, 1, 2)
 
+    def _check_conditions(self, part, conditions):
+        for name, values in conditions.items():
+            if values.is_floating_point():
+                _require_finite(values, part, name, values.dtype)
+
     def _forward(self, grid):
         "The transformer as `generate_guided` asks it: hidden tokens alone, and what changes between steps."
         model, reads = self.transformer, self.reads
+        dtype = next((parameter.dtype for parameter in model.parameters()), None)
 
         def forward(ids, conditions, hidden):
             conditions = {"precomputed": conditions} if "precomputed" in reads else conditions
             if "token_mask" in reads:
-                return model(ids, **conditions, token_mask=hidden, grid=grid).float()
-            return model(ids, **conditions, grid=grid)[hidden].float()
+                logits = model(ids, **conditions, token_mask=hidden, grid=grid)
+            else:
+                logits = model(ids, **conditions, grid=grid)[hidden]
+            best = logits.amax(-1)  # an id that never comes may have -inf
+            _require_finite(best, "transformer", "logits", dtype)
+            return logits.float()
 
         return forward
 
@@ -120,6 +154,20 @@ class TokenPipeline:
 
 # %% ../nbs/40_pipeline.ipynb #ec08e79b
 OUTPUT_TYPES = ("pil", "numpy", "tensor", "ids")
+_THEIR_TYPES = {"np": "numpy", "pt": "tensor", "latent": "ids"}
+
+
+def _is_black_and_white(picture):
+    "Whether nearly all pixels are black or white, as in a mask; False for what is no picture at all."
+    if isinstance(picture, Image.Image):
+        picture = np.asarray(picture.convert("RGB"))
+    if isinstance(picture, Tensor):
+        picture = (picture.movedim(0, -1) if picture.ndim == 3 else picture).detach().float().cpu().numpy()
+    if not isinstance(picture, np.ndarray) or picture.dtype.kind not in "buif" or not picture.size:
+        return False
+    levels = picture.astype(np.float32) / max(picture.max(), 1)
+    grey = np.ptp(levels, axis=-1, keepdims=True) < 0.04 if levels.ndim == 3 else True
+    return bool((((levels < 0.04) | (levels > 0.96)) & grey).mean() > 0.98)
 
 
 def _as_output(images, output_type):
@@ -156,15 +204,24 @@ class ImagePipeline(TokenPipeline):
         prompts: str | list[str] | None = None,
         *,
         grid: tuple[int, int] | None = None,
-        batch_size: int = 64,
+        batch_size: int | None = None,  # as of `ids`
         return_steps: bool = False,  # also return what there is after every step, a list
         output_type: str = "pil",  # or "numpy" (B, height, width, 3), "tensor" (B, 3, height, width), "ids"
         mend: Callable[[Image.Image], Image.Image] = lambda picture: picture,  # what is done to each picture
         **options,  # of `ids`: negative_prompt, num_images_per_prompt, seed, steps, guidance_scale, ...
     ) -> list[Image.Image] | np.ndarray | Tensor | tuple:  # with `return_steps` also a list of the same
         "Pictures for the prompts, those of a prompt side by side; numbers in [0, 1], ids (B, *grid) int64."
+        options = self._with_grid(our_names(options, prompts=prompts, grid=grid))
+        prompts, grid = options.pop("prompts"), options.pop("grid")
+        edit = {"image", "mask", "ratio"} & options.keys()
+        output_type = _THEIR_TYPES.get(output_type, output_type)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        if any(options[name] is not None for name in edit):
+            options |= dict(batch_size=batch_size, return_steps=return_steps, output_type=output_type)
+            return self._edit(prompts, options | ({"grid": grid} if grid else {}))
+        options = {name: value for name, value in options.items() if name not in edit}
+        batch_size = _at_once(batch_size, options.get("seed"))
         result = self.ids(prompts, grid=grid, batch_size=batch_size, return_steps=return_steps, **options)
         ids, records = result if return_steps else (result, [])
         grid = self._grid(grid)
@@ -178,12 +235,45 @@ class ImagePipeline(TokenPipeline):
         images = finish(ids, torch.zeros_like(ids, dtype=torch.bool))
         return (images, [finish(r["sampled"], r["hidden"]) for r in records]) if return_steps else images
 
+    def _with_grid(self, options):
+        "Options with a grid in place of height and width, in pixels."
+        sides = {name: options.pop(name, None) for name in ("height", "width")}
+        if all(side is None for side in sides.values()):
+            return options
+        usual = [tokens * self.factor for tokens in self.grid]
+        typed = [default if side is None else side for side, default in zip(sides.values(), usual)]
+        height, width = (whole_numbers(name, side, 1) for name, side in zip(sides, typed))
+        told = f"height={height} and width={width}"
+        if height % self.multiple or width % self.multiple:
+            raise ValueError(f"{told} must be multiples of {self.multiple}")
+        grid = height // self.factor, width // self.factor
+        if options.get("grid") is not None and tuple(options["grid"]) != grid:
+            raise ValueError(f"{told} make the grid {grid}, and grid is {options['grid']}; give one of them")
+        return options | {"grid": grid}
+
+    def _edit(self, prompts, options):
+        "What a call with an image means: inpainting of a mask, or a variation of the strength."
+        image, mask, ratio = (options.pop(name, None) for name in ("image", "mask", "ratio"))
+        if image is None:
+            raise ValueError("mask_image and strength say how to edit an image; give image, too")
+        if mask is not None:
+            return self.inpaint(image, mask, prompts, ratio=ratio, **options)
+        if ratio is None:
+            raise ValueError("an image alone does not say what to change: give mask_image, to draw a part "
+                             "of it anew, or "
+                             "strength, above 0 and up to 1, to vary it")
+        return self.vary(image, ratio, prompts, **options)
+
     @torch.no_grad()
     def encode(self, image: Image.Image | np.ndarray | Tensor) -> tuple[Tensor, tuple[int, int]]:
         "The tokens (1, N) of a picture, continued to a size that the transformer takes, and their grid."
-        pixels = to_pixels(image, self.multiple)
+        pixels = to_pixels(image, self.multiple).to(self.device)
         grid = pixels.shape[-2] // self.factor, pixels.shape[-1] // self.factor
-        return self.vq_model.get_code(pixels.to(self.device)), grid
+        if not isinstance(self.vq_model, ImageTokenizer):
+            return self.vq_model.get_code(pixels), grid
+        codes, ids = self.vq_model.encode(pixels)
+        _require_finite(codes, "image tokenizer", "codes", self.vq_model.dtype)
+        return ids, grid
 
     @torch.no_grad()
     def decode(
@@ -191,16 +281,28 @@ class ImagePipeline(TokenPipeline):
     ) -> list[Image.Image]:
         "The pictures of tokens (B, N)."
         grid, pieces = self._grid(grid), ids.to(self.device).split(whole_numbers("batch_size", batch_size, 1))
-        return [image for piece in pieces for image in to_images(self.vq_model.decode_code(piece, grid))]
+        dtype, images = getattr(self.vq_model, "dtype", None), []
+        for piece in pieces:
+            pixels = self.vq_model.decode_code(piece, grid)
+            _require_finite(pixels, "image tokenizer", "pixels", dtype)
+            images += to_images(pixels)
+        return images
 
     def inpaint(
         self,
         image: Image.Image | np.ndarray | Tensor,  # see `read_picture`; of any size, for best results that of the training pictures
-        mask: Image.Image | np.ndarray | Tensor,  # of the image's size, see `read_mask`
+        mask: Image.Image | np.ndarray | Tensor | None = None,  # of the image's size, see `read_mask`
         prompts: str | int | list[str] | list[int] | None = None,  # numbers are classes
         **options,  # of `__call__`
     ) -> list[Image.Image] | np.ndarray | Tensor | tuple:
         "Draws what is under the mask anew; every other pixel stays as it is."
+        options = our_names(options, mask=mask, prompts=prompts)
+        mask, prompts, ratio = options.pop("mask"), options.pop("prompts"), options.pop("ratio", None)
+        if ratio not in (None, 1):
+            raise ValueError(f"strength={ratio!r} has no meaning with a mask, all of which is drawn anew; "
+                             "leave it out")
+        if _is_black_and_white(image) and hasattr(mask, "size") and not _is_black_and_white(mask):
+            raise ValueError("the image is black and white all over and the mask is not; are they swapped?")
         image = read_picture(image)
         hidden = read_mask(mask, image.size)
         ids, grid = self.encode(image)
@@ -212,7 +314,8 @@ class ImagePipeline(TokenPipeline):
     def _redraw(self, prompts, start, grid, mend, options):
         given = sorted({"start", "grid", "mend"} & options.keys())
         if given:
-            raise ValueError(f"{', '.join(given)} cannot be given: the picture to edit settles it; leave it out")
+            told = ", ".join(given).replace("grid", "grid (height and width)")
+            raise ValueError(f"{told} cannot be given: the picture to edit settles it; leave it out")
         return self(prompts, start=start, grid=grid, mend=mend, **options)
 
     def outpaint(
@@ -234,25 +337,29 @@ class ImagePipeline(TokenPipeline):
     def vary(
         self,
         image: Image.Image | np.ndarray | Tensor,  # see `read_picture`
-        ratio: float,  # share of the tokens drawn anew, above 0 and up to 1
+        ratio: float | None = None,  # share of the tokens drawn anew, above 0 and up to 1; or strength=
         prompts: str | int | list[str] | list[int] | None = None,  # numbers are classes
         *,
         conditions: dict[str, Tensor] | None = None,
         num_images_per_prompt: int = 1,
-        seed: int | None = None,
+        seed: int | list[int] | None = None,  # a list: one for each image
         **options,  # of `__call__`
     ) -> list[Image.Image] | np.ndarray | Tensor | tuple:
         "Variations of a picture: in each a random share of the tokens is drawn anew."
+        options = our_names(options, ratio=ratio, prompts=prompts, seed=seed)
+        ratio, prompts, seed = options.pop("ratio"), options.pop("prompts"), options.pop("seed")
         if not is_number(ratio) or not 0 < ratio <= 1:
             raise ValueError(f"ratio must be a number above 0 and at most 1, got {ratio!r}")
         image = read_picture(image)
         ids, grid = self.encode(image)
-        seed = settle_seed(seed)
         count = max(map(len, conditions.values())) if conditions else np.size(prompts)
-        which = torch.Generator().manual_seed(step_seed(seed, "which tokens"))
         count *= whole_numbers("num_images_per_prompt", num_images_per_prompt, 1)
+        seed = settle_seed(seed, count)
         crop = lambda new: new.crop((0, 0, *image.size))
-        hidden = random_mask(torch.full((count,), ratio), ids.shape[1], which).to(ids.device)
+        which = lambda one: torch.Generator().manual_seed(step_seed(one, "which tokens"))
+        draws = [(one, 1) for one in seed] if isinstance(seed, list) else [(seed, count)]
+        hidden = [random_mask(torch.full((rows,), ratio), ids.shape[1], which(one)) for one, rows in draws]
+        hidden = torch.cat(hidden).to(ids.device)
         start = ids.expand(count, -1).masked_fill(hidden, self.mask_token_id)
         options |= dict(conditions=conditions, num_images_per_prompt=num_images_per_prompt, seed=seed)
         return self._redraw(prompts, start, grid, crop, options)
@@ -286,6 +393,16 @@ def _read_settings(folder):
     if missing:
         raise FileNotFoundError(f"{folder} has no folder {', '.join(missing)}; fetch or save it again")
     return settings
+
+
+def _part_variants(folder, inner, variant):
+    "The variant of every part, None where it has the plain weights alone; a ValueError where no part has it."
+    there = {name: weight_variants(folder / place) for name, place in inner.items()}
+    if variant and not any(variant in variants for variants in there.values()):
+        known = sorted({each for variants in there.values() for each in variants})
+        raise ValueError(f"{folder} has no weights of variant {variant!r}; there are: "
+                         f"{', '.join(known) or 'the plain ones'}")
+    return {name: variant if variant in variants else None for name, variants in there.items()}
 
 
 def _check_free(folder, mark):
@@ -333,18 +450,37 @@ class Pipeline(ImagePipeline):
         path: str | Path,  # a folder, or owner/name on the hub; also of diffusers' aMUSEd
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,  # None: single precision
+        variant: str | None = None,  # which weights, such as "fp16", of the parts that have them
+        torch_dtype: torch.dtype | str | None = None,  # what diffusers calls dtype
     ) -> "Pipeline":
         "Reads what `save_pretrained` or `save_diffusers` wrote."
-        folder = find_folder(path, whole=True)
+        if None not in (dtype, torch_dtype) and find_dtype(dtype) != find_dtype(torch_dtype):
+            raise ValueError(f"torch_dtype={torch_dtype} and dtype={dtype} are two values of one setting; "
+                             "give one of them")
+        dtype = find_dtype(dtype or torch_dtype or torch.float32)
+        folder = find_folder(path, whole=True, variant=variant)
         if (folder / "pipeline" / SETTINGS_FILE).is_file():  # the folder of a run
             folder = folder / "pipeline"
         amused = (folder / MODEL_INDEX).is_file() and not (folder / SETTINGS_FILE).is_file()
         settings = read_amused(folder) if amused else _read_settings(folder)
-        load = lambda name, inner: find_model_class(settings[name]).from_pretrained(folder / inner)
-        text = settings["text_encoder"] and load_encoder(folder, **settings["text_encoder"])
+        inner = {name: name for name in ("transformer", "vq_model", "text_encoder")}
+        inner |= {"vq_model": "vqvae"} if amused else {}
+        chosen = _part_variants(folder, inner, variant)
+
+        def load(name):
+            cls = find_model_class(settings[name])
+            return cls.from_pretrained(folder / inner[name], variant=chosen[name])
+
+        text = settings["text_encoder"]
+        text = text and load_encoder(folder, **text, variant=chosen["text_encoder"])
         pipeline = cls(
-            load("transformer", "transformer"), load("vq_model", "vqvae" if amused else "vq_model"), text,
+            load("transformer"), load("vq_model"), text,
             generation=GenerationConfig().override(**settings["generation"]),
             **{name: settings[name] for name in ("grid", "micro_conds", "zero_uncond")},
         )
-        return pipeline.to(device, dtype or torch.float32)
+        pipeline.to(device, dtype)
+        for name, place in inner.items():
+            model = getattr(pipeline, name)
+            if dtype == torch.float16 and model is not None:
+                check_finite(dict(model.named_parameters()), f"{folder / place} in float16")
+        return pipeline

@@ -22,15 +22,16 @@ from .schedules import check_params, get_schedule
 
 # %% ../nbs/03_sampling.ipynb #f83b95cd
 def exact_noise(shape: tuple[int, ...],  # of the result
-                generator: torch.Generator | list[torch.Generator] | None = None,  # None: PyTorch's global one
+                generator: torch.Generator | list[torch.Generator] | None = None,  # None: the global one
                 device: torch.device | str | None = None,  # of the result; None: the generator's
                 counts: list[int] | None = None  # how many rows each of several generators draws; None: one
                ) -> Tensor:  # float64 in [0, 1); float32 on Apple's GPUs, which have no float64
-    "Uniform random numbers of 53 bits, drawn on the generator's device; several generators draw rows of their own."
+    "Uniform random numbers of 53 bits, drawn on the generator's device; several generators draw rows each."
     if isinstance(generator, list):
         counts = [1] * len(generator) if counts is None else counts
         if len(counts) != len(generator) or sum(counts) != shape[0]:
-            raise ValueError(f"{len(generator)} generators draw {counts} rows, but there are {shape[0]}; give one a row")
+            told = f"{len(generator)} generators draw {counts} rows"
+            raise ValueError(f"{told}, but there are {shape[0]}; give one a row")
         parts = [exact_noise((count, *shape[1:]), one, device) for one, count in zip(generator, counts)]
         return torch.cat(parts)
     home = torch.device(device or "cpu") if generator is None else generator.device
@@ -50,7 +51,7 @@ def gumbel_noise(shape: tuple[int, ...],  # of the result
 def sample_tokens(logits: Tensor,  # (..., V)
                   sampling_temperature: float = 1.0,  # above 0, divides the logits
                   generator: torch.Generator | list[torch.Generator] | None = None,
-                  counts: list[int] | None = None  # of several generators: how many of the distributions are each one's
+                  counts: list[int] | None = None  # how many distributions each of several generators serves
                  ) -> tuple[Tensor, Tensor]:  # ids int64 and their probabilities float32, both (...)
     "An id from each distribution, and how probable it was."
     if sampling_temperature <= 0:
@@ -263,7 +264,7 @@ def generate_ids(logits_fn: Callable[[Tensor, Tensor, int], Tensor],  # (ids, hi
                  temperature: float | tuple[float, float] = 2.0,  # of re-masking, see `temperatures`
                  sampling_temperature: float = 1.0,  # above 0, divides the logits
                  schedule: str | Callable = "cosine",  # of the share still hidden
-                 generator: torch.Generator | list[torch.Generator] | None = None,  # a list: one for each row, which alone decides it
+                 generator: torch.Generator | list[torch.Generator] | None = None,  # a list: one for each row
                  callback: Callable[[int, dict], None] | None = None,  # gets (step, record) after each step
                  return_steps: bool = False,  # also return the records: sampled, ids, confidence, hidden
                  noise_type: str = "mask",  # or "random_replace", which needs the two arguments below
@@ -331,7 +332,8 @@ def _image_logits(logits, hidden, mask_token_id, codebook_size):
     logits = logits[..., :codebook_size]
     if not logits.amax(-1).isfinite().all():
         rows = int((~logits.amax(-1).isfinite()).sum())
-        raise ValueError(f"the logits of {rows} of {len(logits)} hidden tokens are not finite (NaN or infinity); look "
+        raise ValueError(f"the logits of {rows} of {len(logits)} hidden tokens are not finite (NaN or "
+                         "infinity); look "
                          "for NaN in the model's weights and inputs, or for a type that overflows")
     return logits
 

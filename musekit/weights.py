@@ -127,7 +127,8 @@ def weight_paths(folder, variant=None):
         raise FileNotFoundError(f"no weights of variant {variant!r} in {folder}; there are: "
                                 f"{', '.join(there) or 'none'}.")
     if path is None and len(variants) > 1:
-        raise ValueError(f"{folder} holds the variants {', '.join(variants)} of its weights; choose one with variant=.")
+        raise ValueError(f"{folder} holds the variants {', '.join(variants)} of its weights; choose one "
+                         "with variant=.")
     path = path or _first_file(folder, *variants)
     others = [] if path else _other_files(folder)
     if path is None and len(others) != 1:
@@ -139,7 +140,8 @@ def weight_paths(folder, variant=None):
 
 def load_weights(folder, variant=None):
     """The named tensors that a folder holds, on the CPU: dict; see `weight_paths` and `read_tensors`."""
-    return {name: tensor for path in weight_paths(folder, variant) for name, tensor in read_tensors(path).items()}
+    tables = (read_tensors(path) for path in weight_paths(folder, variant))
+    return {name: tensor for table in tables for name, tensor in table.items()}
 
 # %% ../nbs/08_weights.ipynb #6cf8dc81
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -147,7 +149,9 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 def unwrap_names(table):
     """The table without what `torch.compile`, FSDP and gradient checkpointing put into its names."""
     unwrapped = {".".join(part for part in name.split(".") if part not in _WRAPPERS): name for name in table}
-    return {short: table[name] for short, name in unwrapped.items()} if len(unwrapped) == len(table) else dict(table)
+    if len(unwrapped) < len(table):  # two names became one
+        return dict(table)
+    return {short: table[name] for short, name in unwrapped.items()}
 
 def _common_prefix(expected, names):
     """What stands before most of the expected names, with its dot; "" unless it makes half of them match."""
@@ -167,26 +171,30 @@ def match_names(expected, weights, source="the file"):
     """The tensors under the names that a model has for them, if a prefix or a wrapper is all that differs.
 
     expected: the model's names; source: what a warning calls the weights
-    Where one prefix (`module.`, `model.`, `transformer.` ...) makes names match, what lies beside it is left out
-    with a warning. Names that do not match come back as they are.
+    Where one prefix (`module.`, `model.`, `transformer.` ...) makes names match, what lies beside it is left
+    out with a warning. Names that do not match come back as they are.
     """
     if all(name in weights for name in expected):
         return weights
     plain, unwrapped = unwrap_names({name: name for name in expected}), unwrap_names(weights)
     prefix = _common_prefix(plain, unwrapped)
-    inner = {name.removeprefix(prefix): tensor for name, tensor in unwrapped.items() if name.startswith(prefix)}
+    inside = [name for name in unwrapped if name.startswith(prefix)]
     beside = [name for name in unwrapped if not name.startswith(prefix)]
+    inner = {name.removeprefix(prefix): unwrapped[name] for name in inside}
     if beside:
-        warnings.warn(f"{source}: {len(inner)} tensors under {prefix!r} are read, {len(beside)} others are left out "
+        warnings.warn(f"{source}: {len(inner)} tensors under {prefix!r} are read, {len(beside)} others are "
+                      "left out "
                       f"({beside[0]}{', ...' * (len(beside) > 1)}).")
     return {plain.get(name, name): tensor for name, tensor in inner.items()}
 
 def check_finite(tensors, source):
-    """Raises ValueError if one of the named tensors holds NaN or infinity; source: what the message calls them."""
-    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    """Raises ValueError if one of the named tensors holds NaN or infinity; source: their name."""
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    broken = [name for name, tensor in floats.items() if not tensor.isfinite().all()]
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        raise ValueError(f"{source}: {broken[0]}{more} of {len(tensors)} tensors not finite (NaN or infinity); take an "
+        raise ValueError(f"{source}: {broken[0]}{more} of {len(tensors)} tensors not finite (NaN or "
+                         "infinity); take an "
                          "earlier checkpoint, or another type if they were converted.")
 
 # %% ../nbs/08_weights.ipynb #bd27c5b8
@@ -204,7 +212,8 @@ def _rounds(variant):
 def _complete(folder):
     """Whether weights were fetched, and some for each configuration of a model."""
     some = any(path.suffix in _ENDINGS for path in folder.rglob("*"))
-    return some and all(_first_file(path.parent) or weight_variants(path.parent) for path in folder.rglob("config.json"))
+    models = [path.parent for path in folder.rglob("config.json")]
+    return some and all(_first_file(model) or weight_variants(model) for model in models)
 
 def _fetch(repository, subfolder, revision, whole, variant=None):
     """Downloads (or finds in the cache) what a checkpoint needs from the hub; returns the local folder."""
@@ -213,7 +222,8 @@ def _fetch(repository, subfolder, revision, whole, variant=None):
     prefix = f"{subfolder}/" if subfolder else ""
     inner = [f"{prefix}*/*"] * (not whole)
     for taken, left in _rounds(variant):
-        patterns = [f"{prefix}{pattern}" for pattern in ("*.json", "*.txt", *taken)]  # * goes into subfolders, too
+        # a star goes into subfolders, too
+        patterns = [f"{prefix}{pattern}" for pattern in ("*.json", "*.txt", *taken)]
         options = {"revision": revision, "allow_patterns": patterns, "ignore_patterns": left + inner}
         folder = Path(snapshot_download(repository, **options))
         if _complete(folder / prefix):
@@ -238,6 +248,8 @@ def find_folder(path, *, subfolder=None, revision=None, whole=False, variant=Non
     Raises FileNotFoundError if there is neither.
     """
     folder = Path(path).expanduser()
+    if folder.is_file():
+        raise FileNotFoundError(f"{path} is a file, where a folder is needed; name the folder that holds it.")
     if not folder.is_dir():
         if not _is_hub_id(str(path)):
             raise FileNotFoundError(f"{path} is no folder and no hub id of the form owner/name.")

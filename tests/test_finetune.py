@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from musekit import cli
 from musekit.finetune import add_lora, load_lora, lora_parameters, lora_targets, merge_lora, save_lora
@@ -68,6 +68,44 @@ def test_updates_on_every_family(name, tmp_path):
     adapted.save_pretrained(tmp_path / "whole", max_shard_size="20KB")
     loaded = type(model).from_pretrained(tmp_path / "whole")
     assert torch.allclose(loaded(ids, **given), learned, atol=1e-4) and loaded.state_dict().keys() == model.state_dict().keys()
+
+
+def saved_update(tmp_path, name="uvit"):
+    save_lora(disturb(add_lora(build(name), rank=3)), tmp_path)
+    return load_file(tmp_path / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("wrong, told", [
+    (lambda t: {n: w for n, w in t.items() if "lora_A" in n}, "lacks one of its matrices"), (lambda t: t | {"bias": torch.ones(1)}, "bias is no part of one"),
+    (lambda t: {n: w * torch.nan for n, w in t.items()}, "not finite"), (lambda t: {f"{n}.lora_magnitude_vector": w for n, w in t.items()}, "DoRA"),
+    (lambda t: {n.replace("transformer_layers.1", "transformer_layers.7"): w for n, w in t.items()}, "updates of transformer_layers.7"),
+    (lambda t: {n: w[:, :1].contiguous() for n, w in t.items()}, "Load .* into the model that it was trained with"), (lambda t: {"w": torch.ones(1)}, "w is no part of one"),
+])
+def test_updates_that_do_not_fit_change_nothing(tmp_path, wrong, told):
+    save_file(wrong(saved_update(tmp_path)), tmp_path / "adapter_model.safetensors")
+    model, before = build("uvit"), build("uvit").state_dict()
+    with pytest.raises(ValueError, match=told) as error:
+        load_lora(model, tmp_path)
+    assert "strict" not in str(error.value) and "config.json" not in str(error.value), "it has neither"
+    assert all(map(torch.equal, model.state_dict().values(), before.values())) and model.state_dict().keys() == before.keys()
+
+
+def test_what_is_said_about_alpha_counts(tmp_path):
+    "Without a word alpha is the rank; a text encoder's updates are left out, and both are said."
+    tensors, name = saved_update(tmp_path), "transformer_layers.0.attention.query"
+    delta = lambda model: model.get_submodule(name).get_delta_weight("default")
+    usual = delta(load_lora(build("uvit"), tmp_path))  # alpha 16, rank 3
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.warns(UserWarning, match="no adapter_config.json beside .*; alpha is taken to be the rank"):
+        assert torch.allclose(delta(load_lora(build("uvit"), tmp_path)), usual * 3 / 16)
+    text = {f"text_encoder.layers.0.q_proj.lora_{kind}.weight": torch.ones(2, 2) for kind in "AB"}
+    save_file({n.replace("base_model.model", "transformer"): w for n, w in tensors.items()} | text, tmp_path / "pytorch_lora_weights.safetensors")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.warns(UserWarning, match="the updates of 1 layers of a text encoder are left out"):
+        assert torch.allclose(delta(load_lora(build("uvit"), tmp_path, scale=2)), usual * 6 / 16)
+    save_file(text, tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(ValueError, match="0 layers fit"):
+        load_lora(build("uvit"), tmp_path)
 
 
 @pytest.mark.parametrize("name", BUILD)

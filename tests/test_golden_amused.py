@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from musekit import cli
 from musekit.data.conditions import TextEncoder, train_tokenizer
+from musekit.finetune import load_lora, merge_lora
 from musekit.generation import GenerationConfig
 from musekit.models.amused import CONVERTERS, read_amused, save_diffusers, to_diffusers
 from musekit.models.uvit import MaskGiTUViT
@@ -120,6 +121,54 @@ def test_uvit_of_diffusers(diffusers, changes, grid, tmp_path):
     assert dict(back.config).items() >= (UVIT | changes).items()
 
 
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alpha", [3.0, 12.0])
+def test_updates_that_diffusers_saved(diffusers, alpha, tmp_path):
+    "A network of diffusers with low-rank updates, and ours that reads them from each layout, answer alike."
+    peft = pytest.importorskip("peft")
+    from diffusers.loaders import AmusedLoraLoaderMixin
+
+    torch.manual_seed(0)
+    theirs, ids = randomise(diffusers.UVit2DModel(**UVIT)), torch.randint(40, (2, 4, 4))
+    inputs = conditions(20, 12)
+    theirs.save_pretrained(tmp_path / "model")
+    plain = theirs(ids, *inputs).flatten(2).mT
+    theirs.add_adapter(peft.LoraConfig(r=3, lora_alpha=alpha, target_modules=TARGETS, rank_pattern={"to_v": 5}))
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    expected = theirs(ids, *inputs).flatten(2).mT
+    updates = peft.get_peft_model_state_dict(theirs)
+    config = json.loads(json.dumps(theirs.peft_config["default"].to_dict(), default=sorted))
+    metadata = {f"transformer.{name}": value for name, value in config.items()}
+    folders = {name: tmp_path / name for name in ("header", "alphas", "old", "processor", "peft")}
+    for folder in folders.values():
+        folder.mkdir()
+    AmusedLoraLoaderMixin.save_lora_weights(folders["header"], transformer_lora_layers=updates)
+    header = {"format": "pt", "lora_adapter_metadata": json.dumps(metadata)}
+    save_file(load_file(folders["header"] / "pytorch_lora_weights.safetensors"), folders["header"] / "pytorch_lora_weights.safetensors", header)
+    down_up = {name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): tensor for name, tensor in updates.items()}
+    alphas = {name.replace(".lora.down.weight", ".alpha"): torch.tensor(alpha) for name in down_up if ".down." in name}
+    save_file({f"unet.{name}": tensor for name, tensor in (down_up | alphas).items()}, folders["alphas"] / "pytorch_lora_weights.safetensors")
+    flat = {"lora_unet_" + layer.replace(".", "_") + f".lora_{kind}.weight": tensor
+            for name, tensor in down_up.items() for layer, kind in [name.removesuffix(".weight").split(".lora.")]}
+    flat |= {"lora_unet_" + name.removesuffix(".alpha").replace(".", "_") + ".alpha": tensor for name, tensor in alphas.items()}
+    save_file(flat, folders["old"] / "pytorch_lora_weights.safetensors")
+    processor = {name.replace(".lora.", "_lora.").replace(".to_", ".processor.to_").replace("to_out.0_lora", "to_out_lora"): tensor
+                 for name, tensor in down_up.items()}
+    processor |= {name.replace("to_out.0.", "to_out."): tensor for name, tensor in alphas.items()}
+    save_file({f"transformer.{name}": tensor for name, tensor in processor.items()}, folders["processor"] / "pytorch_lora_weights.safetensors")
+    save_file({f"base_model.model.{name}": tensor for name, tensor in updates.items()}, folders["peft"] / "adapter_model.safetensors")
+    (folders["peft"] / "adapter_config.json").write_text(json.dumps(config))
+    for name, folder in folders.items():
+        ours = load_lora(MaskGiTUViT.from_pretrained(tmp_path / "model"), folder)
+        assert difference(ours(ids.flatten(1), *inputs), expected) <= 1e-4, name
+        assert difference(merge_lora(ours)(ids.flatten(1), *inputs), expected) <= 1e-4 and difference(expected, plain) > 0.05
+
+
 VQ = dict(block_out_channels=(32, 64), layers_per_block=1, latent_channels=8, num_vq_embeddings=24, sample_size=16)
 
 
@@ -137,6 +186,17 @@ VQ_CHANGES = {
     "attention above": vq_settings((True, False, False), block_out_channels=(32, 32, 96), layers_per_block=2),
     "narrow codes": vq_settings(vq_embed_dim=4, layers_per_block=2), "grey": vq_settings(in_channels=1, out_channels=1),
 }
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_tokenizer_that_asks_for_single_precision_keeps_it(diffusers, asked, tmp_path):
+    diffusers.VQModel(**VQ_CHANGES["one level"], force_upcast=asked).save_pretrained(tmp_path)
+    model = VQGANModel.from_pretrained(tmp_path, torch_dtype="float16")
+    model.save_pretrained(tmp_path / "ours")
+    again = VQGANModel.from_pretrained(tmp_path / "ours")
+    for one in (model, again.half(), again.to("cpu", torch.float16), again.to(torch.zeros(1, dtype=torch.float16))):
+        assert one.dtype == (torch.float32 if asked else torch.float16)
+    assert again.to(torch.bfloat16).dtype == torch.bfloat16 and again.config.get("force_upcast", False) == asked
 
 
 @torch.no_grad()

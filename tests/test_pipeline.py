@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
+from safetensors.torch import load_file, save_file
 
 from musekit import inspection
 from musekit.cli import main
 from musekit.data.conditions import TextEncoder, train_tokenizer
 from musekit.data.pictures import token_mask
+from musekit.finetune import add_lora, lora_parameters, save_lora
 from musekit.generation import GenerationConfig
 from musekit.models.transformer import MaskGitTransformer
 from musekit.models.uvit import MaskGiTUViT
@@ -191,8 +193,8 @@ def test_single_pictures_are_made_again_from_themselves(tasks, folder, tmp_path,
         assert np.array_equal(Image.open("again.png"), image) and read_task("again.png") == read_task(path)
     assert drawn("generate", "--again", singles[1], "--singles", "other", "--seed", 5) == ["generated.png", "other/001.png"]
     assert not np.array_equal(Image.open("other/001.png"), images[1])
-    drawn("generate", "--again", singles[1], "--num-images", 3)
-    assert Image.open("generated.png").size != (16, 16)
+    assert drawn("generate", "--again", singles[1], "--num-images", 3) == ["generated-1.png"]
+    assert Image.open("generated-1.png").size != (16, 16)
     Path("taken").write_text("")
     assert main(["generate", "two", "--model", str(folder), "--singles", "taken/inside"]) == 2
     assert "--singles taken/inside cannot be written" in capsys.readouterr().err
@@ -265,12 +267,104 @@ def test_a_picture_is_never_written_over_what_it_is_made_from(folder, tmp_path, 
     drawn = lambda *words: main([str(word) for word in words]) == 0 and capsys.readouterr().out.split()
     assert drawn("generate", "two", "--model", folder, "--num-images", 2, "--singles", "singles")[0] == "generated.png"
     before = {path: Path(path).read_bytes() for path in ("generated.png", "singles/001.png")}
-    assert drawn("generate", "--again", "generated.png", "--seed", 7) == ["generated-again.png"]
+    assert drawn("generate", "--again", "generated.png", "--seed", 7) == ["generated-1.png"]
+    assert drawn("generate", "two", "--model", folder, "--num-images", 1) == ["generated-2.png"]
     Image.new("RGB", (16, 16), "white").save("mask.png")
     for words in (["generate", "--again", "generated.png", "--out", "./generated.png"], ["inpaint", "singles/001.png", "mask.png", "two", "--out", "mask.png"]):
         assert "is a picture that is read, too" in told(capsys, *words)
     assert "singles/001.png has the name of one" in told(capsys, "generate", "--again", "singles/001.png", "--singles", "singles", "--seed", 7)
     assert before == {path: Path(path).read_bytes() for path in before}
+
+
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("sampler", sampler_names())
+def test_a_picture_with_its_own_seed_is_the_same_in_any_company(folder, dtype, sampler):
+    pipeline, prompts = Pipeline.from_pretrained(folder, dtype=TYPES[dtype]), [*PROMPTS, "a blue four", "five"]
+    together = pixels(pipeline(prompts, seed=[3, 4, 5, 6], sampler=sampler))
+    for number, prompt in enumerate(prompts):
+        assert np.array_equal(pixels(pipeline(prompt, seed=3 + number, sampler=sampler))[0], together[number])
+    assert np.array_equal(pixels(pipeline(prompts[:3], seed=[3, 4, 5], sampler=sampler)), together[:3])
+    assert len({picture.tobytes() for picture in together}) == 4
+
+
+def test_seeds_on_the_command_line(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawn = lambda *words: main([str(word) for word in words]) == 0 and capsys.readouterr().out.split()
+    how = ["--model", folder, "--singles"]
+    _, *three = drawn("generate", *PROMPTS, "--seed", "4,5", *how, "three")
+    _, *alone = drawn("generate", PROMPTS[1], "--num-images", 1, "--seed", 5, *how, "alone")
+    assert len(three) == 2 and len(alone) == 1 and np.array_equal(Image.open(three[1]), Image.open(alone[0]))
+    _, *four = drawn("generate", *PROMPTS, "--seed", "1,2,3,4", *how, "four")
+    assert len(four) == 4 and read_task(four[2]).seed == [1, 2, 3, 4]
+    assert drawn("generate", "--again", four[2], "--out", "again.png")
+    assert np.array_equal(Image.open("again.png"), Image.open(four[2]))
+    assert drawn("generate", "--again", "generated.png", "--seed", "7,8,9,10", "--out", "other.png")
+    assert "one for each of the 6 pictures" in told(capsys, "generate", *PROMPTS, "--num-images", 3, "--seed", "1,2", "--model", folder)
+    assert "one for each of the 8 pictures" in told(capsys, "generate", *PROMPTS, "--seed", "1,2,3", "--model", folder)
+    for seed in ("1,", "1,x", "-1,2", "1.5"):
+        with pytest.raises(SystemExit):
+            main(["generate", "two", f"--seed={seed}"])
+        assert "is not a whole number" in capsys.readouterr().err
+
+
+def test_updates_on_the_command_line(folder, tasks, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawn = lambda *words: main([str(word) for word in words]) == 0 and capsys.readouterr().out.split()
+    adapted = add_lora(Pipeline.from_pretrained(folder).transformer, rank=2)
+    for parameter in lora_parameters(adapted).values():
+        torch.nn.init.normal_(parameter, std=0.7)
+    save_lora(adapted, "updates")
+    adapted.save_pretrained("run/pipeline/transformer")
+    how = ["generate", "two", "--model", folder, "--num-images", 2, "--out"]
+    for name, options in {"plain": (), "whole": ("--lora", "updates"), "run": ("--lora", "run"), "none": ("--lora", "updates", "--lora-scale", 0),
+                          "half": ("--lora", "updates", "--lora-scale", 0.5)}.items():
+        assert drawn(*how, f"{name}.png", *options) == [f"{name}.png"]
+    picture = {path.stem: np.asarray(Image.open(path)) for path in tmp_path.glob("*.png")}
+    assert np.array_equal(picture["plain"], picture["none"]) and np.array_equal(picture["whole"], picture["run"])
+    assert len({picture[name].tobytes() for name in ("plain", "whole", "half")}) == 3
+    assert (read_task("half.png").lora, read_task("half.png").lora_scale) == ("updates", 0.5)
+    assert drawn("generate", "--again", "half.png", "--out", "again.png") and np.array_equal(Image.open("again.png"), picture["half"])
+    assert drawn("generate", "--again", "half.png", "--lora-scale", 1, "--out", "again.png")
+    assert np.array_equal(Image.open("again.png"), picture["whole"]) and np.array_equal(draw_again("half.png")[0], picture["half"])
+    tasks["inpaint"].image.save("image.png"), tasks["inpaint"].mask.save("mask.png")
+    inpainted = [drawn("inpaint", "image.png", "mask.png", "two", *how[2:], f"in{name}.png", *options) and np.asarray(Image.open(f"in{name}.png"))
+                 for name, options in (("a", ()), ("b", ("--lora", "updates")))]
+    assert not np.array_equal(*inpainted)
+    assert "lora_scale=0.5 must be a number, and needs lora" in told(capsys, *how, "x.png", "--lora-scale", 0.5)
+    assert "no low-rank updates in" in told(capsys, *how, "x.png", "--lora", folder)
+    assert "scale must be a finite number" in told(capsys, *how, "x.png", "--lora", "updates", "--lora-scale", "nan")
+    assert "nowhere" in told(capsys, *how, "x.png", "--lora", "nowhere") and not Path("x.png").exists()
+
+
+@pytest.mark.parametrize("part", ["transformer", "vq_model", "text_encoder"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_numbers_that_are_not_finite_are_named_with_their_part(folder, tmp_path, capsys, monkeypatch, part, value):
+    "Weights that are NaN when they are loaded, and weights that are finite and make infinity when they are used."
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, "broken")
+    path, = Path("broken", part).glob("*.safetensors")
+    weights = load_file(path)
+    last = {"transformer": "mlm_layer.conv2.weight", "vq_model": "decoder.conv_out.weight", "text_encoder": "text_projection.weight"}[part]
+    weights[last].fill_(value)
+    save_file(weights, path, metadata={"format": "pt"})
+    said = told(capsys, "generate", "two", "--model", "broken", "--num-images", 1)
+    names = {"transformer": "transformer", "vq_model": "image tokenizer", "text_encoder": "text encoder"}
+    assert (f"broken/{part}: {last}" if value != 3e38 else f"the {names[part]} made ") in said and "not finite" in said
+    assert not Path("generated.png").exists()
+
+
+def test_a_type_that_overflows_is_named(folder):
+    pipeline = Pipeline.from_pretrained(folder)
+    torch.nn.init.constant_(pipeline.vq_model.decoder.conv_out.weight, 6e4)
+    assert pipeline("two", seed=0)
+    with pytest.raises(ValueError, match="the image tokenizer made pixels .* float16 overflows early: load the pipeline with dtype=torch.bfloat16"):
+        pipeline.to(dtype=torch.float16)("two", seed=0)
+    torch.nn.init.constant_(pipeline.vq_model.float().decoder.conv_out.weight, 1e5)
+    pipeline.vq_model.note(force_upcast=True)
+    assert pipeline.to(dtype=torch.float16).vq_model.dtype == torch.float32 and pipeline("two", seed=0)
 
 
 def test_long_work_is_seen_and_a_far_too_large_picture_told(folder, tmp_path, capsys, monkeypatch):

@@ -86,7 +86,7 @@ def load_transformers_model(
     dtype: torch.dtype | None = None,  # None keeps the stored one
     variant: str | None = None,  # such as "fp16", see `weight_paths`
 ) -> nn.Module:
-    "The model with all of its weights; where some are missing or not finite, a ValueError and no model at random."
+    "The model with all of its weights; a ValueError where some are missing or not finite."
     config = cls.config_class.from_pretrained(path, subfolder=subfolder)
     folder = find_folder(path, subfolder=subfolder or None, variant=variant)
     weights = unwrap_names(load_weights(folder, variant))
@@ -98,12 +98,14 @@ def load_transformers_model(
                 weights = match_names(model.state_dict(), weights, folder)
                 model, report = cls.from_pretrained(None, state_dict=weights, **options)
     except RuntimeError as error:
-        raise ValueError(f"{folder} does not fit its config.json: {' '.join(str(error).split())[:300]}") from error
+        told = " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder} does not fit its config.json: {told}") from error
     missing = sorted(report["missing_keys"])
     if missing:
-        hint = "; it has no pooled embedding: pass use_pooled=False" if missing == ["text_projection.weight"] else ""
-        raise ValueError(f"{folder} lacks {len(missing)} of the {len(model.state_dict())} tensors of a {cls.__name__}, "
-                         f"such as {missing[0]}{hint}")
+        pooled = missing == ["text_projection.weight"]
+        hint = "; it has no pooled embedding: pass use_pooled=False" * pooled
+        told = f"{len(missing)} of the {len(model.state_dict())} tensors of a {cls.__name__}"
+        raise ValueError(f"{folder} lacks {told}, such as {missing[0]}{hint}")
     check_finite(dict(model.named_parameters()), folder)
     return model
 
@@ -174,7 +176,7 @@ class TextEncoder(nn.Module):
         "Moves and converts; what overflows in half precision stays in float32 there, as T5's `wo` does."
         dtype = torch._C._nn._parse_to(*args, **options)[1]
         wide = set(getattr(self.model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
-        kept = {name: p.data for name, p in self.named_parameters() if wide & set(name.split("."))} if wide else {}
+        kept = {name: p.data for name, p in self.named_parameters() if set(name.split(".")) & set(wide)}
         super().to(*args, **options)
         for name, value in kept.items():
             parameter = self.get_parameter(name)
@@ -261,12 +263,16 @@ class NoEncoder(_WithoutText):
 def load_encoder(
     folder: str | Path,
     kind: str,  # "clip", "t5", "class" or "none"
+    *,
+    variant: str | None = None,  # of a text model's weights, see `weight_paths`
     **settings,  # the rest of an encoder's `settings`
 ) -> nn.Module:
     "The encoder with these settings that `save_pretrained` left in a folder."
     if kind == "class":
         return ClassEncoder(**settings)
-    return NoEncoder() if kind == "none" else TextEncoder.from_pretrained(folder, kind, **settings)
+    if kind == "none":
+        return NoEncoder()
+    return TextEncoder.from_pretrained(folder, kind, variant=variant, **settings)
 
 # %% ../../nbs/23_data.conditions.ipynb #9fe3959e
 @dataclass

@@ -123,18 +123,38 @@ def to_images(
 
 # %% ../../nbs/27_data.pictures.ipynb #53b041db
 def read_mask(
-    mask: Image.Image | np.ndarray | Tensor,  # (height, width), 0 to 255, or 0 to 1 if none is above 1; masked above half
+    mask: Image.Image | np.ndarray | Tensor,  # (height, width), 0 to 1, 255 or 65535, by its largest value
     size: tuple[int, int],  # (width, height) of the image, as PIL counts
 ) -> np.ndarray:  # (height, width) bool
-    "A mask of an image; one of another size or without a masked pixel is a ValueError."
-    values = np.asarray(_on_black(mask) if isinstance(mask, Image.Image) else _to_array(mask))
+    "A mask of an image, true above half of white; another size or no masked pixel is a ValueError."
+    values = np.asarray(_on_black(mask)) if isinstance(mask, Image.Image) else _mask_values(mask)
     if values.shape != (size[1], size[0]):
         raise ValueError(f"the mask has the shape (height, width) {values.shape}, the image {size[::-1]}; "
                          "resize the mask")
-    masked = values > (127.5 if values.max() > 1 else 0.5)
+    masked = values > _white(values) / 2
     if not masked.any():
         raise ValueError(f"the mask is black everywhere (its brightest pixel is {values.max():g}); make what shall be drawn anew white")
     return masked
+
+
+def _white(values):
+    "The level that stands for white, by the largest value, which resampling may have raised a little."
+    return next((level for level in (1, 255, 65535) if values.max() <= 1.01 * level), values.max())
+
+
+def _mask_values(mask):
+    "The values of a mask that is no PIL image; a ValueError that says what it is instead."
+    values = np.asarray(_to_array(mask))
+    wanted = "a mask is a PIL image, or an array or tensor (height, width), 0 to 255 or 0 to 1, or booleans"
+    if values.dtype.kind not in "buif":
+        raise ValueError(f"{wanted}; got {type(mask).__name__} {mask!r:.60}. Open a file with PIL.Image.open")
+    if values.ndim != 2:
+        alone = values.ndim == 3 and len(values) == 1
+        single = "; take mask[0]" if alone else "; it may be a picture, or a batch"
+        raise ValueError(f"{wanted}; got {type(mask).__name__} {values.shape}{single}")
+    if values.size and not -0.01 <= values.min() <= values.max() <= 65536:
+        raise ValueError(f"{wanted}; got values from {values.min():g} to {values.max():g}")
+    return values
 
 
 def _on_black(mask):

@@ -237,6 +237,7 @@ def vq_from_diffusers(config, weights):
             "no_attn_mid_block": not theirs["mid_block_add_attention"],
             "quantized_embed_dim": theirs["vq_embed_dim"] or theirs["latent_channels"]}
     ours |= {name: theirs[other] for other, name in VQ_SETTINGS.items()}
+    ours |= {"force_upcast": True} if theirs["force_upcast"] else {}
     weights = _flip_levels(rename(weights, VQ_NAMES), len(levels))
     return ours, _reshape_attention(weights, lambda matrix: matrix[..., None, None])
 

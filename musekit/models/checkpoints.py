@@ -23,7 +23,10 @@ from torch import nn
 from .. import models
 from ..files import write_aside
 from ..hub import push
-from ..weights import check_finite, find_folder, load_weights, match_names, read_json, remove_others, unwrap_names, write_weights
+from musekit.weights import (
+    check_finite, find_folder, load_weights, match_names, read_json, remove_others, unwrap_names,
+    write_weights,
+)
 
 # %% ../../nbs/10_models.checkpoints.ipynb #81c2780e
 class ModelConfig(dict):
@@ -61,10 +64,12 @@ def check_weights(expected, found, *, strict=True, advice=None):
     problems += [("missing: ", missing), ("unexpected: ", unexpected)] * strict
     text = "; ".join(title + _some(names) for title, names in problems if names)
     if expected and not both and not strict:
-        text = f"none of their {len(found)} names ({_some(found, 2)}) is among its {len(expected)} ({_some(expected, 2)})"
+        here, there = _some(expected, 2), _some(found, 2)
+        text = f"none of their {len(found)} names ({there}) is among its {len(expected)} ({here})"
     if text:
         hint = ", or pass strict=False" if both and not shapes and not types else ""
-        raise ValueError(f"the weights do not fit the model: {text}. {advice or f'Use their own config.json{hint}'}.")
+        advice = advice or f"Use their own config.json{hint}"
+        raise ValueError(f"the weights do not fit the model: {text}. {advice}.")
     if missing or unexpected:
         told = [f"{len(missing)} keep their initial values ({_some(missing, 2)})"] * bool(missing)
         told += [f"{len(unexpected)} of the file are left out ({_some(unexpected, 2)})"] * bool(unexpected)
@@ -214,14 +219,17 @@ class PretrainedModel(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, path, *, subfolder=None, revision=None, torch_dtype=None, strict=True, variant=None):
+    def from_pretrained(
+        cls, path, *, subfolder=None, revision=None, torch_dtype=None, strict=True, variant=None
+    ):
         """The model stored in a folder or on the hub, in evaluation mode on the CPU.
 
         path, subfolder, revision: where it is, see `find_folder`; or a file of weights beside its config.json
         torch_dtype: type of the floating-point parameters or its name; PyTorch's default (float32) if None
         strict: if False, missing parameters keep their initial values and unexpected ones are left out
         variant: which weights, such as "fp16", see `weight_paths`
-        Raises FileNotFoundError for a missing folder or file, ValueError for weights that do not fit or are not finite.
+        Raises FileNotFoundError for a missing folder or file, ValueError for weights that do not fit or are
+        not finite.
         Models of other libraries are converted where `CONVERTERS` knows how.
         """
         dtype, file = find_dtype(torch_dtype), Path(path).expanduser()

@@ -289,6 +289,29 @@ class ImageTokenizer(PretrainedModel):
         """The number of codes, K."""
         return self.quantize.num_embeddings
 
+    @classmethod
+    def from_config(cls, config):
+        """See `PretrainedModel.from_config`; `force_upcast`: the numbers overflow in half precision."""
+        settings = {name: value for name, value in config.items() if name != "force_upcast"}
+        upcast = config.get("force_upcast", False)
+        if not isinstance(upcast, bool):
+            raise ValueError(f"setting 'force_upcast' is {upcast!r}, but must be true or false.")
+        model = super().from_config(settings)
+        if upcast:
+            model.note(force_upcast=True)
+        return model
+
+    def to(self, *args, **options):
+        """Moves and converts, to float32 where half precision is asked for and `force_upcast` is set."""
+        device, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **options)
+        if dtype == torch.float16 and self.config.get("force_upcast"):
+            dtype = torch.float32
+        return super().to(device=device, dtype=dtype, non_blocking=non_blocking, memory_format=layout)
+
+    def half(self):
+        """See `to`."""
+        return self.to(torch.float16)
+
     def fit_images(self, pixel_values):
         """The images in the type of the model's numbers.
 
