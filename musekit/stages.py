@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['VQ_MODELS', 'TRANSFORMERS', 'PRECISIONS', 'MOST_CODES', 'find_shards', 'image_text_config', 'vq_training',
            'clip_training', 'load_vq_model', 'load_text_encoder', 'read_conditions', 'only_read', 'condition_sizes',
-           'build_transformer', 'make_transformer', 'check_networks', 'check_codes', 'stage_facts', 'generation_config',
-           'plot_stages']
+           'build_transformer', 'drop_unread', 'make_transformer', 'check_networks', 'check_codes', 'stage_facts',
+           'generation_config', 'plot_stages']
 
 # %% ../nbs/44_stages.ipynb #c8f755b7
 import inspect
 import os
+import warnings
 from dataclasses import asdict, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -70,7 +71,7 @@ def image_text_config(config: Config) -> ImageTextConfig:
     return ImageTextConfig(
         resolution=pixels.resolution, center_crop=pixels.center_crop, random_flip=pixels.random_flip,
         batch_size=config.training.batch_size, shuffle_buffer_size=params.shuffle_buffer_size,
-        num_workers=params.num_workers, seed=config.training.seed, max_bad_share=params.max_bad_share,
+        num_workers=params.num_workers, seed=config.training.seed or 0, max_bad_share=params.max_bad_share,
         metadata_filter=wanted if params.use_filtered_dataset else None,
         pin_memory=params.pin_memory, persistent_workers=params.persistent_workers,
         layout=layout_of(config), class_names=_text_of_classes(config),
@@ -104,7 +105,8 @@ def _typed(cls, given: dict, path: str):
 def vq_training(config: Config) -> VQTrainingConfig:
     "How the tokenizer of a configuration is trained."
     path = "model.vq_model.train"
-    options = _typed(VQTrainingConfig, {"seed": config.training.seed, **config.model.vq_model.train}, path)
+    seed = config.training.seed or 0  # null until a run settles it
+    options = _typed(VQTrainingConfig, {"seed": seed, **config.model.vq_model.train}, path)
     options.check(path)
     return options
 
@@ -112,7 +114,7 @@ def vq_training(config: Config) -> VQTrainingConfig:
 def clip_training(config: Config) -> ClipTrainingConfig:
     "How the text encoder of a configuration is trained."
     path, pixels = "model.text_encoder.train", config.dataset.preprocessing
-    given = {"seed": config.training.seed, "max_seq_length": pixels.max_seq_length}
+    given = {"seed": config.training.seed or 0, "max_seq_length": pixels.max_seq_length}
     options = _typed(ClipTrainingConfig, given | config.model.text_encoder.train, path)
     for name in ("steps", "learning_rate", "hidden_size", "layers", "patch_size", "projection_dim"):
         if getattr(options, name) <= 0:
@@ -188,9 +190,35 @@ def build_transformer(
         sizes |= {"num_vq_tokens": num_tokens, "max_position_embeddings": places, "num_classes": classes,
                   "add_cross_attention": text is not None, "use_codebook_size_for_output": True}
     else:
-        sizes["cond_embed_dim"] = told.get("cond_embeds")
+        sizes |= {"cond_embed_dim": told.get("cond_embeds"), "add_cond_embeds": reads_pooled(config)}
+        sizes["block_num_heads"] = _block_heads(config.model.transformer.get("block_out_channels"))
     known = {name: size for name, size in sizes.items() if size is not None}
     return TRANSFORMERS[config.model.architecture].from_config({**known, **config.model.transformer})
+
+
+def _block_heads(channels):
+    "Heads of 64 channels where the U-ViT's default number of heads, 12, does not split the channels of its stage."
+    width = channels[-1] if isinstance(channels, list) and channels else channels
+    splits = isinstance(width, int) and width % 12 and width % 64 == 0
+    return width // 64 if splits else None
+
+
+def drop_unread(config: Config):
+    "Takes out the keys of `model.transformer` that published files have and no network reads, with one warning."
+    cls, settings = TRANSFORMERS[config.model.architecture], config.model.transformer
+    parameters = inspect.signature(cls).parameters
+    unread = [key for key in settings if key not in parameters and key in (*cls.ignored_config, *cls.fixed_config)]
+    config.model.transformer = {key: value for key, value in settings.items() if key not in unread}
+    if config.model.pretrained_model_path or not unread:  # stored weights have settings of their own
+        return
+    try:
+        cls.check_fixed({key: settings[key] for key in unread if key not in cls.unbuilt_config})
+    except ValueError as error:
+        raise ValueError(f"model.transformer.{error}") from error
+    other = [f"{key}={cls.fixed_config[key]}" for key in unread
+             if key in cls.unbuilt_config and settings[key] not in (None, cls.fixed_config[key])]
+    built = f" It always has {', '.join(other)}." if other else ""
+    warnings.warn(f"Keys of model.transformer without effect on a {cls.__name__}: {', '.join(unread)}.{built}")
 
 
 def _refuse_other_codes(model, codes):

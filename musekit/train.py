@@ -32,7 +32,8 @@ from .hub import write_card
 from .inspection import watched
 from .pipeline import Pipeline
 from musekit.stages import (
-    TRANSFORMERS, VQ_MODELS, check_networks, clip_training, find_shards, generation_config, image_text_config,
+    TRANSFORMERS, VQ_MODELS, check_networks, clip_training, drop_unread, find_shards, generation_config,
+    image_text_config,
     load_text_encoder, load_vq_model, make_transformer, only_read, stage_facts, vq_training,
 )
 from .training.callbacks import inpainting_sheet, prompt_sheet, sample_prompts, standard_callbacks
@@ -41,7 +42,9 @@ from musekit.training.config import (
 )
 from .training.history import check_trackers
 from .training.optim import check_library, check_optimization
-from .training.resume import find_checkpoint, latest_checkpoint, on_main_process, refuse_other_run
+from musekit.training.resume import (
+    find_checkpoint, keep_seed, latest_checkpoint, on_main_process, refuse_other_run, settle_seed,
+)
 from .training.tokenizer import train_vq_model
 from .training.trainer import Trainer, make_accelerator
 
@@ -77,6 +80,7 @@ def configure(
     if condition_of(config) != "text":
         config.model.text_encoder.type, config.model.text_encoder.train = "none", None
     adopt_pipeline(config.model, TRANSFORMERS, VQ_MODELS)
+    drop_unread(config)
     if "small" in paths:
         _fit_small(config)
     check(config)
@@ -106,9 +110,11 @@ class Recipe:
         base_dir: str | Path | None = None,  # where relative shard names are also looked for
         progress: bool | None = None,  # show it, see `watched`
     ):
+        settle_seed(config)
         check_recipe(config)
         self.config, self.base_dir, self.progress = config, base_dir, progress
         self.accelerator = accelerator or make_accelerator(config)
+        config.training.seed = on_main_process(lambda: config.training.seed)  # one for all processes
         self.folder, self.seconds, self.facts = Path(config.experiment.output_dir), {}, {}
         self.sources, self._pool = {}, None
 
@@ -338,8 +344,11 @@ def train(
 ) -> Recipe:  # with its models, times and `trainer`
     "Runs every stage of the recipe and saves the pipeline; goes on with a run that was stopped."
     check_library(config)
+    chosen = settle_seed(config)
     refuse_other_run(config)
     recipe = Recipe(config, base_dir=base_dir, progress=progress)
+    if chosen:
+        keep_seed(config, recipe.accelerator)
     try:
         for name, run in STAGES.items():
             with recipe.stage(name):

@@ -31,7 +31,7 @@ from .training.config import describe, load_config
 from .training.ema import evaluating
 from .training.history import Log, read_log
 from .training.reconstruction import PatchDiscriminator, reconstruction_sheet
-from .training.resume import on_main_process, refuse_other_run, step_seed
+from .training.resume import keep_seed, on_main_process, refuse_other_run, settle_seed, step_seed
 from .training.schema import Section, setting
 from .training.tokenizer import VQConfig, VQTrainer
 from .training.trainer import make_accelerator
@@ -227,8 +227,12 @@ def train_tokenizer(
     base_dir: str | Path | None = None,  # where relative names are also looked for
 ) -> VQTrainer:  # its `stop` is true if the run was stopped
     "Trains a tokenizer, or goes on with it; leaves the model and a report in the folder of the run."
+    chosen = settle_seed(config)
     refuse_other_run(config)
     accelerator, folder = make_accelerator(config), Path(config.experiment.output_dir)
+    config.training.seed = on_main_process(lambda: config.training.seed)  # one for all processes
+    if chosen:
+        keep_seed(config, accelerator)
     train, held_out = on_main_process(lambda: _find_splits(config.dataset, folder, base_dir))
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     read = partial(make_loader, config=_reading(config), make_reader=PictureReader)
@@ -261,7 +265,7 @@ def _reading(config):
     return ImageTextConfig(
         resolution=data.resolution, center_crop=data.center_crop, random_flip=data.random_flip,
         batch_size=config.training.batch_size, shuffle_buffer_size=data.shuffle_buffer_size,
-        num_workers=data.num_workers, seed=config.training.seed, max_bad_share=data.max_bad_share,
+        num_workers=data.num_workers, seed=config.training.seed or 0, max_bad_share=data.max_bad_share,
     )
 
 

@@ -66,8 +66,27 @@ OLD_KEYS = {  # without effect -> what counts instead
 
 def _modernise(given: dict, schema=Config):
     "Moves what moved, in the plain dict of what a user gave."
+    _lift_paths(given, given, known_keys(schema))
     for old, new in schema.MOVED.items():
         _move(given, old, new)
+
+
+def _lift_paths(given, section, names):
+    "Moves keys that a file writes as a whole path inside a section to where the path leads."
+    for key, value in list(section.items()):
+        if isinstance(value, dict):
+            _lift_paths(given, value, names)
+        elif "." in str(key) and key in names:
+            del section[key]
+            _put(given, key, key, value)
+
+
+def _infer_classes(given: dict):
+    "Published files of class-conditional runs name neither the layout of the data nor a text encoder."
+    model, dataset = given.get("model", {}), given.get("dataset", {})
+    classes = isinstance(model, dict) and (model.get("transformer") or {}).get("num_classes")
+    if classes and "text_encoder" not in model and isinstance(dataset, dict) and "type" not in dataset:
+        given["dataset"] = {**dataset, "type": "classification"}
 
 
 def _drop_old(full: dict):
@@ -86,7 +105,12 @@ def _pop(tree, name):
 
 
 def _move(given, old, new):
-    value, (*parents, key) = _pop(given, old), new.split(".")
+    _put(given, old, new, _pop(given, old))
+
+
+def _put(given, old, new, value):
+    "Sets the key at the path `new` to what was written as `old`, unless that is null."
+    *parents, key = new.split(".")
     if value is None:
         return
     for parent in parents:
@@ -133,16 +157,28 @@ def _merge(schema, *layers):
     for layer in layers:  # each by itself: a later one counts, whichever of two names it uses
         _modernise(layer, schema)
     given = OmegaConf.to_container(OmegaConf.merge(*layers))
+    if schema is Config:
+        _infer_classes(given)
     defaults = OmegaConf.create(OmegaConf.to_container(typed))
     full = OmegaConf.to_container(OmegaConf.merge(defaults, given), resolve=True)
     _drop_old(full)
     _refuse_unknown(full, schema)
     merged = OmegaConf.merge(typed, full)
-    missing = sorted(OmegaConf.missing_keys(merged))
+    missing = sorted(OmegaConf.missing_keys(merged).union(_to_be_set(given)))
     if missing:
         raise ValueError(f"Required, not given: {', '.join(missing)}; set them in the file or by "
                          "key=value, or lay the file over the kit's small model: musekit train small FILE.")
     return OmegaConf.to_object(merged)
+
+
+def _to_be_set(given, path=""):
+    "The keys that a file leaves to its user by the value ???."
+    for name, value in given.items():
+        full = f"{path}.{name}".lstrip(".")
+        if isinstance(value, dict):
+            yield from _to_be_set(value, full)
+        elif value == "???":
+            yield full
 
 
 def _without_empty(given, section):
@@ -185,8 +221,9 @@ def condition_of(config: Config) -> str:
 
 
 def reads_pooled(config: Config) -> bool:
-    "Whether the transformer of a run reads a pooled text."
-    return config.model.architecture == "uvit" and config.model.transformer.get("add_cond_embeds", True)
+    "Whether the transformer of a run reads a pooled text, which T5 does not have."
+    pooled = config.model.text_encoder.type != "t5"
+    return config.model.architecture == "uvit" and config.model.transformer.get("add_cond_embeds", pooled)
 
 # %% ../../nbs/31_training.config.ipynb #a0eed9f4
 def class_names(config: Config) -> dict[int, str] | None:
@@ -237,8 +274,8 @@ def check_conditions(config: Config):
     "Raises a `ValueError` where no model can be told what the configuration asks for."
     model, kind, text = config.model, condition_of(config), config.model.text_encoder
     if kind == "text" and text.type == "t5" and reads_pooled(config):
-        raise ValueError("model.text_encoder.type=t5 has no pooled text, which model.architecture=uvit reads: "
-                         "set model.transformer.add_cond_embeds=false, or model.architecture=transformer.")
+        raise ValueError("model.text_encoder.type=t5 has no pooled text, which model.transformer.add_cond_embeds="
+                         "true reads; leave it out, or set it to false.")
     if kind != "text" and model.architecture == "uvit":
         told = "a class" if kind == "class" else "nothing"
         raise ValueError(f"model.architecture=uvit always reads a text, and this run is told {told}; set "

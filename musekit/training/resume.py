@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATE_FILE', 'step_seed', 'endless_batches', 'checkpoints', 'latest_checkpoint', 'find_checkpoint', 'stop_on_signals',
-           'keep_newest', 'refuse_other_run', 'on_main_process', 'Loop', 'save_run', 'failing_clearly', 'load_run']
+           'keep_newest', 'refuse_other_run', 'settle_seed', 'keep_seed', 'on_main_process', 'Loop', 'save_run',
+           'failing_clearly', 'load_run']
 
 # %% ../../nbs/35_training.resume.ipynb #7f86328a
 import hashlib
@@ -12,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import secrets
 import shutil
 import signal
 import threading
@@ -26,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
 
 from ..files import PARTIAL
-from .config import flatten, load_config
+from .config import flatten, load_config, save_config
 from .ema import evaluating, load_ema, save_ema, save_model
 from .schema import Section
 
@@ -144,6 +146,28 @@ def _plain(config):
     kept = {key: value for key, value in flatten(config).items() if key.startswith(config.SAME_RUN)}
     same = lambda value: str(Path(value).resolve()) if os.path.exists(value) else value.rstrip("/")
     return {key: same(value) if isinstance(value, str) else value for key, value in kept.items()}
+
+# %% ../../nbs/35_training.resume.ipynb #64fc70f8
+def settle_seed(config: Section) -> bool:  # whether it is a new one
+    "Sets a `training.seed` that is null: to that of the run to go on with, else to a random one."
+    folder, wanted = Path(config.experiment.output_dir), config.experiment.resume_from_checkpoint
+    if config.training.seed is not None:
+        return False
+    found = find_checkpoint(folder, wanted)
+    kept = (found.parent if found else folder) / "config.yaml"
+    if wanted and kept.is_file():
+        config.training.seed = load_config(kept, schema=type(config)).training.seed
+    if config.training.seed is not None:
+        return False
+    config.training.seed = secrets.randbelow(2**31)
+    return True
+
+
+def keep_seed(config: Section, accelerator: Accelerator):
+    "Says which seed was chosen, and writes it to the run's folder before the first stage."
+    accelerator.print(f"training.seed is null: {config.training.seed} was chosen, and is kept with the run")
+    if accelerator.is_main_process:
+        save_config(config)
 
 # %% ../../nbs/35_training.resume.ipynb #53345d40
 def on_main_process(make: Callable):

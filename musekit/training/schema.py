@@ -271,7 +271,8 @@ class Steps(Section):
     gradient_accumulation_steps: int = setting(1, "micro-steps in an optimizer step", low=1)
     mixed_precision: str = setting("no", "precision of the forward pass", choices=("no", "fp16", "bf16"))
     enable_tf32: bool = setting(False, "TF32 matrix products on GPUs that have them")
-    seed: int = setting(42, "where all randomness starts", low=0, high=2**63 - 1)
+    seed: Optional[int] = setting(42, "where all randomness starts; null = a new one, kept with the run",
+                                  low=0, high=2**63 - 1)
     max_train_steps: int = setting(1000, "optimizer steps of the whole run, resumed or not", low=1)
     max_grad_norm: Optional[float] = setting(None, "clip the gradient to this length", above=0)
     overfit_one_batch: bool = setting(False, "train on the first batch alone, to find mistakes")
@@ -330,6 +331,7 @@ class Config(Section):
     "Everything that defines a run of a masked transformer."
     MOVED = {  # keys that have, or may be written with, another name
         "training.mask_schedule": "mask_schedule.schedule", "data": "dataset.params.train_shards_path_or_url",
+        "model.transformer.use_empty_embeds_for_uncond": "training.use_empty_embeds_for_uncond",
     }
     SAME_RUN = (  # what a run is, and cannot change on the way
         "model.vq_model.", "model.text_encoder.", "model.transformer", "model.architecture", "model.lora.",
