@@ -121,6 +121,7 @@ def _add_check(commands):
 
 def _train(options):
     from musekit.train import configure, train
+    from musekit.training.config import condition_of
 
     if options.check:
         return _check(options)
@@ -131,7 +132,9 @@ def _train(options):
         return _stopped(recipe.trainer, *_resumed("train", options.arguments))
     if recipe.accelerator.is_main_process:
         model = shlex.quote(str(recipe.folder / "pipeline"))
-        told = {"class": "0 ", "none": ""}.get(recipe.text_encoder.settings["kind"], '"a prompt" ')
+        told = {"class": "0 ", "nothing": ""}.get(condition_of(recipe.config), '"a prompt" ')
+        if not (recipe.folder / "pipeline").is_dir():  # of encoded data, without the networks that draw
+            return
         print(f"model in {model}; draw with it: musekit generate {told}--model {model}")
 
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VQ_MODELS', 'TRANSFORMERS', 'PRECISIONS', 'MOST_CODES', 'find_shards', 'image_text_config', 'vq_training',
-           'clip_training', 'load_vq_model', 'load_text_encoder', 'read_conditions', 'only_read', 'condition_sizes',
-           'build_transformer', 'drop_unread', 'make_transformer', 'check_networks', 'check_codes', 'stage_facts',
-           'generation_config', 'plot_stages']
+           'clip_training', 'stored_config', 'describe_vq_model', 'load_vq_model', 'load_text_encoder',
+           'read_conditions', 'only_read', 'condition_sizes', 'build_transformer', 'drop_unread', 'make_transformer',
+           'fit_transformer', 'check_networks', 'check_codes', 'stage_facts', 'generation_config', 'plot_stages']
 
 # %% ../nbs/44_stages.ipynb #c8f755b7
 import inspect
@@ -28,6 +28,7 @@ from .data.metadata import MetadataFilter
 from .data.packing import digest, expand_urls, file_facts, locate_pictures, pack_once
 from .finetune import load_pretrained
 from .generation import GenerationConfig
+from .models.checkpoints import convert
 from .models.maskgit_vqgan import MaskGitVQGAN
 from .models.movq import MOVQ
 from .models.paella_vq import PaellaVQModel
@@ -38,6 +39,7 @@ from musekit.training.config import (
     Config, class_names, condition_of, known_classes, layout_of, num_classes, reads_pooled,
 )
 from .training.tokenizer import VQTrainingConfig
+from .weights import read_json
 
 # %% ../nbs/44_stages.ipynb #baf2b0c6
 def find_shards(
@@ -130,6 +132,28 @@ def clip_training(config: Config) -> ClipTrainingConfig:
 VQ_MODELS = {"vqgan": VQGANModel, "maskgit_vqgan": MaskGitVQGAN, "movq": MOVQ, "paella_vq": PaellaVQModel}
 TRANSFORMERS = {"uvit": MaskGiTUViT, "transformer": MaskGitTransformer}
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}  # None: as the weights are stored
+
+
+def stored_config(path: str | Path) -> dict | None:
+    "What config.json says in a folder or in the hub's cache; None if it is not on this machine."
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(path).expanduser()
+    try:
+        found = folder / "config.json" if folder.is_dir() else try_to_load_from_cache(str(path), "config.json")
+    except ValueError:  # neither a folder nor a name that the hub could have
+        return None
+    if not isinstance(found, (str, Path)) or not Path(found).is_file():
+        return None
+    return convert(read_json(Path(found)), {})[0]
+
+
+def describe_vq_model(config: Config) -> nn.Module | None:
+    "The tokenizer of a configuration on the meta device; None where its config.json is not on this machine."
+    section = config.model.vq_model
+    settings = stored_config(section.pretrained) if section.pretrained else section.params
+    with torch.device("meta"):
+        return None if settings is None else VQ_MODELS[section.type].from_config(settings)
 
 
 def load_vq_model(config: Config, path: str | Path | None = None) -> nn.Module:
@@ -229,16 +253,25 @@ def _refuse_other_codes(model, codes):
 
 def make_transformer(config: Config, vq_model: nn.Module, text_encoder: nn.Module) -> nn.Module:
     "The transformer of a configuration, loaded or fresh, that fits the tokenizer and the conditions."
-    codes = vq_model.codebook_size
+    num_tokens = (config.dataset.preprocessing.resolution // vq_model.downsample_factor) ** 2
+    return fit_transformer(config, vq_model.codebook_size, condition_sizes(text_encoder), num_tokens)
+
+
+def fit_transformer(
+    config: Config,
+    codes: int,  # of the tokenizer
+    conditions: dict[str, int],  # of `condition_sizes`
+    num_tokens: int,  # of a picture
+) -> nn.Module:
+    "The same from sizes alone, where the two networks are not loaded."
     torch.manual_seed(config.training.seed)
     if config.model.pretrained_model_path:
         model = load_pretrained(TRANSFORMERS[config.model.architecture], config.model)
     else:
-        num_tokens = (config.dataset.preprocessing.resolution // vq_model.downsample_factor) ** 2
-        model = build_transformer(config, codes, condition_sizes(text_encoder), num_tokens)
+        model = build_transformer(config, codes, conditions, num_tokens)
     _refuse_other_codes(model, codes)
     always = {"micro_conds", "encoder_attention_mask"}  # the one is in all data, the other may be left out
-    missing = read_conditions(model) - always - set(text_encoder.unconditional())
+    missing = read_conditions(model) - always - set(conditions)
     if missing:
         raise ValueError(f"The transformer reads {', '.join(sorted(missing))}, and this run is told "
                          f"{condition_of(config)}; see dataset.type and model.text_encoder.type.")

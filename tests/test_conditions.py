@@ -358,7 +358,7 @@ def test_check_tells_of_no_text_encoder():
     ([CLASSES, "dataset.params.is_ds_clean=true"], "are different layouts"),
     (["dataset.params.imagenet_class_mapping_path=names.json"], "needs dataset.type=classification"),
     ([CLASSES, "dataset.params.imagenet_class_mapping_path=names.json"], "names.json does not exist"),
-    (["model.text_encoder.type=t5", "model.text_encoder.pretrained=t5"], "has no pooled text"),
+    (["model.text_encoder.type=t5", "model.text_encoder.pretrained=t5", "model.transformer.add_cond_embeds=true"], "has no pooled text"),
 ])
 def test_contradictions(settings, told):
     with pytest.raises((ValueError, FileNotFoundError), match=told):

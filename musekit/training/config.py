@@ -291,9 +291,10 @@ def check_conditions(config: Config):
         num_classes(config)
 
 # %% ../../nbs/31_training.config.ipynb #b71cffd7
-def check_network(key: str, section: VQModel | TextEncoder, pre_encode: bool):
+def check_network(key: str, section: VQModel | TextEncoder, pre_encode: bool, drawn: bool = True):
     "A frozen network must be given or made, and the one that data was encoded with must be given."
-    check_folder(f"{key}.pretrained", section.pretrained)
+    if drawn or not pre_encode:  # encoded data needs the networks themselves only to draw
+        check_folder(f"{key}.pretrained", section.pretrained)
     if pre_encode and not section.pretrained:
         raise ValueError(f"training.pre_encode=true: set {key}.pretrained to the one that encoded the data.")
     if not section.pretrained and section.train is None:
