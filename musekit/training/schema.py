@@ -93,6 +93,10 @@ class Experiment(Run):
     log_image_entropy_every: Optional[int] = _every(None, "entropies of whole predicted images")
     log_cross_entropy_every: Optional[int] = _every(None, "cross-entropies by masking ratio")
     log_token_probability_distributions_every: Optional[int] = _every(None, "probability histograms")
+    measure_every: Optional[int] = _every(None, "drawing pictures and comparing them with real ones")
+    measure_samples: int = setting(1000, "pictures drawn for that", low=20)
+    measure_features: Optional[str] = setting(None, "what looks at them: digits, inception=FILE or clip=FOLDER")
+    measure_statistics: Optional[str] = setting(None, "file of the real ones' features: read if there, else written")
 
 
 @dataclass
