@@ -46,7 +46,8 @@ from musekit.training.callbacks import (
     drawn_by_all, input_sheet, inpainting_sheet, prompt_sheet, sample_prompts, standard_callbacks,
 )
 from musekit.training.config import (
-    Config, check_conditions, check_encoding, check_folder, check_network, condition_of, load_config,
+    Config, check_conditions, check_encoding, check_folder, check_network, condition_of, flatten, load_config,
+    unused_settings, warn_unused,
 )
 from .training.ema import evaluating
 from .training.history import check_trackers
@@ -113,9 +114,12 @@ def configure(
     "The checked configuration of a run; the name \"small\" stands for the model that the kit brings along."
     paths = path if isinstance(path, list) else [path or "small"]
     config = load_config([SMALL if each == "small" else each for each in paths], list(overrides))
+    given, usual = flatten(config), load_config(SMALL, ["data=none"]) if "small" in paths else Config()
     if condition_of(config) != "text":
         config.model.text_encoder.type, config.model.text_encoder.train = "none", None
     adopt_pipeline(config.model, TRANSFORMERS, VQ_MODELS)
+    if check is check_recipe:  # another command may use what a run does not, and the other way round
+        warn_unused(given, flatten(usual), unused_settings(config))
     if "small" in paths:
         _fit_small(config)
     drop_unread(config)
