@@ -114,12 +114,13 @@ def configure(
     "The checked configuration of a run; the name \"small\" stands for the model that the kit brings along."
     paths = path if isinstance(path, list) else [path or "small"]
     config = load_config([SMALL if each == "small" else each for each in paths], list(overrides))
-    given, usual = flatten(config), load_config(SMALL, ["data=none"]) if "small" in paths else Config()
+    given = flatten(config)
     if condition_of(config) != "text":
         config.model.text_encoder.type, config.model.text_encoder.train = "none", None
     adopt_pipeline(config.model, TRANSFORMERS, VQ_MODELS)
     if check is check_recipe:  # another command may use what a run does not, and the other way round
-        warn_unused(given, flatten(usual), unused_settings(config))
+        usual = [flatten(Config()), flatten(load_config(SMALL, ["data=none"]))]
+        warn_unused(given, usual, unused_settings(config))
     if "small" in paths:
         _fit_small(config)
     drop_unread(config)

@@ -162,8 +162,8 @@ def configure_tokenizer(
     page = resources.files("musekit") / "configs" / "tokenizer.yaml"
     pages = [page if each == "small" else each for each in paths]
     config = load_config(pages, list(overrides), TokenizerConfig)
-    usual = load_config(page, ["data=none"], TokenizerConfig) if "small" in paths else TokenizerConfig()
-    warn_unused(flatten(config), flatten(usual), unused_of_tokenizer(config))
+    usual = [TokenizerConfig(), load_config(page, ["data=none"], TokenizerConfig)]
+    warn_unused(flatten(config), [flatten(each) for each in usual], unused_of_tokenizer(config))
     if "small" in paths and not config.model.pretrained:
         config.model.params = {**_small(config.model), **config.model.params}
     check_tokenizer(config)

@@ -435,13 +435,13 @@ def unused_settings(config: Config) -> Unused:
 
 def warn_unused(
     given: dict,  # of `flatten`, as a user set it
-    usual: dict,  # the same without what the user set
+    usual: list[dict],  # the same of configurations whose values nobody set for this run
     unused: Unused,
 ):
     "One warning for all settings that differ from the usual ones and have no effect."
     told = {}
     for starts, why in unused:
-        names = [key for key in given if key.startswith(starts) and given[key] != usual[key]]
+        names = [key for key in given if key.startswith(starts) and all(given[key] != each[key] for each in usual)]
         told |= {name: why for name in names if name not in told}
     reasons = {why: [name for name in told if told[name] == why] for why in told.values()}
     if reasons:
