@@ -446,7 +446,7 @@ def warn_unused(
     reasons = {why: [name for name in told if told[name] == why] for why in told.values()}
     if reasons:
         listed = "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
-        warnings.warn(f"Settings without effect: {listed}.", stacklevel=3)
+        warnings.warn(f"Settings without effect: {listed}.")
 
 # %% ../../nbs/31_training.config.ipynb #eed2393f
 def plot_sections(config: Section, ax=None):
