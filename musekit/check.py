@@ -22,12 +22,11 @@ from torch.utils._pytree import tree_leaves
 from .finetune import add_lora
 from .inspection import num_parameters
 from .losses import _CrossEntropy, saved_bytes
-from .models.checkpoints import convert
 from musekit.stages import (
-    PRECISIONS, TRANSFORMERS, VQ_MODELS, build_transformer, clip_training, condition_sizes, load_text_encoder,
+    PRECISIONS, TRANSFORMERS, build_transformer, clip_training, condition_sizes, describe_vq_model, load_text_encoder,
+    stored_config,
 )
 from .training.config import Config, condition_of
-from .weights import read_json
 
 # %% ../nbs/48_check.ipynb #fc695c18
 OPTIMIZER_BYTES = {"adamw": 8, "fused_adamw": 8, "8bit_adamw": 2, "lion": 4}  # for each trained parameter
@@ -148,22 +147,6 @@ def peak_bytes(
     return living.most
 
 # %% ../nbs/48_check.ipynb #02725334
-def _stored_config(path):
-    "What config.json says in a folder or in the hub's cache; None if it is not on this machine."
-    from huggingface_hub import try_to_load_from_cache
-
-    folder = Path(path).expanduser()
-    found = folder / "config.json" if folder.is_dir() else try_to_load_from_cache(path, "config.json")
-    if not isinstance(found, (str, Path)) or not Path(found).is_file():
-        return None
-    return convert(read_json(Path(found)), {})[0]
-
-
-def _vq_model(section):
-    settings = _stored_config(section.pretrained) if section.pretrained else section.params
-    return None if settings is None else VQ_MODELS[section.type].from_config(settings)
-
-
 def _text_model(config):
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5EncoderModel
 
@@ -197,7 +180,7 @@ def _told(config, text):
 def _transformer(config, codes, text, num_tokens):
     model = config.model
     if model.pretrained_model_path:
-        stored = _stored_config(model.pretrained_model_path)
+        stored = stored_config(model.pretrained_model_path)
         return None if stored is None else TRANSFORMERS[model.architecture].from_config(stored)
     codes, told = codes or model.transformer.get("codebook_size"), _told(config, text)
     widths = ("codebook_size", codes), ("encoder_hidden_size", told.get("encoder_hidden_states", 0))
@@ -221,7 +204,7 @@ def find_networks(config: Config) -> Networks:
     "Builds what a configuration describes, without memory and without the network."
     pixels, lora = config.dataset.preprocessing, config.model.lora
     with torch.device("meta"):
-        vq_model, text = _vq_model(config.model.vq_model), _text_model(config)
+        vq_model, text = describe_vq_model(config), _text_model(config)
         side = pixels.resolution // (16 if vq_model is None else vq_model.downsample_factor)
         codes = None if vq_model is None else vq_model.codebook_size
         transformer = _transformer(config, codes, None if text is None else text.config, side * side)
@@ -232,12 +215,16 @@ def find_networks(config: Config) -> Networks:
 
 # %% ../nbs/48_check.ipynb #e5cdfc68
 def training_memory(networks: Networks, config: Config) -> dict[str, int]:  # bytes by part
-    "What one process holds during a training step, but for the operators' own scratch space."
+    """What one process holds during a training step, but for the operators' own scratch space.
+
+    With data that is encoded already the two frozen networks are not there; they come and go with each drawing.
+    """
     model, training = networks.transformer, config.training
     parts = weight_memory(model, config.optimizer.name, training.use_ema)
     checkpointing = config.model.gradient_checkpointing
     kept = activation_bytes(model, networks.batch, training.mixed_precision, checkpointing)
-    frozen = [network for network in (networks.vq_model, networks.text_encoder) if network is not None]
+    frozen = [] if training.pre_encode else [networks.vq_model, networks.text_encoder]
+    frozen = [network for network in frozen if network is not None]
     parts |= {"frozen networks": sum(weight_memory(network)["weights"] for network in frozen)}
     return {name: size for name, size in {**parts, "activations": kept}.items() if size}
 
@@ -311,7 +298,7 @@ def memory_report(config: Config) -> str:
     training, height, width = training_memory(networks, config), *networks.batch.grid
     steps = [("training, one process", ""), *((part, _size(size)) for part, size in training.items())]
     steps += [("together, about", _size(sum(training.values())))]
-    if networks.vq_model is not None and not config.training.encode_first:
+    if networks.vq_model is not None and not (config.training.encode_first or config.training.pre_encode):
         steps += [("before a step, encoding images", _size(_encoding_bytes(networks, config)))]
     title = f"activations of a micro-batch, all {height}x{width} tokens masked"
     drawing = {count: sum(drawing_memory(networks, count).values()) for count in (1, 16)}

@@ -11,6 +11,8 @@ import os
 import shlex
 import signal
 import sys
+import warnings
+from functools import partial
 
 from . import __version__
 from .commands import COMMANDS, number_between, quiet, say
@@ -121,6 +123,7 @@ def _add_check(commands):
 
 def _train(options):
     from musekit.train import configure, train
+    from musekit.training.config import condition_of
 
     if options.check:
         return _check(options)
@@ -131,7 +134,9 @@ def _train(options):
         return _stopped(recipe.trainer, *_resumed("train", options.arguments))
     if recipe.accelerator.is_main_process:
         model = shlex.quote(str(recipe.folder / "pipeline"))
-        told = {"class": "0 ", "none": ""}.get(recipe.text_encoder.settings["kind"], '"a prompt" ')
+        told = {"class": "0 ", "nothing": ""}.get(condition_of(recipe.config), '"a prompt" ')
+        if not (recipe.folder / "pipeline").is_dir():  # of encoded data, without the networks that draw
+            return
         print(f"model in {model}; draw with it: musekit generate {told}--model {model}")
 
 
@@ -297,6 +302,15 @@ def _interrupted(options):
     return "interrupted" + "; what is finished is kept, and the same command goes on from there" * goes_on
 
 
+def _one_line(formatted, message, category, filename, lineno, line=None):
+    "How a warning of the kit is shown: of several processes by the first alone, and without the place in the code."
+    if "musekit" not in filename.split(os.path.sep):  # a library's
+        return formatted(message, category, filename, lineno, line)
+    if os.environ.get("RANK", "0") != "0":
+        return ""
+    return f"musekit: warning: {' '.join(str(message).split())}\n"
+
+
 def main(arguments: list[str] | None = None) -> int:  # None: those of the process
     "Runs one command; 0 if it did its job, 2 if the input was wrong, 130 if it was interrupted."
     parser = make_parser()
@@ -306,6 +320,8 @@ def main(arguments: list[str] | None = None) -> int:  # None: those of the proce
         return 2
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait busily ruin a shared machine
     before = signal.signal(signal.SIGTERM, _interrupt)
+    format_before = warnings.formatwarning
+    warnings.formatwarning = partial(_one_line, format_before)
     try:
         return options.run(options) or 0
     except (ValueError, OSError) as error:
@@ -318,3 +334,4 @@ def main(arguments: list[str] | None = None) -> int:  # None: those of the proce
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
+        warnings.formatwarning = format_before

@@ -311,7 +311,8 @@ def _evaluate(options):
         _check_folder(os.path.dirname(os.path.abspath(options.out)), f"--out {options.out}")
     data = [each.removeprefix("data=") for each in options.data]
     how = {name: getattr(options, name) for name in ("steps", "guidance_scale", "temperature", "batch_size")}
-    given = {name: getattr(options, name) for name in ("features", "judge", "prompts", "statistics", "real")}
+    names = ("features", "judge", "classifier", "prompts", "statistics", "real")
+    given = {name: getattr(options, name) for name in names}
     result = evaluate_pipeline(QualityConfig(
         options.model, data[0] if len(data) == 1 else data, samples=options.samples, seed=options.seed,
         options={k: v for k, v in how.items() if v is not None} | _decoding(options.set), **given,
@@ -329,7 +330,7 @@ def add_evaluate(commands):
         "evaluate", help="compare a model's images with real ones",
         formatter_class=RawDescriptionHelpFormatter,
         description="Draws images for the captions of real images, or for prompts of a file, and tells\n"
-        "Fréchet and kernel distance, precision, recall, and the agreement with the prompts.",
+        "Fréchet and kernel distance, precision, recall, the agreement with the prompts, and the Inception score.",
         epilog="examples:\n"
         "  musekit evaluate runs/demo data=digits\n"
         "  musekit evaluate runs/mine data=held-out/\n"
@@ -345,6 +346,7 @@ def add_evaluate(commands):
     add("--real", type=whole, metavar="N", help="real images to take (default: all)")
     add("--features", metavar="WHAT", help="digits, inception=FILE or clip=FOLDER (default: digits)")
     add("--judge", metavar="WHAT", help="of prompts: digits or clip=FOLDER (default: the features)")
+    add("--classifier", metavar="WHAT", help="of the Inception score: digits or inception=FILE (default: the features)")
     add("--prompts", metavar="FILE", help="a prompt on every line (default: the captions of the data)")
     add("--statistics", metavar="FILE", help="features of the real images: read if there, else written")
     add("--seed", type=number_between(0), default=0, help="same seed, same numbers (default: %(default)s)")

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['VQ_MODELS', 'TRANSFORMERS', 'PRECISIONS', 'MOST_CODES', 'find_shards', 'image_text_config', 'vq_training',
-           'clip_training', 'load_vq_model', 'load_text_encoder', 'read_conditions', 'only_read', 'condition_sizes',
-           'build_transformer', 'make_transformer', 'check_networks', 'check_codes', 'stage_facts', 'generation_config',
-           'plot_stages']
+           'clip_training', 'stored_config', 'describe_vq_model', 'load_vq_model', 'load_text_encoder',
+           'read_conditions', 'only_read', 'condition_sizes', 'build_transformer', 'drop_unread', 'make_transformer',
+           'fit_transformer', 'check_networks', 'check_codes', 'stage_facts', 'generation_config', 'plot_stages']
 
 # %% ../nbs/44_stages.ipynb #c8f755b7
 import inspect
 import os
+import warnings
 from dataclasses import asdict, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,6 +28,7 @@ from .data.metadata import MetadataFilter
 from .data.packing import digest, expand_urls, file_facts, locate_pictures, pack_once
 from .finetune import load_pretrained
 from .generation import GenerationConfig
+from .models.checkpoints import convert
 from .models.maskgit_vqgan import MaskGitVQGAN
 from .models.movq import MOVQ
 from .models.paella_vq import PaellaVQModel
@@ -37,6 +39,7 @@ from musekit.training.config import (
     Config, class_names, condition_of, known_classes, layout_of, num_classes, reads_pooled,
 )
 from .training.tokenizer import VQTrainingConfig
+from .weights import read_json
 
 # %% ../nbs/44_stages.ipynb #baf2b0c6
 def find_shards(
@@ -70,7 +73,7 @@ def image_text_config(config: Config) -> ImageTextConfig:
     return ImageTextConfig(
         resolution=pixels.resolution, center_crop=pixels.center_crop, random_flip=pixels.random_flip,
         batch_size=config.training.batch_size, shuffle_buffer_size=params.shuffle_buffer_size,
-        num_workers=params.num_workers, seed=config.training.seed, max_bad_share=params.max_bad_share,
+        num_workers=params.num_workers, seed=config.training.seed or 0, max_bad_share=params.max_bad_share,
         metadata_filter=wanted if params.use_filtered_dataset else None,
         pin_memory=params.pin_memory, persistent_workers=params.persistent_workers,
         layout=layout_of(config), class_names=_text_of_classes(config),
@@ -104,7 +107,8 @@ def _typed(cls, given: dict, path: str):
 def vq_training(config: Config) -> VQTrainingConfig:
     "How the tokenizer of a configuration is trained."
     path = "model.vq_model.train"
-    options = _typed(VQTrainingConfig, {"seed": config.training.seed, **config.model.vq_model.train}, path)
+    seed = config.training.seed or 0  # null until a run settles it
+    options = _typed(VQTrainingConfig, {"seed": seed, **config.model.vq_model.train}, path)
     options.check(path)
     return options
 
@@ -112,7 +116,7 @@ def vq_training(config: Config) -> VQTrainingConfig:
 def clip_training(config: Config) -> ClipTrainingConfig:
     "How the text encoder of a configuration is trained."
     path, pixels = "model.text_encoder.train", config.dataset.preprocessing
-    given = {"seed": config.training.seed, "max_seq_length": pixels.max_seq_length}
+    given = {"seed": config.training.seed or 0, "max_seq_length": pixels.max_seq_length}
     options = _typed(ClipTrainingConfig, given | config.model.text_encoder.train, path)
     for name in ("steps", "learning_rate", "hidden_size", "layers", "patch_size", "projection_dim"):
         if getattr(options, name) <= 0:
@@ -128,6 +132,28 @@ def clip_training(config: Config) -> ClipTrainingConfig:
 VQ_MODELS = {"vqgan": VQGANModel, "maskgit_vqgan": MaskGitVQGAN, "movq": MOVQ, "paella_vq": PaellaVQModel}
 TRANSFORMERS = {"uvit": MaskGiTUViT, "transformer": MaskGitTransformer}
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}  # None: as the weights are stored
+
+
+def stored_config(path: str | Path) -> dict | None:
+    "What config.json says in a folder or in the hub's cache; None if it is not on this machine."
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(path).expanduser()
+    try:
+        found = folder / "config.json" if folder.is_dir() else try_to_load_from_cache(str(path), "config.json")
+    except ValueError:  # neither a folder nor a name that the hub could have
+        return None
+    if not isinstance(found, (str, Path)) or not Path(found).is_file():
+        return None
+    return convert(read_json(Path(found)), {})[0]
+
+
+def describe_vq_model(config: Config) -> nn.Module | None:
+    "The tokenizer of a configuration on the meta device; None where its config.json is not on this machine."
+    section = config.model.vq_model
+    settings = stored_config(section.pretrained) if section.pretrained else section.params
+    with torch.device("meta"):
+        return None if settings is None else VQ_MODELS[section.type].from_config(settings)
 
 
 def load_vq_model(config: Config, path: str | Path | None = None) -> nn.Module:
@@ -188,9 +214,35 @@ def build_transformer(
         sizes |= {"num_vq_tokens": num_tokens, "max_position_embeddings": places, "num_classes": classes,
                   "add_cross_attention": text is not None, "use_codebook_size_for_output": True}
     else:
-        sizes["cond_embed_dim"] = told.get("cond_embeds")
+        sizes |= {"cond_embed_dim": told.get("cond_embeds"), "add_cond_embeds": reads_pooled(config)}
+        sizes["block_num_heads"] = _block_heads(config.model.transformer.get("block_out_channels"))
     known = {name: size for name, size in sizes.items() if size is not None}
     return TRANSFORMERS[config.model.architecture].from_config({**known, **config.model.transformer})
+
+
+def _block_heads(channels):
+    "Heads of 64 channels where the U-ViT's default number of heads, 12, does not split the channels of its stage."
+    width = channels[-1] if isinstance(channels, list) and channels else channels
+    splits = isinstance(width, int) and width % 12 and width % 64 == 0
+    return width // 64 if splits else None
+
+
+def drop_unread(config: Config):
+    "Takes out the keys of `model.transformer` that published files have and no network reads, with one warning."
+    cls, settings = TRANSFORMERS[config.model.architecture], config.model.transformer
+    parameters = inspect.signature(cls).parameters
+    unread = [key for key in settings if key not in parameters and key in (*cls.ignored_config, *cls.fixed_config)]
+    config.model.transformer = {key: value for key, value in settings.items() if key not in unread}
+    if config.model.pretrained_model_path or not unread:  # stored weights have settings of their own
+        return
+    try:
+        cls.check_fixed({key: settings[key] for key in unread if key not in cls.unbuilt_config})
+    except ValueError as error:
+        raise ValueError(f"model.transformer.{error}") from error
+    other = [f"{key}={cls.fixed_config[key]}" for key in unread
+             if key in cls.unbuilt_config and settings[key] not in (None, cls.fixed_config[key])]
+    built = f" It always has {', '.join(other)}." if other else ""
+    warnings.warn(f"Keys of model.transformer without effect on a {cls.__name__}: {', '.join(unread)}.{built}")
 
 
 def _refuse_other_codes(model, codes):
@@ -201,16 +253,25 @@ def _refuse_other_codes(model, codes):
 
 def make_transformer(config: Config, vq_model: nn.Module, text_encoder: nn.Module) -> nn.Module:
     "The transformer of a configuration, loaded or fresh, that fits the tokenizer and the conditions."
-    codes = vq_model.codebook_size
+    num_tokens = (config.dataset.preprocessing.resolution // vq_model.downsample_factor) ** 2
+    return fit_transformer(config, vq_model.codebook_size, condition_sizes(text_encoder), num_tokens)
+
+
+def fit_transformer(
+    config: Config,
+    codes: int,  # of the tokenizer
+    conditions: dict[str, int],  # of `condition_sizes`
+    num_tokens: int,  # of a picture
+) -> nn.Module:
+    "The same from sizes alone, where the two networks are not loaded."
     torch.manual_seed(config.training.seed)
     if config.model.pretrained_model_path:
         model = load_pretrained(TRANSFORMERS[config.model.architecture], config.model)
     else:
-        num_tokens = (config.dataset.preprocessing.resolution // vq_model.downsample_factor) ** 2
-        model = build_transformer(config, codes, condition_sizes(text_encoder), num_tokens)
+        model = build_transformer(config, codes, conditions, num_tokens)
     _refuse_other_codes(model, codes)
     always = {"micro_conds", "encoder_attention_mask"}  # the one is in all data, the other may be left out
-    missing = read_conditions(model) - always - set(text_encoder.unconditional())
+    missing = read_conditions(model) - always - set(conditions)
     if missing:
         raise ValueError(f"The transformer reads {', '.join(sorted(missing))}, and this run is told "
                          f"{condition_of(config)}; see dataset.type and model.text_encoder.type.")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'SMALL', 'TokenizerModel', 'ImageData', 'TokenizerConfig', 'hold_out', 'find_images', 'group_images',
-           'PictureReader', 'configure_tokenizer', 'check_tokenizer', 'describe_tokenizer', 'make_tokenizer',
-           'train_tokenizer', 'final_report', 'describe_report']
+           'PictureReader', 'configure_tokenizer', 'unused_of_tokenizer', 'check_tokenizer', 'describe_tokenizer',
+           'make_tokenizer', 'train_tokenizer', 'final_report', 'describe_report']
 
 # %% ../nbs/47_train_tokenizer.ipynb #4b0e47fa
 import json
@@ -27,11 +27,11 @@ from .data.packing import is_image, locate
 from .inspection import num_parameters
 from .stages import VQ_MODELS
 from .training.callbacks import Checkpoint, Evaluate, SampleImages
-from .training.config import describe, load_config
+from .training.config import Unused, describe, flatten, load_config, unused_steps, warn_unused
 from .training.ema import evaluating
 from .training.history import Log, read_log
 from .training.reconstruction import PatchDiscriminator, reconstruction_sheet
-from .training.resume import on_main_process, refuse_other_run, step_seed
+from .training.resume import keep_seed, on_main_process, refuse_other_run, settle_seed, step_seed
 from .training.schema import Section, setting
 from .training.tokenizer import VQConfig, VQTrainer
 from .training.trainer import make_accelerator
@@ -164,10 +164,33 @@ def configure_tokenizer(
     page = resources.files("musekit") / "configs" / "tokenizer.yaml"
     pages = [page if each == "small" else each for each in paths]
     config = load_config(pages, list(overrides), TokenizerConfig)
+    usual = [TokenizerConfig(), load_config(page, ["data=none"], TokenizerConfig)]
+    warn_unused(flatten(config), [flatten(each) for each in usual], unused_of_tokenizer(config))
     if "small" in paths and not config.model.pretrained:
         config.model.params = {**_small(config.model), **config.model.params}
     check_tokenizer(config)
     return config
+
+
+def unused_of_tokenizer(config: TokenizerConfig) -> Unused:
+    "Settings that have no effect: beginnings of keys, and why."
+    loss, data, codebook = config.loss, config.dataset, config.codebook
+    yield from unused_steps(config)
+    if not loss.perceptual:
+        yield ("loss.perceptual_network", "loss.perceptual_weights"), "loss.perceptual is 0"
+    if not loss.adversarial:
+        yield ("loss.adversarial_start", "loss.discriminator_"), "loss.adversarial is 0"
+    if config.model.pretrained:
+        yield ("codebook.",), "the codes of a trained model stay where they are"
+    if config.model.params.get("quantizer", "vq") != "vq":
+        yield ("codebook.",), f"a quantizer {config.model.params['quantizer']} has no codes to revive"
+    if not codebook.revive_every:
+        yield ("codebook.revive_until",), "codebook.revive_every is null"
+    if data.eval_path or data.path == "digits":
+        yield ("dataset.eval_share",), "there are separate images for evaluation"
+    elif not data.eval_share:
+        keys = ("experiment.eval_every", "experiment.generate_every", "experiment.max_eval_examples")
+        yield keys, "dataset.eval_share is 0"
 
 
 def _small(model):
@@ -229,8 +252,12 @@ def train_tokenizer(
     base_dir: str | Path | None = None,  # where relative names are also looked for
 ) -> VQTrainer:  # its `stop` is true if the run was stopped
     "Trains a tokenizer, or goes on with it; leaves the model and a report in the folder of the run."
+    chosen = settle_seed(config)
     refuse_other_run(config)
     accelerator = make_accelerator(config)
+    config.training.seed = on_main_process(lambda: config.training.seed)  # one for all processes
+    if chosen:
+        keep_seed(config, accelerator)
     try:
         return _train(config, accelerator, progress, base_dir)
     finally:
@@ -270,7 +297,7 @@ def _reading(config):
     return ImageTextConfig(
         resolution=data.resolution, center_crop=data.center_crop, random_flip=data.random_flip,
         batch_size=config.training.batch_size, shuffle_buffer_size=data.shuffle_buffer_size,
-        num_workers=data.num_workers, seed=config.training.seed, max_bad_share=data.max_bad_share,
+        num_workers=data.num_workers, seed=config.training.seed or 0, max_bad_share=data.max_bad_share,
     )
 
 

@@ -16,7 +16,8 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
 from conftest import ROOT
-from musekit.check import find_networks, memory_report
+import musekit.train
+from musekit.check import find_networks, memory_report, training_memory
 from musekit.cli import main
 from musekit.data.conditions import TextEncoder, train_tokenizer
 from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples, test_prompts as held_out_prompts
@@ -30,7 +31,9 @@ from musekit.metrics import DigitFeatures
 from musekit.models.paella_vq import PaellaVQModel
 from musekit.pipeline import Pipeline
 from musekit.stages import find_shards
-from musekit.train import configure, train
+from musekit.train import (
+    Recipe, _captions, configure, encode, find_data, make_text_encoder, make_trainer, make_vq_model, show_inputs, train,
+)
 from musekit.train_tokenizer import find_images
 from musekit.training.history import read_log
 from musekit.training.resume import step_seed
@@ -284,6 +287,54 @@ def test_pre_encoded_is_what_encoding_first_gives(place):
     assert weights(first.folder) == weights(later.folder)
 
 
+def test_encoded_data_needs_networks_only_to_draw(place, tmp_path, capsys):
+    "Missing ones are fine where nothing is drawn; the last line says what is not there, and the first inputs are squares."
+    names = [f"model.vq_model.pretrained={tmp_path}/gone/vq", f"model.text_encoder.pretrained={tmp_path}/gone/clip"]
+    given = [*settings_of(place, "alone", *names), *pre_encoded(encoded(place, "parquet", True)), "model.transformer.codebook_size=32"]
+    recipe = train(configure(None, [*given, "experiment.generate_every=null"]), progress=False)
+    assert "no pipeline, only the transformer in" in capsys.readouterr().out and not (recipe.folder / "pipeline").exists()
+    assert [line["step"] for line in read_log(recipe.folder) if "loss" in line] == [1, 2, 3, 4]
+    assert [path.name for path in (recipe.folder / "samples").iterdir()] == ["first-inputs.png"]
+    with pytest.raises(FileNotFoundError, match="gone/vq is no folder here"):
+        configure(None, [*given, "experiment.generate_every=2"])
+    with pytest.raises(ValueError, match="set model.transformer.codebook_size to the number of its codes"):
+        train(configure(None, [*given, "experiment.generate_every=null", "model.transformer.codebook_size=null", f"experiment.output_dir={tmp_path}/x"]), progress=False)
+
+
+def test_encoded_data_frees_what_it_loads_to_draw(place, monkeypatch):
+    loaded = []
+    for name in ("load_vq_model", "load_text_encoder"):
+        load = getattr(musekit.train, name)
+        monkeypatch.setattr(musekit.train, name, lambda *given, load=load, name=name: (loaded.append(name), load(*given))[1])
+    codes = pre_encoded(encoded(place, "parquet", True))
+    recipe = make_recipe(place, "frees", clip(place), *codes, "experiment.generate_every=4")
+    assert not loaded and not {"vq_model", "text_encoder"} & set(vars(recipe)), "the data has the sizes and the empty prompt"
+    recipe.trainer.fit()
+    assert loaded.count("load_vq_model") == 2 and not {"vq_model", "text_encoder"} & set(vars(recipe)), "for the inputs and the samples"
+    networks = find_networks(recipe.config)
+    assert "frozen networks" not in training_memory(networks, recipe.config)
+    recipe.config.training.pre_encode = False
+    assert "frozen networks" in training_memory(networks, recipe.config)
+
+
+def make_recipe(place, name, *settings):
+    "A run that is about to train."
+    recipe = Recipe(configure(None, settings_of(place, name, *settings)), progress=False)
+    for stage in (find_data, make_vq_model, make_text_encoder, encode, make_trainer):
+        stage(recipe)
+    return recipe
+
+
+def test_the_first_inputs_are_shown(place):
+    "Pictures and captions, or what codes decode to, whoever encoded."
+    for more in (["training.encode_first=true"], ["training.encode_first=false"], pre_encoded(encoded(place, "parquet", True))):
+        recipe = make_recipe(place, "inputs", clip(place), *more, f"experiment.output_dir={place}/runs/inputs{len(more)}{more[0][-5:]}")
+        recipe.trainer.train_step()
+        shown = show_inputs(recipe, recipe.trainer)
+        captions = _captions(recipe, recipe.trainer.last_batch)
+        assert shown.width > 8 * 90 and len(captions) >= 4 and all(" on " in caption or len(caption) > 5 for caption in captions)
+
+
 @pytest.mark.parametrize("form", ["parquet", "tar"])
 def test_codes_and_pictures_are_told_apart(place, form):
     "Before a sample is read, in a sentence with the setting to change."
@@ -358,7 +409,7 @@ def test_check_tells_of_no_text_encoder():
     ([CLASSES, "dataset.params.is_ds_clean=true"], "are different layouts"),
     (["dataset.params.imagenet_class_mapping_path=names.json"], "needs dataset.type=classification"),
     ([CLASSES, "dataset.params.imagenet_class_mapping_path=names.json"], "names.json does not exist"),
-    (["model.text_encoder.type=t5", "model.text_encoder.pretrained=t5"], "has no pooled text"),
+    (["model.text_encoder.type=t5", "model.text_encoder.pretrained=t5", "model.transformer.add_cond_embeds=true"], "has no pooled text"),
 ])
 def test_contradictions(settings, told):
     with pytest.raises((ValueError, FileNotFoundError), match=told):

@@ -74,7 +74,7 @@ def test_evaluate_against_digits(place, capsys):
         assert musekit(*common, "--seed", seed, "--out", out) == 0
         results.append(json.loads(out.read_text()))
     assert results[0] == results[1] and results[0]["frechet_distance"] != results[2]["frechet_distance"]
-    assert {"frechet_distance", "kernel_distance", "precision", "recall", "agreement"} <= set(results[0])
+    assert {"frechet_distance", "kernel_distance", "precision", "recall", "agreement", "inception_score"} <= set(results[0])
     assert (results[0]["samples"], results[0]["real"], results[0]["prompts"]) == (30, 60, 400)
     assert "Fréchet distance" in capsys.readouterr().out
 

@@ -191,7 +191,7 @@ def test_ratios_of_an_evaluation(data, tmp_path):
 
     def measure(trainer):
         ratios = trainer.config.training.eval_mask_ratios
-        seen.append(trainer.make_micro_batch(next(iter(trainer.data(0))), "evaluation", 0, ratios=ratios, drop=False).tokens.mask)
+        seen.append(trainer.make_micro_batch(next(iter(trainer.data(0))), "evaluation", 0, ratios=ratios, training=False).tokens.mask)
         from musekit.training.callbacks import evaluate
 
         return evaluate(trainer)

@@ -281,6 +281,15 @@ class EncodedDataset:
         "Where each of these rows stands: its file and its row there."
         return [f"{self.paths[file].stem}:{row}" for file, row in self._places(indices)]
 
+    def texts(self, names: list[str]) -> list[str]:
+        "The captions of the rows with these `names`."
+        paths, columns, found = {path.stem: path for path in self.paths}, {}, []
+        for stem, _, row in (name.rpartition(":") for name in names):
+            if stem not in columns:
+                columns[stem] = pq.read_table(paths[stem], columns=["text"])["text"]
+            found.append(columns[stem][int(row)].as_py())
+        return found
+
     @property
     def unconditional(self) -> dict[str, Tensor]:
         "The conditions of the empty prompt, without the batch dimension."

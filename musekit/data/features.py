@@ -221,6 +221,7 @@ class InceptionFeatures(nn.Module):
             block = _Block(width, chains, pool)
             self.add_module(f"Mixed_{name}", block)
             width = block.width
+        self.register_buffer("class_weights", None, persistent=False)  # (1008, 2048), where a file has them
 
     @classmethod
     def from_file(cls, path: str | Path) -> "InceptionFeatures":
@@ -234,12 +235,22 @@ class InceptionFeatures(nn.Module):
             raise ValueError(f"{path} is an Inception of {classes} classes; the one whose distances are "
                              "published has 1008: pt_inception-2015-12-05-6726825d.pth")
         network, batches = cls(), "num_batches_tracked"  # a count that nothing reads
+        class_weights = weights.get("fc.weight")
         weights = {name: value for name, value in weights.items()
                    if not name.startswith(("fc.", "AuxLogits.")) and not name.endswith(batches)}
         wanted = {name: value for name, value in network.state_dict().items() if not name.endswith(batches)}
         check_weights(wanted, weights, advice="Fetch pt_inception-2015-12-05-6726825d.pth")
         network.load_state_dict(weights, strict=False)
+        network.class_weights = class_weights
         return network.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def probabilities(self, pixels: Tensor) -> Tensor:  # (B, 1008)
+        "What it takes images for; without the biases, as published Inception scores are computed."
+        if self.class_weights is None:
+            raise ValueError("this Inception has no last layer (fc.weight), which an Inception score needs")
+        features = self(pixels.to(self.class_weights.device))
+        return (features @ self.class_weights.T).softmax(-1)
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = F.interpolate(pixels.float(), (299, 299), mode="bilinear", align_corners=False) * 2 - 1

@@ -262,11 +262,12 @@ def _places(name, base_dir):
 
 
 def _find(name, base_dir):
-    "The file or folder itself or beside `base_dir`; a pattern of several names is returned as it is."
+    "The file, list (also without .yaml) or folder, here or in `base_dir`; a pattern of several names as it is."
     places = _places(name, base_dir)
     for place in places:
-        if place.exists():
-            return place
+        for path in (place, *(place.with_name(place.name + end) for end in (".yaml", ".yml"))):
+            if path.exists():
+                return path
     if len(list(braceexpand.braceexpand(name))) > 1:
         return places[0]
     raise FileNotFoundError(f"no shard, folder or YAML list at {' or at '.join(map(str, places))}")

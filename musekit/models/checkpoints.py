@@ -145,6 +145,10 @@ def _whole(model):
             raise ArithmeticError(f"{name} would be empty")
     return model
 
+def _single_value(value):
+    "What a list of one holds; old files write such lists for single values."
+    return value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
+
 def _blamed(cls, settings, defaults):
     "The settings that would fit if only one of them had its default; if there is none, all that are unusual."
     def mends(key):
@@ -161,12 +165,17 @@ def _blamed(cls, settings, defaults):
 class PretrainedModel(nn.Module):
     """Base of all models: keeps its constructor's arguments as `config`, is saved to and loaded from folders.
 
-    Subclasses may set `class_aliases` (other names for the class in old files) and `ignored_config`
-    (settings of old files that are accepted and need no counterpart here).
+    Subclasses may set `class_aliases` (other names for the class in old files), `ignored_config` (settings of
+    old files that are accepted and need no counterpart here), `fixed_config` (settings of old files with the
+    only value that the class is built with) and `unbuilt_config` (those of them that published run files set
+    otherwise, though the published class is built like this one).
     """
 
     class_aliases = ()
     ignored_config = ()
+    fixed_config = {}
+    unbuilt_config = ()
+    published_class = None  # its name in the published implementation, where that is another one
     adapter = None
 
     def __new__(cls, *args, **settings):
@@ -189,6 +198,14 @@ class PretrainedModel(nn.Module):
         return next(self.parameters()).dtype
 
     @classmethod
+    def check_fixed(cls, config):
+        """Raises ValueError for a setting of `fixed_config` with another value than the class is built with."""
+        for key, built in cls.fixed_config.items():
+            if _single_value(config.get(key)) not in (None, built):
+                raise ValueError(f"{key}={config[key]!r} describes another network: a {cls.__name__} is built "
+                                 f"with {key}={built!r} alone; leave it out for a fresh one.")
+
+    @classmethod
     def from_config(cls, config):
         """A fresh model from a mapping of settings, as `config.json` holds them.
 
@@ -202,10 +219,11 @@ class PretrainedModel(nn.Module):
         known = {parameter.name: parameter.default for parameter in parameters}
         settings = {key: value for key, value in config.items() if key in known}
         for key in config:
-            if not (key in known or key in cls.ignored_config or key.startswith("_")):
+            if not (key in known or key in cls.ignored_config or key in cls.fixed_config or key.startswith("_")):
                 nearest = get_close_matches(key, known, 1, 0)[0]
                 raise ValueError(f"{cls.__name__} has no setting {key!r}; the nearest is {nearest!r}. "
                                  f"It has: {', '.join(known)}.")
+        cls.check_fixed(config)
         fitting = ModelConfig(fit_settings(settings, known))
         try:
             model = _whole(cls(**fitting))
@@ -257,10 +275,16 @@ class PretrainedModel(nn.Module):
             check_finite(dict(model.named_parameters()), f"{place} in float16")
         return model
 
-    def save_pretrained(self, folder, *, max_shard_size="5GB"):
+    def published_config(self):
+        """What the published class of this name reads from `config.json`; ValueError where it has no such model."""
+        return dict(self.config)
+
+    def save_pretrained(self, folder, *, max_shard_size="5GB", safe_serialization=True):
         """Writes `config.json` and the weights to `folder`, each file aside and then renamed.
 
         max_shard_size: larger weights become several files with an index, see `write_weights`
+        safe_serialization: if False, in the layout of the published implementation (open-muse): one file
+            `pytorch_model.bin`, and the settings that its class reads
         A model with an adapter is written with it folded in, and the adapter itself to `adapter/` beside it.
         """
         folder = Path(folder)
@@ -268,10 +292,17 @@ class PretrainedModel(nn.Module):
         state = self.adapter.merged(self) if self.adapter else self.state_dict()
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         config = {"_class_name": type(self).__name__, **self.config}
+        if not safe_serialization:
+            config = {"_class_name": self.published_class or type(self).__name__, "_version": "0.0.1"}
+            config |= self.published_config()
         with ExitStack() as files:
             aside = lambda path: files.enter_context(write_aside(path))
             aside(folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            paths = write_weights(tensors, folder, aside, max_shard_size)
+            if safe_serialization:
+                paths = write_weights(tensors, folder, aside, max_shard_size)
+            else:
+                paths = [folder / "pytorch_model.bin"]
+                torch.save(tensors, aside(paths[0]))
         remove_others(folder, paths)
         if self.adapter:
             self.adapter.save(self, folder / "adapter")

@@ -66,7 +66,7 @@ class MaskGitVQGAN(LevelTokenizer):
     num_embeddings, quantized_embed_dim: size of the codebook, width of a code, which is z_channels
     """
 
-    ignored_config = ("attn_resolutions", "resample_with_conv")
+    ignored_config = (*LevelTokenizer.ignored_config, "attn_resolutions", "resample_with_conv")
 
     def __init__(
         self, resolution=256, num_channels=3, hidden_channels=128, channel_mult=(1, 1, 2, 2, 4),
@@ -80,4 +80,7 @@ class MaskGitVQGAN(LevelTokenizer):
         self.encoder, self.decoder = MaskGitEncoder(self.config), Decoder(self.config, MaskGitParts)
         self.quantize = VectorQuantizer(num_embeddings, quantized_embed_dim, commitment_cost)
         self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
+
+    def published_config(self):
+        return {**self.config, "attn_resolutions": (16,), "resample_with_conv": True}
 

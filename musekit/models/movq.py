@@ -70,6 +70,13 @@ class MOVQ(LevelTokenizer):
         self.quant_conv = nn.Conv2d(z_channels, quantized_embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(quantized_embed_dim, z_channels, 1)
 
+    def published_config(self):
+        if self.config.no_attn_mid_block:
+            raise ValueError("the published MOVQ always has attention in the middle; save this model with "
+                             "safe_serialization=True.")
+        return {key: value for key, value in self.config.items() if key != "no_attn_mid_block"} | {
+            "out_channels": self.config.num_channels}
+
     def decode(self, quantized):
         """Images of codes (B, quantized_embed_dim, height/f, width/f), not clipped to [0, 1]."""
         quantized = quantized.to(self.dtype)

@@ -152,7 +152,15 @@ class MaskGitTransformer(PretrainedModel):
     Raises ValueError for settings that exclude each other.
     """
 
-    ignored_config = ("mask_token_id",)
+    ignored_config = ("mask_token_id", "cond_embed_dim", "micro_cond_encode_dim", "micro_cond_embed_dim",
+                      "xavier_init_embed", "quant_embed_dim", "use_empty_embeds_for_uncond",
+                      "use_fused_mlp", "use_fused_residual_norm")
+    fixed_config = {
+        "add_cond_embeds": False, "add_micro_cond_embeds": False, "ln_elementwise_affine": True,
+        "layer_norm_before_mlm": False, "layer_norm_embeddings": False, "layer_norm_embedddings": False,
+        "use_embeddings_project": False, "use_vannilla_resblock": False, "learn_uncond_embeds": False,
+        "use_quant_embeds": False, "use_maskgit_mlp": False, "ffn_type": "glu", "transformer_type": "default",
+    }
 
     def __init__(
         self, vocab_size, hidden_size=768, embedding_size=None, num_hidden_layers=12, num_attention_heads=12,

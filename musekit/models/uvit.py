@@ -177,7 +177,8 @@ def _single(name, value):
     """The one number in a setting that old files write as a list."""
     values = (value,) if isinstance(value, int) else tuple(value)
     if len(values) != 1:
-        raise ValueError(f"{name} must be one number, got {value!r}; this model has one stage on each side.")
+        raise ValueError(f"{name} must be one number, got {value!r}; this model, as the published one, has one "
+                         f"stage on each side: use [{values[-1] if values else 768}].")
     return values[0]
 
 
@@ -196,8 +197,23 @@ class MaskGiTUViT(PretrainedModel):
     """
 
     class_aliases = ("MaskGiTUViT_v2",)
+    published_class = "MaskGiTUViT_v2"
     ignored_config = ("mask_token_id", "use_fused_mlp", "use_fused_residual_norm",
-                      "use_adapter", "adapter_proj_dim", "is_adapter_shared")
+                      "use_adapter", "adapter_proj_dim", "is_adapter_shared",
+                      "max_position_embeddings", "num_vq_tokens", "xavier_init_embed", "quant_embed_dim",
+                      "use_empty_embeds_for_uncond")
+    fixed_config = {
+        "add_cross_attention": True, "project_encoder_hidden_states": True, "use_codebook_size_for_output": True,
+        "use_conv_in_out": True, "use_mlm_layer": True, "use_mlm_layernorm": True, "block_has_attention": True,
+        "patch_size": 1, "res_ffn_factor": 4, "ffn_type": "glu", "transformer_type": "default",
+        "num_classes": None, "use_normformer": False, "use_encoder_layernorm": False,
+        "layer_norm_before_mlm": False, "layer_norm_embeddings": False, "layer_norm_embedddings": False,
+        "use_position_embeddings": False, "use_vannilla_resblock": False, "learn_uncond_embeds": False,
+        "use_quant_embeds": False, "use_maskgit_mlp": False,
+    }
+    # Of these, published run files ask for what the published class leaves out without a word.
+    unbuilt_config = ("project_encoder_hidden_states", "use_encoder_layernorm", "layer_norm_before_mlm",
+                      "layer_norm_embeddings", "layer_norm_embedddings")
 
     def __init__(
         self, vocab_size=8256, codebook_size=8192, hidden_size=1024, in_channels=768,
@@ -260,6 +276,14 @@ class MaskGiTUViT(PretrainedModel):
         nn.init.zeros_(self.mlm_layer.conv1.weight)
         with torch.no_grad():
             self.mlm_layer.conv2.weight.copy_(embeddings[: self.config.codebook_size, :, None, None])
+
+    def published_config(self):
+        config = self.config
+        if not (config.add_cond_embeds and config.add_micro_cond_embeds):
+            raise ValueError("the published U-ViT always reads a pooled text and micro-conditions, and this model "
+                             "does not; save it with safe_serialization=True.")
+        own = {key: value for key, value in config.items() if key not in ("default_shape", "initializer_range")}
+        return own | {"use_fused_mlp": False, "use_fused_residual_norm": False}
 
     def condition(self, cond_embeds, micro_conds):
         """The condition vector (B, hidden_size) of pooled text (B, P) and micro-conditions (B, K)."""

@@ -214,6 +214,19 @@ class Decoder(nn.Module):
 class LevelTokenizer(ImageTokenizer):
     """An encoder, a quantizer between 1x1 convolutions, and a decoder; every level but one halves the sides."""
 
+    ignored_config = ("num_resolutions", "reduction_factor", "latent_size")
+
+    @classmethod
+    def from_config(cls, config):
+        """A fresh model; ValueError also for numbers in an old file that do not follow from the levels."""
+        model = super().from_config(config)
+        levels, factor = len(model.config.channel_mult), model.downsample_factor
+        follows = {"num_resolutions": levels, "reduction_factor": factor, "latent_size": model.config.resolution // factor}
+        for key, value in follows.items():
+            if config.get(key) not in (None, value):
+                raise ValueError(f"{key}={config[key]!r} contradicts channel_mult and resolution, which make it {value}.")
+        return model
+
     @property
     def downsample_factor(self):
         return 2 ** (len(self.config.channel_mult) - 1)
@@ -252,6 +265,12 @@ class VQGANModel(LevelTokenizer):
         self.note(num_embeddings=size, quantized_embed_dim=width, quantizer_params=params)
         self.quant_conv = nn.Conv2d(z_channels, width, 1)
         self.post_quant_conv = nn.Conv2d(width, z_channels, 1)
+
+    def published_config(self):
+        if self.config.quantizer != "vq":
+            raise ValueError(f"the published VQGAN has no quantizer {self.config.quantizer!r}, only 'vq'; save this "
+                             "model with safe_serialization=True.")
+        return {key: value for key, value in self.config.items() if not key.startswith("quantizer")}
 
 # %% ../../nbs/14_models.vqgan.ipynb #be249140
 def plot_reconstructions(model, pixel_values):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STATE_FILE', 'Changes', 'step_seed', 'endless_batches', 'checkpoint_folders', 'step_of', 'checkpoints',
            'latest_checkpoint', 'find_checkpoint', 'fault_of', 'check_files', 'stop_on_signals', 'keep_newest',
-           'changed_settings', 'refuse_changes', 'refuse_other_run', 'on_main_process', 'new_accelerator',
-           'make_current', 'Loop', 'save_run', 'failing_clearly', 'load_run']
+           'changed_settings', 'refuse_changes', 'refuse_other_run', 'settle_seed', 'keep_seed', 'on_main_process',
+           'new_accelerator', 'make_current', 'Loop', 'save_run', 'failing_clearly', 'load_run']
 
 # %% ../../nbs/35_training.resume.ipynb #7f86328a
 import hashlib
@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pickle
+import secrets
 import shutil
 import signal
 import threading
@@ -263,6 +264,28 @@ def refuse_other_run(config: Section):
         raise ValueError(f"{folder} holds checkpoints of an earlier run. To go on with it, set "
                          "experiment.resume_from_checkpoint=latest; else choose another experiment.output_dir, "
                          "or delete that folder.")
+
+# %% ../../nbs/35_training.resume.ipynb #64fc70f8
+def settle_seed(config: Section) -> bool:  # whether it is a new one
+    "Sets a `training.seed` that is null: to that of the run to go on with, else to a random one."
+    folder, wanted = Path(config.experiment.output_dir), config.experiment.resume_from_checkpoint
+    if config.training.seed is not None:
+        return False
+    found = find_checkpoint(folder, wanted)
+    kept = (found.parent if found else folder) / "config.yaml"
+    if wanted and kept.is_file():
+        config.training.seed = load_config(kept, schema=type(config)).training.seed
+    if config.training.seed is not None:
+        return False
+    config.training.seed = secrets.randbelow(2**31)
+    return True
+
+
+def keep_seed(config: Section, accelerator: Accelerator):
+    "Says which seed was chosen, and writes it to the run's folder before the first stage."
+    accelerator.print(f"training.seed is null: {config.training.seed} was chosen, and is kept with the run")
+    if accelerator.is_main_process:
+        save_config(config)
 
 # %% ../../nbs/35_training.resume.ipynb #53345d40
 def on_main_process(make: Callable):

@@ -95,6 +95,10 @@ class Experiment(Run):
     log_image_entropy_every: Optional[int] = _every(None, "entropies of whole predicted images")
     log_cross_entropy_every: Optional[int] = _every(None, "cross-entropies by masking ratio")
     log_token_probability_distributions_every: Optional[int] = _every(None, "probability histograms")
+    measure_every: Optional[int] = _every(None, "drawing pictures and comparing them with real ones")
+    measure_samples: int = setting(1000, "pictures drawn for that", low=20)
+    measure_features: Optional[str] = setting(None, "what looks at them: digits, inception=FILE or clip=FOLDER")
+    measure_statistics: Optional[str] = setting(None, "file of the real ones' features: read if there, else written")
 
 
 @dataclass
@@ -273,7 +277,8 @@ class Steps(Section):
     gradient_accumulation_steps: int = setting(1, "micro-steps in an optimizer step", low=1)
     mixed_precision: str = setting("no", "precision of the forward pass", choices=("no", "fp16", "bf16"))
     enable_tf32: bool = setting(False, "TF32 matrix products on GPUs that have them")
-    seed: int = setting(42, "where all randomness starts", low=0, high=2**63 - 1)
+    seed: Optional[int] = setting(42, "where all randomness starts; null = a new one, kept with the run",
+                                  low=0, high=2**63 - 1)
     max_train_steps: int = setting(1000, "optimizer steps of the whole run, resumed or not", low=1)
     max_grad_norm: Optional[float] = setting(None, "clip the gradient to this length", above=0)
     overfit_one_batch: bool = setting(False, "train on the first batch alone, to find mistakes")
@@ -332,6 +337,7 @@ class Config(Section):
     "Everything that defines a run of a masked transformer."
     MOVED = {  # keys that have, or may be written with, another name
         "training.mask_schedule": "mask_schedule.schedule", "data": "dataset.params.train_shards_path_or_url",
+        "model.transformer.use_empty_embeds_for_uncond": "training.use_empty_embeds_for_uncond",
     }
     SAME_MODEL = (  # what no checkpoint can go on without
         "model.architecture", "model.transformer", "model.lora.", "model.vq_model.type", "model.vq_model.params",

@@ -151,6 +151,7 @@ class Trainer(Loop):
         config: Config,
         *,
         prepare: Callable[[dict], dict] | None = None,  # batch -> {"image_ids": (B, N), **conditions}
+        eval_prepare: Callable[[dict], dict] | None = None,  # the same for evaluation batches; None: `prepare`
         unconditional: dict[str, Tensor] | None = None,  # what a dropped row gets, without the batch axis
         eval_batches: Iterable | Callable[[], Iterable] | None = None,  # this process's share
         callbacks: Iterable = (),  # objects with on_start, on_step and on_end, called in order
@@ -160,7 +161,8 @@ class Trainer(Loop):
             raise ValueError("cond_dropout_prob is above 0; Trainer got no unconditional=, pass it or set 0.")
         super().__init__(data, config, accelerator or make_accelerator(config), callbacks)
         set_up_sharding(self.accelerator, model, config)
-        self.prepare, self.eval_batches, self.last_micro = prepare or dict, eval_batches, None
+        self.prepare, self.eval_batches = prepare or dict, eval_batches
+        self.eval_prepare, self.last_batch, self.last_micro = eval_prepare, None, None
         self.masking = masking_config(model, config)
         optimizer = make_optimizer(model, config, self.accelerator.num_processes)
         prepared = self.accelerator.prepare(model, optimizer, make_scheduler(optimizer, config))
@@ -205,7 +207,7 @@ class Trainer(Loop):
             self.scheduler.step()
             if self.ema:
                 self.ema.update()
-        self.step, self.last_micro = self.step + 1, micros[-1]
+        self.step, self.last_batch, self.last_micro = self.step + 1, batch, micros[-1]
         self.metrics |= {name: batch[name] for name in ("skipped", "filtered") if name in batch}
         self.metrics |= {
             "loss": sum(losses), "examples": sum(len(micro.tokens.mask) for micro in micros),
@@ -218,23 +220,25 @@ class Trainer(Loop):
         batch: dict,
         *place: int | str,  # where it stands, such as (step, micro_step): all randomness comes from it
         ratios: list[float] | None = None,  # draw masking ratios from these instead of the schedule
-        drop: bool = True,  # drop conditions at random
+        training: bool = True,  # drop conditions at random, with soft targets where they are set
     ) -> MicroBatch:
         "Prepares a batch, drops conditions and masks."
         self._seed_torch(*place, "prepare")
-        conditions = self._to_device(self.prepare(batch))
+        prepare = self.prepare if training else self.eval_prepare or self.prepare
+        conditions = self._to_device(prepare(batch))
         image_ids, soft_targets = conditions.pop("image_ids"), conditions.pop("soft_targets", None)
         keys = conditions.pop("keys", batch.get("keys"))
         generator = torch.Generator(image_ids.device).manual_seed(self._seed(*place, "mask"))
-        training, masking, grid = self.config.training, self.masking, conditions.get("grid")
-        if drop and self.unconditional:
-            prob = training.cond_dropout_prob
+        masking, grid = self.masking, conditions.get("grid")
+        soft_targets = soft_targets if training and self.config.training.use_soft_code_target else None
+        if training and self.unconditional:
+            prob = self.config.training.cond_dropout_prob
             conditions, _ = drop_conditions(conditions, self.unconditional, prob, generator)
         if ratios is not None:
             rows = len(image_ids)
             ratios = sample_ratios(rows, masking.schedule, eval_mask_ratios=ratios, generator=generator)
         tokens = mask_tokens(image_ids, masking, ratios=ratios, grid=grid, generator=generator)
-        return MicroBatch(tokens, conditions, keys, soft_targets if training.use_soft_code_target else None)
+        return MicroBatch(tokens, conditions, keys, soft_targets)
 
     def loss(self, model: nn.Module, micro: MicroBatch, label_smoothing: float = 0.0) -> Tensor:
         "The mean loss of a micro-batch. Only tokens that count get logits."
