@@ -266,7 +266,8 @@ def _read_clean(members, class_names, quarter=True):
 
 
 def _read_classification(members, class_names):
-    class_id = int(decode_text(_first_member(members, ("cls",), "class"), "the class"))
+    written = decode_text(_first_member(members, ("cls",), "class"), "the class").strip()
+    class_id = int(written) if written.lstrip("-").isdecimal() else class_number(written, class_names)
     if class_names is not None and class_id not in class_names:
         raise ValueError(f"class {class_id} is none of the {len(class_names)} known classes")
     name = str(class_id) if class_names is None else class_names[class_id]
