@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'SYSTEM_FOLDERS', 'TABLES', 'TEXT_FIELDS', 'CLASS_FIELDS', 'SPLITS', 'REPORT', 'opened_picture',
-           'upright_size', 'to_rgb', 'open_picture', 'write_tars', 'write_shards', 'plot_overhead', 'Fields',
-           'is_image', 'is_hidden', 'FolderFiles', 'scan_folder', 'read_table', 'PackReport', 'Album', 'pack_folder',
-           'folder_classes', 'class_list', 'LayoutError', 'is_tar', 'is_parquet', 'opened_parquet', 'Columns',
-           'find_columns', 'parquet_samples', 'parquet_classes', 'expand_urls', 'training_part', 'hub_files', 'Located',
-           'is_data', 'locate', 'locate_pictures', 'digest', 'file_facts', 'album_facts', 'pack_once', 'left_out']
+           'upright_size', 'check_colour', 'to_rgb', 'open_picture', 'write_tars', 'write_shards', 'plot_overhead',
+           'Fields', 'is_image', 'is_hidden', 'FolderFiles', 'scan_folder', 'read_table', 'PackReport', 'Album',
+           'pack_folder', 'folder_classes', 'class_list', 'LayoutError', 'is_tar', 'is_parquet', 'opened_parquet',
+           'Columns', 'find_columns', 'parquet_samples', 'parquet_classes', 'expand_urls', 'training_part', 'hub_files',
+           'Located', 'is_data', 'locate', 'locate_pictures', 'digest', 'file_facts', 'album_facts', 'pack_once',
+           'left_out']
 
 # %% ../../nbs/21_data.packing.ipynb #ddfb39bf
 import csv
@@ -38,7 +39,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import webdataset
 from omegaconf import OmegaConf
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from .metadata import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, class_number, decode_text, field_text
 from ..files import make_once, write_aside
@@ -99,6 +100,16 @@ def _in_8_bits(image):
     if isinstance(clear, int):
         grey.putalpha(Image.fromarray((values != clear).astype(np.uint8) * 255))
     return grey
+
+
+def check_colour(name: str, colour: str):
+    "Raises a ValueError for what is no colour, or a transparent one."
+    try:
+        levels = ImageColor.getrgb(colour)
+    except ValueError:
+        levels = ()
+    if len(levels) != 3:
+        raise ValueError(f"{name}={colour!r} is no opaque colour; give its name, such as white, or #rrggbb")
 
 
 def to_rgb(

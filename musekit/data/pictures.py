@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from .metadata import is_unicode
 from .packing import is_hidden, is_image, open_picture, opened_picture, to_rgb
 
 # %% ../../nbs/27_data.pictures.ipynb #57cad4d5
@@ -133,21 +134,25 @@ def read_mask(
     if values.shape != (size[1], size[0]):
         raise ValueError(f"the mask has the shape (height, width) {values.shape}, the image {size[::-1]}; "
                          "resize the mask")
-    white = next((level for level in (1, 255, 65535) if values.max() <= level), values.max())
-    masked = values > white / 2
+    masked = values > _white(values) / 2
     if not masked.any():
         raise ValueError(f"the mask is black everywhere (its brightest pixel is {values.max():g}); make what shall be drawn anew white")
     return masked
 
 
+def _white(values):
+    "The level that stands for white, by the largest value."
+    return next((level for level in (1, 255, 65535) if values.max() <= level), values.max())
+
+
 def open_mask(
     source: bytes | str | Path,  # an encoded image, or the file that holds it
 ) -> Image.Image:
-    "A mask as it is stored, upright; a ValueError of one line for what cannot be read."
+    "The brightness of a mask from 0 to 255, upright; a ValueError of one line for what cannot be read."
     with opened_picture(source) as mask:
         ImageOps.exif_transpose(mask, in_place=True)
-        mask.load()
-        return mask
+        values = np.asarray(_on_black(mask))
+    return Image.fromarray((values.clip(0) * (255 / _white(values))).round().clip(0, 255).astype(np.uint8))
 
 
 def _on_black(mask):
@@ -201,6 +206,8 @@ def read_inpainting(
     examples = []
     for place in sorted(inner for inner in Path(folder).expanduser().glob("*") if inner.is_dir() and not is_hidden(inner.name)):
         found = [next((path for path in sorted(place.glob(f"{name}.*")) if is_image(path.name)), None) for name in ("image", "mask")]
+        if not is_unicode(place.name):
+            raise ValueError(f"the folder {str(place)!r} is a prompt, and its name is not UTF-8; rename it")
         if None in found:
             raise FileNotFoundError(f"{place} needs a picture image.* and its mask.*")
         try:
