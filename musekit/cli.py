@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import sys
+import warnings
 
 from . import __version__
 from .commands import COMMANDS, number_between, quiet, say
@@ -305,7 +306,8 @@ def main(arguments: list[str] | None = None) -> int:  # None: those of the proce
         parser.print_help()
         return 2
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait busily ruin a shared machine
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before, shown = signal.signal(signal.SIGTERM, _interrupt), warnings.showwarning
+    warnings.showwarning = lambda message, *place, **options: say(f"warning: {message}")
     try:
         return options.run(options) or 0
     except (ValueError, OSError) as error:
@@ -317,4 +319,5 @@ def main(arguments: list[str] | None = None) -> int:  # None: those of the proce
         say(_interrupted(options))
         return 130
     finally:
+        warnings.showwarning = shown
         signal.signal(signal.SIGTERM, before)
