@@ -14,10 +14,10 @@ import tarfile
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby, islice
 
-import fsspec
 import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow as pa
@@ -32,7 +32,8 @@ from musekit.data.metadata import (
     IMAGE_EXTENSIONS, LAYOUTS, TEXT_EXTENSIONS, MetadataFilter, Sample, clean_caption, micro_conditions, read_sample,
 )
 from musekit.data.packing import (
-    Fields, LayoutError, check_colour, find_columns, is_data, is_parquet, opened_parquet, opened_picture, parquet_samples, to_rgb,
+    Fields, LayoutError, check_colour, find_columns, is_data, is_parquet, opened_file, opened_parquet, opened_picture, parquet_samples,
+    printable, to_rgb,
 )
 from .packing import expand_urls, pack_folder, upright_size, write_shards  # most offered here too
 
@@ -166,12 +167,14 @@ def read_members(
                 return
             yield row
     elif url.startswith("hf://"):  # webdataset's own way knows neither the token nor another hub
-        try:
-            with fsspec.open(url) as stream:
-                files = tariterators.tar_file_expander([{"url": url, "stream": stream}], handler, is_data)
-                yield from tariterators.group_by_keys(files, handler=handler)
-        except OSError as error:
-            handler(error)
+        with ExitStack() as opened:
+            try:
+                stream = opened.enter_context(opened_file(url))
+            except OSError as error:
+                handler(error)
+                return
+            files = tariterators.tar_file_expander([{"url": url, "stream": stream}], handler, is_data)
+            yield from tariterators.group_by_keys(files, handler=handler)
     else:
         yield from tariterators.tarfile_samples([{"url": url}], handler=handler, select_files=is_data)
 
@@ -223,7 +226,7 @@ class ShardReader:
         self.skipped += 1
         self.seen += 1
         told = error if isinstance(error, OSError) or not error.args else error.args[0]
-        self.last_problem = f"{where}: {' '.join(str(told).split())}"
+        self.last_problem = printable(f"{where}: {' '.join(str(told).split())}")
         self.check(at_least=100)
         return True
 
@@ -238,6 +241,8 @@ class ShardReader:
     def samples(self, url: str) -> Iterator[tuple[str, Sample]]:
         "The (key, sample) pairs of a shard that are complete and pass the filter, undecoded."
         keep = self.config.metadata_filter
+        if self.config.fields.image and not is_parquet(url):
+            raise LayoutError(f"{url} is a tar, and image_field={self.config.fields.image} names a column of a Parquet file; leave it out")
         for members in read_members(url, self.config.fields, lambda error: self.skip(url, error)):
             try:
                 if "__error__" in members:
@@ -248,7 +253,7 @@ class ShardReader:
                 self.skip(f"{url} {members['__key__']}", error)
                 continue
             if keep is None or keep(sample.metadata):
-                yield members["__key__"], sample
+                yield printable(members["__key__"]), sample
             else:
                 self.filtered += 1
         if _ends_early(url):

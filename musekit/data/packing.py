@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['FORMATS', 'SYSTEM_FOLDERS', 'TABLES', 'TEXT_FIELDS', 'CLASS_FIELDS', 'SPLITS', 'REPORT', 'opened_picture',
            'upright_size', 'check_colour', 'to_rgb', 'open_picture', 'write_tars', 'write_shards', 'plot_overhead',
-           'Fields', 'is_image', 'is_hidden', 'FolderFiles', 'scan_folder', 'read_table', 'PackReport', 'Album',
-           'pack_folder', 'folder_classes', 'class_list', 'LayoutError', 'is_tar', 'is_parquet', 'opened_parquet',
-           'Columns', 'find_columns', 'parquet_samples', 'parquet_classes', 'expand_urls', 'training_part', 'hub_files',
-           'Located', 'is_data', 'locate', 'locate_pictures', 'digest', 'file_facts', 'album_facts', 'pack_once',
-           'left_out']
+           'Fields', 'is_image', 'is_hidden', 'FolderFiles', 'scan_folder', 'read_table', 'PackReport', 'printable',
+           'Album', 'pack_folder', 'folder_classes', 'class_list', 'LayoutError', 'is_tar', 'is_parquet',
+           'opened_parquet', 'opened_file', 'Columns', 'find_columns', 'parquet_samples', 'parquet_classes',
+           'expand_urls', 'training_part', 'hub_files', 'Located', 'is_data', 'locate', 'locate_pictures', 'digest',
+           'file_facts', 'album_facts', 'pack_once', 'left_out']
 
 # %% ../../nbs/21_data.packing.ipynb #ddfb39bf
 import csv
@@ -41,7 +41,7 @@ import webdataset
 from omegaconf import OmegaConf
 from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
-from .metadata import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, class_number, decode_text, field_text
+from .metadata import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, class_number, decode_text, field_text, is_unicode
 from ..files import make_once, write_aside
 
 # %% ../../nbs/21_data.packing.ipynb #94fe0638
@@ -176,6 +176,9 @@ def _encoded(image, image_format):
 def _members(sample, image_format, number=0):
     if missing := [name for name in ("image", "text") if name not in sample and not (name == "text" and "class_id" in sample)]:
         raise ValueError(f"sample {number} has no {' and no '.join(missing)}; a sample has image and text, of classes image and class_id")
+    for name, kinds, wanted in (("image", (Image.Image, bytes), "a PIL image, or the bytes of a file"), ("text", str, "a str")):
+        if not isinstance(sample.get(name, ""), kinds) and name in sample:
+            raise ValueError(f"the {name} of sample {number} is {wanted}, not {sample[name]!r:.60}")
     extension, data, (width, height) = _encoded(sample["image"], image_format)
     metadata = {"original_width": width, "original_height": height, **sample.get("metadata", {})}
     known = {"cls": str(sample["class_id"]).encode()} if "class_id" in sample else {}
@@ -254,7 +257,9 @@ def scan_folder(root: str | Path) -> FolderFiles:
     files = FolderFiles(Path(root))
     for path in sorted(path for path in files.root.rglob("*") if not path.is_dir()):
         extension = path.suffix[1:].lower()
-        if is_hidden(str(path.relative_to(files.root))):
+        if not path.is_file():
+            files.others["broken link"] += 1
+        elif is_hidden(str(path.relative_to(files.root))):
             files.hidden += is_image(path.name)
         elif is_image(path.name):
             files.pictures.append(path)
@@ -330,8 +335,13 @@ class PackReport:
 
 
 def _named(title, names):
-    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    shown = ", ".join(map(printable, names[:5])) + (", ..." if len(names) > 5 else "")
     return f"{len(names)} {title}: {shown}" if names else ""
+
+
+def printable(name: str) -> str:
+    "A name that can be printed and kept: bytes of a file's name that are not UTF-8 as escapes."
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _tally(others):
@@ -352,6 +362,9 @@ class Album:
     def _rows(self):
         "The rows of all tables by the image that they are of; a table of a deeper folder counts more."
         rows, pictures = {}, set(self.files.pictures)
+        if self.fields.image and not self.files.tables:
+            raise ValueError(f"image_field={self.fields.image} names a column of a table, and {self.files.root} has none of "
+                             f"{', '.join(TABLES)}; leave it out")
         for table in self.files.tables:
             for row in read_table(table):
                 if (name := _file_field(row, self.fields.image)) is None:
@@ -500,6 +513,8 @@ def folder_classes(
     if labels:
         return class_list(labels)
     folders = album.class_folders()
+    if odd := [name for name in folders if not is_unicode(name)]:
+        raise ValueError(f"{files.root} holds a folder {printable(odd[0])}, whose name is not UTF-8 and cannot be a class; rename it")
     if parts := [name for name in folders if name.lower() in SPLITS]:
         if set(parts) == set(folders):
             raise ValueError(f"{files.root} holds {', '.join(parts)}, which are parts of the data and no classes: name one, such as "
@@ -532,8 +547,20 @@ def is_parquet(url: str) -> bool:
 @contextmanager
 def opened_parquet(url: str) -> Iterator[pq.ParquetFile]:
     "Yields a Parquet file here, or at an address that fsspec reads, such as hf://datasets/owner/name/train.parquet."
-    with fsspec.open(url) if "://" in url else open(url, "rb") as file, pq.ParquetFile(file) as parquet:
+    with opened_file(url) as file, pq.ParquetFile(file) as parquet:
         yield parquet
+
+
+@contextmanager
+def opened_file(url: str) -> Iterator:
+    "Yields a file here or at an address to read from; an OSError where that fails, whatever the library of the address raises."
+    try:
+        with fsspec.open(url) if "://" in url else open(url, "rb") as file:
+            yield file
+    except (OSError, ValueError, pa.ArrowException):
+        raise
+    except Exception as error:
+        raise OSError(f"{url} cannot be read: {' '.join(str(error).split())}") from error
 
 
 @dataclass
