@@ -306,8 +306,8 @@ def main(arguments: list[str] | None = None) -> int:  # None: those of the proce
         parser.print_help()
         return 2
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait busily ruin a shared machine
-    before, shown = signal.signal(signal.SIGTERM, _interrupt), warnings.showwarning
-    warnings.showwarning = lambda message, *place, **options: say(f"warning: {message}")
+    before, form = signal.signal(signal.SIGTERM, _interrupt), warnings.formatwarning
+    warnings.formatwarning = lambda message, *place, **options: f"musekit: warning: {' '.join(str(message).split())}\n"
     try:
         return options.run(options) or 0
     except (ValueError, OSError) as error:
@@ -319,5 +319,5 @@ def main(arguments: list[str] | None = None) -> int:  # None: those of the proce
         say(_interrupted(options))
         return 130
     finally:
-        warnings.showwarning = shown
+        warnings.formatwarning = form
         signal.signal(signal.SIGTERM, before)

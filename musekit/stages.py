@@ -96,8 +96,9 @@ def packing_options(config: Config) -> dict:
     if condition_of(config) == "nothing" or config.dataset.type == "classification":
         options["captions"] = False
     if config.dataset.type == "classification":
-        names = class_names(config) or {}
-        options["classes"] = params.class_names or [names.get(number, str(number)) for number in range(num_classes(config))]
+        names, count = class_names(config) or {}, known_classes(config)
+        classes = params.class_names or (count and [names.get(number, str(number)) for number in range(count)])
+        options |= {"classes": classes} if classes else {}  # tars of numbers need none
     if data_fields(config) != Fields():
         options["fields"] = data_fields(config)
     return options

@@ -9,7 +9,6 @@ __all__ = ['resize_shorter', 'prepare_image', 'plot_batch', 'ImageTextConfig', '
 # %% ../../nbs/22_data.image_text.ipynb #6ca0e9f5
 import os
 import random
-import re
 import tarfile
 import textwrap
 from collections import defaultdict
@@ -186,7 +185,8 @@ def shard_fault(url: str, config: ImageTextConfig) -> str:
     try:
         if not is_parquet(url):
             with tarfile.open(url) as tar:
-                return _tar_fault([member.name for member in tar if member.isfile() and is_data(member.name)])
+                names = [member.name for member in tar if member.isfile() and is_data(member.name)]
+                return _tar_fault(names, dots=config.layout == "synthetic")
         with opened_parquet(url) as parquet:
             columns = find_columns(parquet.schema_arrow, config.fields, url)
             names = f"; it has {', '.join(parquet.schema_arrow.names)}, and dataset.params"
@@ -197,11 +197,11 @@ def shard_fault(url: str, config: ImageTextConfig) -> str:
     return "" if columns.text or not config.captions else f"no column of captions{names}.caption_field names one"
 
 
-def _tar_fault(names):
-    "Whether the names of a tar are not those of samples: with dots, or apart from each other."
+def _tar_fault(names, dots=False):
+    "Why the names of a tar are not those of samples: with dots, unless these are meant, or apart from each other."
     named = [(*tariterators.base_plus_ext(name), name) for name in names]
     named = [each for each in named if each[0] and each[1].rpartition(".")[2].lower() in (*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS)]
-    dotted = [name for _, extension, name in named if "." in extension and not re.fullmatch(r"\d+\.png|clip_scores\.txt", extension)]
+    dotted = [name for _, extension, name in named if "." in extension and not dots]
     if len(dotted) > len(named) / 2:
         return f"dots in the names of files, such as {dotted[0]}; a sample's name ends at the first dot: rename them"
     keys = [key for key, _ in groupby(key for key, _, _ in named)]

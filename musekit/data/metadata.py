@@ -204,7 +204,8 @@ def _first_member(members, extensions, what):
     for extension in extensions:
         if extension in members:
             return members[extension]
-    found = ", ".join(sorted(name for name in members if not name.startswith("__"))) or "nothing"
+    names = sorted(name for name in members if not name.startswith("__"))
+    found = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") or "nothing"
     raise ValueError(f"no {what}: looked for {', '.join(extensions)}, found {found}")
 
 
