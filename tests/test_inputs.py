@@ -128,7 +128,7 @@ def test_every_layout_trains_and_goes_on(place, layouts, name):  # noqa: F811
     assert len(pipeline("a red one", seed=0)) == 1
     if name == "album":
         told = left_out(recipe.train_urls)
-        assert told == ["3 in hidden files or system folders", "1 files of other kinds: 1 .heic"]
+        assert told == ["3 in hidden files or system folders", "1 file of other kinds: 1 .heic"]
 
 
 @pytest.mark.parametrize("name", ["json", "zipped", "clone"])
@@ -366,3 +366,23 @@ def test_evaluation_of_every_layout(place, zoo, layouts, tmp_path):  # noqa: F81
         config = QualityConfig("none", f"{zoo}/{kind}/test", "clip=none")
         texts = read_real(config, features, 32, "class", False, ["ant", "bee", "cat"])[1]
         assert sorted(texts) == sorted(str(sample["class_id"] % 3) for sample in digits(100, 10))
+
+
+def test_shards_that_are_no_good_as_a_whole(place, tmp_path, here):  # noqa: F811
+    "One line that says what is wrong with the tar, and nothing else; so is a warning of the command line."
+    samples = digits(0, 30)
+    parts = [(f"{number:02d}", encoded(sample["image"]), sample["text"].encode()) for number, sample in enumerate(samples)]
+    files = {"apart.tar": [*((f"{key}.png", image) for key, image, _ in parts), *((f"{key}.txt", text) for key, _, text in parts)],
+             "dots.tar": [each for key, image, text in parts for each in ((f"img.{key}.png", image), (f"img.{key}.txt", text))]}
+    told = {"apart.tar": "the files of a sample are not next to each other, such as 00.png and 00.txt", "dots.tar": "dots in the names of files"}
+    for name, members in files.items():
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for file, data in members:
+                described = tarfile.TarInfo(file)
+                described.size = len(data)
+                tar.addfile(described, io.BytesIO(data))
+        refused = here(tmp_path, "train", *settings_of(place, name, clip(place))[2:], f"data={name}")
+        assert_refused(refused, f"musekit: {name}: {told[name]}")
+        assert len(refused.stderr) < 220
+    warned = musekit(tmp_path, "check", "data=digits", "lr_scheduler.params.warmup_steps=6", "training.max_train_steps=5", "wandb.mode=offline")
+    assert warned.returncode == 0 and all(line.startswith("musekit: warning: ") for line in warned.stderr.splitlines()) and warned.stderr

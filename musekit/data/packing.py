@@ -53,8 +53,9 @@ _BROKEN = (  # what Pillow raises for damaged files, by format
     OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, EOFError, RuntimeError,
     MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )
-# Up to twice this warning's limit is read, 179 million pixels; more is an error.
+# Up to twice this warning's limit is read, 179 million pixels; more is an error. Of odd metadata nothing is read.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 @contextmanager
@@ -348,7 +349,8 @@ def _tally(others):
     "Files of other kinds in words, the most frequent first."
     counts = Counter(others).most_common()
     shown = ", ".join(f"{count} {name}" for name, count in counts[:6]) + (", ..." if len(counts) > 6 else "")
-    return f"{sum(others.values())} files of other kinds: {shown}" if counts else ""
+    total = sum(others.values())
+    return f"{total} {'file' if total == 1 else 'files'} of other kinds: {shown}" if counts else ""
 
 # %% ../../nbs/21_data.packing.ipynb #4882a806
 class Album:
