@@ -17,6 +17,7 @@ from torch import nn
 
 from .data.features import FeatureTable, collect_features
 from .data.image_text import ImageTextConfig, make_loader
+from .data.packing import Fields
 from .inspection import watched
 from .metrics import MetricsConfig, choose_prompts, evaluate, find_judge, make_extractor, on_device
 from .pipeline import Pipeline
@@ -39,6 +40,7 @@ class QualityConfig:
     samples: int = 1000  # images to draw
     seed: int = 0
     options: dict = field(default_factory=dict)  # of the drawing: steps, guidance_scale, batch_size, ...
+    fields: list = (None, None, None)  # columns or JSON keys of image, caption and class in the data; None: the usual
     device: str | None = None  # None: a GPU if there is one
 
     def __post_init__(self):
@@ -66,6 +68,7 @@ def read_real(
     side: int,  # pixels
     kind: str = "clip",  # of the pipeline's conditions: for "class" the classes are the captions
     progress: bool | None = None,
+    classes: list[str] | None = None,  # for "class" their names by number
 ) -> tuple[FeatureTable, list[str]]:
     "Features of the real images, and the captions that came with them."
     texts, path = [], config.statistics and Path(config.statistics)
@@ -80,9 +83,11 @@ def read_real(
 
     with tempfile.TemporaryDirectory() as place:
         captions = kind not in ("class", "none") and not config.prompts
-        urls = find_shards(config.data, place, "test", captions=captions)
+        fields = Fields(*config.fields)
+        urls = find_shards(config.data, place, "test", captions=captions, fields=fields, classes=classes)
         layout = "classification" if kind == "class" else "image_text"
-        reading = ImageTextConfig(resolution=side, batch_size=64, layout=layout, captions=captions)
+        names = dict(enumerate(classes)) if classes else None
+        reading = ImageTextConfig(resolution=side, batch_size=64, layout=layout, captions=captions, fields=fields, class_names=names)
         loader = make_loader(urls, reading, training=False)
         if known:
             for _ in batches(loader):
@@ -107,7 +112,8 @@ def evaluate_pipeline(config: QualityConfig, progress: bool | None = None) -> di
     pipeline = Pipeline.from_pretrained(config.model, config.device)
     extractor, judge, classifier = _extractors(config)
     kind = pipeline.text_encoder.settings["kind"] if pipeline.text_encoder else "none"
-    real, captions = read_real(config, extractor, min(pipeline.grid) * pipeline.factor, kind, progress)
+    classes = _classes_of(pipeline.text_encoder) if kind == "class" else None
+    real, captions = read_real(config, extractor, min(pipeline.grid) * pipeline.factor, kind, progress, classes)
     prompts = find_prompts(config, captions, pipeline.text_encoder)
     agreement = find_judge(judge, prompts)
     metrics = MetricsConfig(samples=config.samples, seed=config.seed, options=config.options)
@@ -121,6 +127,11 @@ def evaluate_pipeline(config: QualityConfig, progress: bool | None = None) -> di
         told = evaluate(counted, real, prompts, extractor, agreement, metrics, classifier)
     asked = {"model": str(config.model), "data": config.data, "prompts": len(prompts), "seed": config.seed}
     return asked | {"options": config.options} | told
+
+
+def _classes_of(encoder):
+    "The names of a model's classes by number."
+    return [encoder.names.get(number, str(number)) for number in range(encoder.num_classes)]
 
 
 def _extractors(config):

@@ -40,16 +40,16 @@ from .masking import IGNORE_INDEX
 from .metrics import MetricsConfig, choose_prompts, draw_images, evaluate, find_judge, make_extractor, on_device
 from .pipeline import Pipeline
 from musekit.stages import (
-    TRANSFORMERS, VQ_MODELS, check_networks, clip_training, condition_sizes, describe_vq_model, drop_unread,
-    find_shards, fit_transformer, generation_config, image_text_config, load_text_encoder, load_vq_model, only_read,
-    stage_facts, vq_training,
+    TRANSFORMERS, VQ_MODELS, check_networks, clip_training, condition_sizes, data_classes, describe_vq_model,
+    drop_unread, find_shards, fit_transformer, generation_config, image_text_config, load_text_encoder, load_vq_model,
+    only_read, packing_options, stage_facts, vq_training,
 )
 from musekit.training.callbacks import (
     drawn_by_all, input_sheet, inpainting_sheet, prompt_sheet, sample_prompts, standard_callbacks,
 )
 from musekit.training.config import (
-    Config, check_conditions, check_encoding, check_folder, check_network, condition_of, flatten, load_config,
-    unused_settings, warn_unused,
+    Config, check_conditions, check_encoding, check_folder, check_network, class_names, condition_of, flatten,
+    load_config, unused_settings, warn_unused,
 )
 from .training.ema import evaluating
 from .training.history import check_trackers
@@ -117,6 +117,8 @@ def configure(
     paths = path if isinstance(path, list) else [path or "small"]
     config = load_config([SMALL if each == "small" else each for each in paths], list(overrides))
     given = flatten(config)
+    if config.dataset.type == "classification":
+        config.dataset.params.class_names = _classes(config, paths)
     if condition_of(config) != "text":
         config.model.text_encoder.type, config.model.text_encoder.train = "none", None
     adopt_pipeline(config.model, TRANSFORMERS, VQ_MODELS)
@@ -128,6 +130,21 @@ def configure(
     drop_unread(config)
     check(config)
     return config
+
+
+def _classes(config, paths):
+    "The names of the classes: those of the configuration, or, unless a file has them in the data's order, of the data."
+    params, files = config.dataset.params, [Path(path) for path in paths if Path(path).is_file()]
+    in_data = params.class_names or data_classes(config, files[-1].parent if files else None)
+    known = class_names(config) if params.imagenet_class_mapping_path else None
+    if not (known and in_data):
+        return in_data
+    if set(in_data) <= set(known.values()):
+        return [known.get(number, str(number)) for number in range(max(known) + 1)]
+    if len(in_data) != len(known):
+        raise ValueError(f"the data have {len(in_data)} classes, such as {in_data[0]!r}, and dataset.params.imagenet_class_mapping_path"
+                         f"={params.imagenet_class_mapping_path} names {len(known)}; they must be as many, or have the same names.")
+    return in_data
 
 
 def _fit_small(config):
@@ -319,9 +336,7 @@ def _open_encoded(recipe, spec):
 
 
 def _find_split(recipe, spec, split):
-    options = {"replace": split == "test" or recipe.may_replace, "base_dir": recipe.base_dir}
-    options |= {"skip_bad": True} if recipe.config.dataset.params.skip_bad else {}
-    options |= {"captions": False} if condition_of(recipe.config) == "nothing" else {}
+    options = {"replace": split == "test" or recipe.may_replace, "base_dir": recipe.base_dir, **packing_options(recipe.config)}
     urls = on_main_process(lambda: find_shards(spec, recipe.folder / "data", split, **options))
     for told in left_out(urls):
         recipe.accelerator.print(f"left out of {spec}: {told}")
@@ -425,12 +440,14 @@ def _check_encoded(recipe, source):
         source.check(recipe.vq_model, recipe.text_encoder if condition_of(recipe.config) == "text" else None)
 
 
-def _tell_left_out(recipe, split, urls):
+def _tell_left_out(recipe, split, urls, encoder):
     "The batches of all samples; says at the end how many could not be used."
     last, used = {"skipped": 0}, 0
     for last in watched(recipe.everything(urls), recipe.progress, unit="batch", desc=split):
         used += len(last["text"])
         yield last
+    if cut := encoder.cut_report():
+        recipe.accelerator.print(f"{split} shards: {cut}")
     if bad := last["skipped"]:
         told = f"{bad} of {used + bad} samples; the last: {last['last_problem']}"
         recipe.accelerator.print(f"left out of the {split} shards: {told}")
@@ -438,8 +455,8 @@ def _tell_left_out(recipe, split, urls):
 
 def _encoded(recipe, split, urls):
     kept = "bfloat16" if recipe.config.training.mixed_precision == "bf16" else "float16"  # of the text states
-    batches = _tell_left_out(recipe, split, urls)
     encoder = _encoder(recipe)
+    batches = _tell_left_out(recipe, split, urls, encoder)
     write = lambda folder: encode_dataset(batches, encoder, folder / "tokens.parquet", state_dtype=kept)
     return EncodedSource([str(recipe.make(f"encoded/{split}", write) / "tokens.parquet")], torch.float32)
 
@@ -516,6 +533,8 @@ def make_trainer(recipe: Recipe) -> Trainer:
     encoded = config.training.pre_encode
     first = recipe.first if encoded else first_batch(recipe.everything(recipe.train_urls))
     recipe.micro_conds = first["micro_conds"].median(0).values.tolist()
+    if recipe.prepare:  # the captions of these stand for all
+        _tell_cut(recipe, first["text"])
     prompts = sample_prompts(config, first["text"])
     if not encoded:
         recipe.text_encoder(prompts)  # what cannot be drawn shows now
@@ -569,6 +588,15 @@ def _captions(recipe, batch):
     "The captions of a batch; the names of its samples where the data keeps no captions."
     keys, dataset = batch.get("keys") or [""] * SHOWN, getattr(recipe.sources["train"], "dataset", None)
     return batch["text"] if "text" in batch else dataset.texts(keys[:SHOWN]) if dataset else keys
+
+
+def _tell_cut(recipe, captions):
+    "Says how many of some captions are longer than the text encoder reads."
+    cut = getattr(recipe.text_encoder, "texts_cut", 0)
+    recipe.text_encoder(captions)
+    if cut := getattr(recipe.text_encoder, "texts_cut", 0) - cut:
+        recipe.accelerator.print(f"{cut} of the first {len(captions)} captions are longer than the {recipe.text_encoder.max_seq_length} "
+                                 "tokens that the text encoder reads, and are cut")
 
 
 def fit(recipe: Recipe):
