@@ -271,8 +271,11 @@ def add_inpaint(commands):
 # %% ../nbs/68_commands.ipynb #85f9030d
 def _evaluate(options):
     from musekit.quality import QualityConfig, describe_quality, evaluate_pipeline
+    from musekit.training.config import is_rehearsal
 
     quiet()
+    if is_rehearsal():
+        options.samples = min(options.samples, 64)
     if options.out and os.path.splitext(options.out)[1] != ".json":
         raise ValueError(f"--out {options.out} gets the numbers as JSON; call it .json")
     if options.out:

@@ -20,7 +20,7 @@ from .hub import write_card
 from .pipeline import Pipeline
 from .stages import plot_stages
 from .train import Recipe, configure, train
-from .training.config import Config
+from .training.config import Config, is_rehearsal
 from .training.history import plot_run
 from .training.resume import latest_checkpoint
 from .training.reconstruction import codebook_report
@@ -131,6 +131,7 @@ def demo(
     start = time.perf_counter()
     config = configure(None, ["data=digits", f"experiment.output_dir={folder}", *overrides])
     check_demo(config, prompts)
+    prompts = min(prompts, 20) if is_rehearsal() else prompts
     last = latest_checkpoint(folder)
     done = last is not None and last.name == f"checkpoint-{config.training.max_train_steps}"
     recipe = train(config, progress=progress)
