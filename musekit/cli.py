@@ -90,31 +90,51 @@ def _add_configured(parser, run, check=True):
     add = parser.add_argument
     add("arguments", nargs="*", metavar="CONFIG.yaml | KEY=VALUE", help="configuration files, then settings")
     if check:
-        add("--check", action="store_true", help="check and print the configuration, then stop")
+        add("--check", action="store_true", help="check settings and data, print them, and stop")
+    add("--no-data", action="store_true", help="check the settings alone" + ", with --check" * check)
     parser.set_defaults(run=run, words="arguments")
 
 
 def _check(options):
-    from musekit.check import memory_report
+    from musekit.check import data_report, memory_report
     from musekit.train import configure
     from musekit.training.config import describe
     from musekit.training.optim import check_library
 
     quiet()
-    config = configure(*_files_and_settings("check", options.arguments))
-    print(describe(config), memory_report(config), sep="\n\n")
+    paths, settings = _files_and_settings("check", options.arguments)
+    config = configure(paths, settings)
+    print(describe(config), memory_report(config), sep="\n\n", end="\n\n")
     try:
         check_library(config)
     except ValueError as error:
         say(f"warning: {error}")
+    _look(options, lambda: data_report(config, _beside(paths)))
+
+
+def _look(options, make_report):
+    "Prints what the data are; where they cannot be used, that is the error, and the rest was fine."
+    if options.no_data:
+        return
+    try:
+        print(*(f"data {report}" for report in make_report()), sep="\n")
+    except (ValueError, OSError) as error:
+        kind = ValueError if isinstance(error, ValueError) else OSError
+        raise kind(f"the settings can be used, the data cannot: {error} (--no-data leaves the data out)") from error
 
 
 def _add_check(commands):
     parser = commands.add_parser(
-        "check", help="check a configuration, and tell parameters and memory",
-        description="Checks what musekit train would be given, and prints every key with its value and "
-        "meaning, the parameters of the networks, and the memory of training and drawing. Nothing is trained, "
-        "fetched or written, and nothing large is built. The same as musekit train --check.",
+        "check", help="check a configuration and its data, and estimate parameters and memory",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Checks what musekit train would be given. Prints every key with its value and meaning, the\n"
+        "parameters of the networks, and the memory of training and of drawing; then finds the data,\n"
+        "counts them and decodes a first batch. Nothing is trained or written, nothing large is built, and of\n"
+        "data on the network only the first batch is read. The same as musekit train --check.",
+        epilog="examples:\n"
+        "  musekit check data=photos/\n"
+        "  musekit check run.yaml training.batch_size=64\n"
+        "  musekit check run.yaml --no-data               where the data are not at hand",
     )
     _add_configured(parser, _check, check=False)
 
@@ -131,8 +151,8 @@ def _train(options):
         return _stopped(recipe.trainer, *_resumed("train", options.arguments))
     if recipe.accelerator.is_main_process:
         model = shlex.quote(str(recipe.folder / "pipeline"))
-        told = {"class": "0 ", "none": ""}.get(recipe.text_encoder.settings["kind"], '"a prompt" ')
-        print(f"model in {model}; draw with it: musekit generate {told}--model {model}")
+        prompt = {"class": "0 ", "none": ""}.get(recipe.text_encoder.settings["kind"], '"a prompt" ')
+        print(f"model in {model}; draw with it: musekit generate {prompt}--model {model}")
 
 
 def _add_train(commands):
@@ -168,17 +188,29 @@ def _train_tokenizer(options):
     paths, settings = _files_and_settings("train-tokenizer", options.arguments)
     config = configure_tokenizer(paths, settings)
     if options.check:
-        print(describe_tokenizer(config))
-        return
+        from musekit.check import tokenizer_data_report
+
+        print(describe_tokenizer(config), end="\n\n")
+        return _look(options, lambda: tokenizer_data_report(config, _beside(paths)))
     trainer = train_tokenizer(config, base_dir=_beside(paths))
     if trainer.stop:
         return _stopped(trainer, *_resumed("train-tokenizer", options.arguments))
     if trainer.accelerator.is_main_process:
-        folder, model = shlex.quote(str(trainer.output_dir)), config.model
-        print(describe_report(final_report(trainer.output_dir)))
-        print(f"model in {folder}, looks in {folder}/reconstructions.png; train with it: musekit train "
-              f"data=... model.vq_model.type={model.type} model.vq_model.pretrained={folder} "
-              f"dataset.preprocessing.resolution={config.dataset.resolution}")
+        folder = trainer.output_dir
+        print(describe_report(final_report(folder)))
+        print(f"model in {folder}, pictures in {folder}/reconstructions.png; train with it, on pictures with "
+              f"captions: {_train_with_tokenizer(config, folder)}")
+
+
+def _train_with_tokenizer(config, folder):
+    "The command that trains the small model on the same pictures with a trained tokenizer."
+    path = config.dataset.path
+    data = path if isinstance(path, str) else f"[{','.join(path)}]"
+    return shlex.join([
+        "musekit", "train", f"data={data}", f"model.vq_model.type={config.model.type}",
+        f"model.vq_model.pretrained={folder}", f"dataset.preprocessing.resolution={config.dataset.resolution}",
+        f"experiment.output_dir={folder}-model",
+    ])
 
 
 def _add_train_tokenizer(commands):
@@ -208,10 +240,22 @@ def _encode(options):
 
     quiet()
     paths, settings = _files_and_settings("encode", options.arguments)
+    config = configure_encoding(paths, settings)
     wanted = EncodeOptions(options.out, options.format, options.state_dtype, options.workers)
-    totals = encode_shards(configure_encoding(paths, settings), wanted, base_dir=_beside(paths))
+    totals = encode_shards(config, wanted, base_dir=_beside(paths))
     print(totals)
-    print(f"codes in {options.out}; train on them: musekit train ... data={options.out} training.pre_encode=true")
+    print(f"codes in {options.out}; train on them: {_train_on_codes(paths, settings, config, options.out)}")
+
+
+def _train_on_codes(paths, settings, config, out):
+    "The command that trains on the codes of a configuration, in a folder of its own."
+    replaced = ("data=", "dataset.params.train_shards_path_or_url=", "dataset.params.eval_shards_path_or_url=",
+                "experiment.output_dir=", "training.pre_encode=")
+    kept = [setting for setting in settings if not setting.startswith(replaced)]
+    new = [f"data={out}", "training.pre_encode=true", f"experiment.output_dir={config.experiment.output_dir}-codes"]
+    if config.dataset.params.eval_shards_path_or_url:
+        new.append("dataset.params.eval_shards_path_or_url=null")
+    return shlex.join(["musekit", "train", *(paths or ()), *kept, *new])
 
 
 def _add_encode(commands):

@@ -9,6 +9,7 @@ __all__ = ['judge_prompts', 'show_samples', 'draw_pictures', 'peak_memory_gb', '
 # %% ../nbs/46_demo.ipynb #e2791937
 import json
 import resource
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -106,7 +107,8 @@ def report(folder: str | Path, results: dict) -> str:
         f"{used} of {known} codes used, perplexity {tokenizer['perplexity']:.0f}.",
         f"Time: {times}. Peak memory: {results['peak_memory_gb']:.1f} GB.", "",
         f"Look at {folder}/samples.png, decoding.png, training.png, stages.png and confusion.png.",
-        f'Draw your own: musekit generate "a blue three on yellow paper" --model {folder}/pipeline',
+        'Draw your own: musekit generate "a blue three on yellow paper" --model '
+        f"{shlex.quote(f'{folder}/pipeline')}",
     ])
 
 # %% ../nbs/46_demo.ipynb #e1b039fb

@@ -158,6 +158,7 @@ def pack_folder(
     *,
     skip_bad: bool = False,  # leave out images without caption or unreadable ones instead of raising
     captions: bool = True,  # False: none is asked for, and those that are there are not read
+    most: int | None = None,  # only so many images, spread over the folder
     prefix: str = "shard",
     samples_per_shard: int = 1000,
 ) -> tuple[list[str], PackReport]:
@@ -168,6 +169,7 @@ def pack_folder(
     paths = sorted(path for path in root.rglob("*") if is_image(path.name))
     if not paths:
         raise FileNotFoundError(f"no {', '.join(IMAGE_EXTENSIONS)} image in {root}")
+    paths = paths[:: -(-len(paths) // most)] if most else paths
     report, good = PackReport(), []
     for path in paths:
         caption, name = _caption_of(path) if captions else "", str(path.relative_to(root))
