@@ -44,8 +44,8 @@ def _add_demo(commands):
         "demo", help="train on real handwriting, draw unseen prompts, score the result",
         description="Trains an image tokenizer, a text encoder and a masked generative transformer on 1,797 "
         "real handwritten digits in many colours, draws held-out prompts, and has a classifier of real "
-        "digits judge them. About ten minutes on two cores; no network. A run that was stopped goes on when "
-        "called again.",
+        "digits judge them. About ten minutes on two cores; no network. The same command goes on with a run "
+        "that was stopped.",
         epilog="Writes samples.png, decoding.png, training.png, stages.png, confusion.png, results.json and "
         "pipeline/ (for musekit generate) into the folder.",
     )
@@ -134,7 +134,7 @@ def _add_check(commands):
         epilog="examples:\n"
         "  musekit check data=photos/\n"
         "  musekit check run.yaml training.batch_size=64\n"
-        "  musekit check run.yaml --no-data               where the data are not at hand",
+        "  musekit check run.yaml --no-data          # where the data are not at hand",
     )
     _add_configured(parser, _check, check=False)
 
@@ -162,19 +162,22 @@ def _add_train(commands):
         description="Trains a masked generative transformer, and the tokenizer and text encoder it needs\n"
         "unless the configuration names trained ones.",
         epilog="examples:\n"
-        "  musekit train data=photos/                      images, texts beside them (cat.jpg, cat.txt)\n"
-        "  musekit train 'data=shards/{00000..00099}.tar'  webdataset shards of image, text and json\n"
-        "  musekit train run.yaml training.batch_size=32   a configuration file and changes to it\n"
-        "  musekit train small mine.yaml                   a file with what differs from the small model\n"
-        "  musekit train run.yaml experiment.resume_from_checkpoint=latest\n"
-        "  musekit train data=photos/ model.pretrained_model_path=runs/demo/pipeline model.lora.rank=8\n"
-        "                                                  teach a trained model by low-rank updates\n"
-        "  accelerate launch -m musekit train run.yaml     on every GPU of this machine\n"
-        "  ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m musekit train run.yaml\n"
-        "                                                  in two processes without a GPU\n\n"
-        "Without a file, the small 32-pixel model of the demo is trained, into runs/small unless\n"
-        "experiment.output_dir=FOLDER is given. --check lists every key, its\n"
-        "value and meaning, and what the networks take.",
+        "  musekit train data=photos/                # images, each with a text beside it (cat.jpg, cat.txt)\n"
+        "  musekit train 'data=shards/{00000..00099}.tar' experiment.output_dir=runs/shards\n"
+        "                                            # webdataset shards of image, text and json\n"
+        "  musekit train run.yaml                    # a configuration file, such as the README's\n"
+        "  musekit train run.yaml training.batch_size=32 experiment.output_dir=runs/other  # and changes to it\n"
+        "  musekit train small mine.yaml             # a file with what differs from the small model\n"
+        "  musekit train data=photos/ model.pretrained_model_path=runs/demo/pipeline model.lora.rank=8 \\\n"
+        "      experiment.output_dir=runs/tuned      # low-rank updates of a trained model\n"
+        "  accelerate launch -m musekit train run.yaml  # on every GPU of this machine\n"
+        "  ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m musekit train run.yaml \\\n"
+        "      experiment.output_dir=runs/two        # in two processes without a GPU\n\n"
+        "Without a file, the small 32-pixel model of the demo is trained, into runs/small. A folder holds one\n"
+        "run: experiment.output_dir=FOLDER starts another one. A run that was stopped goes on with the same\n"
+        "command where experiment.resume_from_checkpoint is latest, as in the small model. --check prints every\n"
+        "key with its value and meaning, the memory of the networks, and what the data are.\n"
+        "MUSEKIT_REHEARSAL=1 before a command runs all its stages in a few steps.",
     )
     _add_configured(parser, _train)
 
@@ -220,17 +223,23 @@ def _add_train_tokenizer(commands):
         description="Trains an image tokenizer on a folder of images or on tar shards, without captions.\n"
         "Holds out some images, and reports on them at the end: errors, codes used, perplexity.",
         epilog="examples:\n"
-        "  musekit train-tokenizer data=photos/               all images of a folder and its subfolders\n"
-        "  musekit train-tokenizer data=photos/ dataset.resolution=128 training.max_train_steps=20000\n"
-        "  musekit train-tokenizer data=photos/ model.type=paella_vq model.params.codebook_size=4096\n"
-        "  musekit train-tokenizer data=photos/ loss.perceptual=1 loss.perceptual_network=vgg16.pth\n"
-        "  musekit train-tokenizer data=photos/ loss.adversarial=0.8 loss.adversarial_start=1000\n"
-        "  musekit train-tokenizer data=photos/ model.pretrained=runs/tokenizer       train it further\n"
-        "  musekit train-tokenizer run.yaml experiment.resume_from_checkpoint=latest\n"
-        "  accelerate launch -m musekit train-tokenizer run.yaml      on every GPU of this machine\n\n"
-        "Without a file, a small tokenizer of 64x64 pixels is trained. The folder of the run gets the\n"
-        "model, log.jsonl, samples/, reconstructions.png and report.json. --check lists every key, its\n"
-        "value and meaning.",
+        "  musekit train-tokenizer data=photos/      # all images of a folder and its subfolders\n"
+        "  musekit train-tokenizer data=photos/ dataset.resolution=128 training.max_train_steps=20000 \\\n"
+        "      experiment.output_dir=runs/tokenizer-128\n"
+        "  musekit train-tokenizer data=photos/ model.type=paella_vq model.params.codebook_size=4096 \\\n"
+        "      experiment.output_dir=runs/tokenizer-paella\n"
+        "  musekit train-tokenizer data=photos/ loss.perceptual=1 loss.perceptual_network=vgg16.pth \\\n"
+        "      experiment.output_dir=runs/tokenizer-perceptual\n"
+        "  musekit train-tokenizer data=photos/ loss.adversarial=0.8 loss.adversarial_start=1000 \\\n"
+        "      experiment.output_dir=runs/tokenizer-adversarial\n"
+        "  musekit train-tokenizer data=photos/ model.pretrained=runs/tokenizer \\\n"
+        "      experiment.output_dir=runs/tokenizer-further  # train it further\n"
+        "  musekit train-tokenizer small tokenizer.yaml      # a file with what differs from the small tokenizer\n"
+        "  accelerate launch -m musekit train-tokenizer small tokenizer.yaml  # on every GPU of this machine\n\n"
+        "Without a file, a small tokenizer of 64x64 pixels is trained, into runs/tokenizer. The folder of the\n"
+        "run gets the model, log.jsonl, samples/, reconstructions.png and report.json. A folder holds one run,\n"
+        "and the same command goes on with one that was stopped. --check prints every key with its value and\n"
+        "meaning, and what the data are.",
     )
     _add_configured(parser, _train_tokenizer)
 
@@ -262,16 +271,17 @@ def _add_encode(commands):
     parser = commands.add_parser(
         "encode", help="turn images and captions into tokens and text states, once for all epochs",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Encodes the shards of a training configuration with its two trained networks, one output a\n"
-        "shard. A job that was stopped goes on when called again; a finished shard is left alone.",
+        description="Encodes the data of a training configuration with its two trained networks, one output a shard.\n"
+        "The same command goes on with a job that was stopped; a finished shard is left alone.",
         epilog="examples:\n"
-        "  musekit encode run.yaml 'data=shards/{00000..00099}.tar' --out codes/\n"
-        "  musekit encode run.yaml data=shards/ --out codes/ --format tar --workers 8\n"
-        "  torchrun --nproc-per-node 8 -m musekit encode run.yaml data=shards/ --out codes/\n"
-        "                                                  each process takes every eighth shard, on its GPU\n"
+        "  musekit encode run.yaml --out codes/\n"
+        "  musekit encode run.yaml 'data=shards/{00000..00099}.tar' --out shards-codes/ --format tar --workers 2\n"
         "  musekit encode small data=photos/ model.vq_model.pretrained=runs/small/vq_model \\\n"
-        "      model.text_encoder.pretrained=runs/small/clip --out codes/\n"
-        "  musekit train run.yaml data=codes/ training.pre_encode=true\n\n"
+        "      model.text_encoder.pretrained=runs/small/clip --out small-codes/\n"
+        "  torchrun --nproc-per-node 2 -m musekit encode run.yaml data=shards/ --out more-codes/\n"
+        "                                            # one process a GPU, each with its share of the shards\n"
+        "  musekit train run.yaml data=codes/ training.pre_encode=true experiment.output_dir=runs/photos-codes\n\n"
+        "The two networks are those of model.vq_model.pretrained and model.text_encoder.pretrained.\n"
         "dataset.params.num_workers threads decode pictures ahead. Pictures are cropped at the centre.",
     )
     add = parser.add_argument
@@ -295,8 +305,11 @@ def _push(options):
 def _add_push(commands):
     parser = commands.add_parser(
         "push", help="upload a trained model to the Hugging Face hub",
-        description="Uploads a model or a pipeline, of a run the pipeline, to the Hugging Face hub, with a page "
-        "that tells its sizes, its training and how to load it. Needs a token: hf auth login.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Uploads a model or a pipeline, of a run the pipeline, to the Hugging Face hub, with a page\n"
+        "of its sizes, its training and how to load it. Needs a token that may write: hf auth login.",
+        epilog="examples:\n"
+        "  musekit push runs/demo your-name/handwriting --license apache-2.0 --private",
     )
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="of a run, a pipeline or a model, such as runs/demo")
@@ -310,8 +323,14 @@ def make_parser() -> argparse.ArgumentParser:
     "The parser of the `musekit` command."
     parser = _Parser(
         prog="musekit", description="Train masked generative transformers and draw images with them.",
-        epilog="Begin with `musekit demo`. Every command explains itself: musekit train --help. "
-        "Text for language models is the work of another command: musekit-shards --help.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="first steps:\n"
+        "  musekit demo                              # a model of handwritten digits, in ten minutes\n"
+        "  musekit generate \"a blue three on yellow paper\"\n"
+        "  musekit train data=photos/                # your images, each with a text file beside it\n"
+        "  musekit generate \"a prompt\" --model runs/small/pipeline\n\n"
+        "Every command explains itself: musekit train --help. MUSEKIT_REHEARSAL=1 before a command runs it in a\n"
+        "few steps, to see whether all goes well. Public text for language models: musekit-shards --help.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")

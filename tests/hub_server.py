@@ -109,7 +109,13 @@ def describe(name, files):
 @contextmanager
 def serving(repositories):
     "A running hub; it stops at the end of the block."
-    hub = Hub(repositories)
+    with running(Hub(repositories)) as hub:
+        yield hub
+
+
+@contextmanager
+def running(hub):
+    "The same for a hub that is made already."
     thread = threading.Thread(target=hub.serve_forever, daemon=True)
     thread.start()
     try:
