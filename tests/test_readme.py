@@ -26,7 +26,7 @@ from musekit.training.reconstruction import VGGFeatures
 from test_cli import make_photos, some_digits
 from test_evaluate import pipeline_of
 from toy_training import free_port
-from typing_room import typing_room
+from typing_room import make_environment, typing_room
 
 COMMANDS = ["", "demo", "train", "check", "train-tokenizer", "encode", "generate", "inpaint", "evaluate", "plot", "push"]
 UNTYPED = {  # what is not typed here, and why; each is looked at by `make -n` or is used by other tests
@@ -164,7 +164,7 @@ def test_the_readme(room):
             continue
         if language == "py":
             (room.folder / f"block{number}.py").write_text(text)
-            text = f"python-file block{number}.py"
+            text = f"python block{number}.py"
         printed += room(text)
     for name in ("runs/demo/samples.png", "generated.png", "three.png", "again.png", "drawn", "codes", "my-transformer", "runs/tuned/pipeline"):
         assert (room.folder / name).exists(), name
@@ -220,9 +220,7 @@ def test_the_laboratory_starts(tmp_path):
     for name in ("Makefile", "constraints.txt", "settings.ini", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "nbs").mkdir()
-    from typing_room import make_environment
-
-    make_environment(tmp_path / ".venv", "")
+    make_environment(tmp_path / ".venv")
     port = free_port()
     options = f"ARGS=--no-browser --port {port} --IdentityProvider.token= --ServerApp.port_retries=0"
     with open(tmp_path / "log", "w") as log:

@@ -1,9 +1,8 @@
-"""A folder in which bash types `musekit` and `musekit-shards`: both are asked of one server, which has imported the slow libraries
-and forks for each command; everything else about a command is as in a process of its own."""
+"""A folder in which bash types commands: `musekit`, its Python and its launchers are asked of one server, which has imported the
+slow libraries and forks for each of them; everything else about a command is as in a process of its own."""
 import json
 import os
 import runpy
-import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import venv
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+ROOT = str(Path(__file__).resolve().parent.parent)
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
 server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -23,15 +23,20 @@ sys.exit(int(server.recv(16) or b"1"))
 PRELOADED = [
     "musekit.check", "musekit.demo", "musekit.encode", "musekit.quality", "musekit.plots", "musekit.sheets", "musekit.commands",
     "musekit.shards.command", "musekit.models.uvit", "sklearn.datasets", "sklearn.linear_model", "transformers.optimization",
+    "torch._dynamo", "accelerate.commands.accelerate_cli", "torch.distributed.run",
 ]
 
 
 def run(module, arguments, folder, environment):
-    "What `python -m module arguments` does; for a module of None the first argument is a file."
+    "What `python -m module arguments` does; for a module of None the arguments are Python's own: -m MODULE or a file."
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv[:] = [module or arguments[0], *arguments[bool(module is None):]]
+    sys.executable = f"{environment['VIRTUAL_ENV']}/bin/python"  # launchers start their processes with it
+    if module is None:
+        arguments = [argument for argument in arguments if argument != "-u"]
+        module, arguments = (arguments[1], arguments[2:]) if arguments[0] == "-m" else (None, arguments)
+    sys.argv[:] = [module, *arguments] if module else arguments
     try:
         if module is None:
             runpy.run_path(arguments[0], run_name="__main__")
@@ -46,10 +51,8 @@ def run(module, arguments, folder, environment):
 
 
 def answer(connection):
-    "Forks for one command and sends its exit status."
+    "Runs one command in a process of its own and sends its exit status."
     message, handles, _, _ = socket.recv_fds(connection, 1 << 20, 3)
-    if not message:
-        return
     child = os.fork()
     if child == 0:
         connection.close()
@@ -61,8 +64,6 @@ def answer(connection):
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(status)
-    for handle in handles:
-        os.close(handle)
     _, status = os.waitpid(child, 0)
     with suppress(OSError):
         connection.send(str(os.waitstatus_to_exitcode(status) % 256).encode())
@@ -79,24 +80,30 @@ def serve(address):
     while True:
         connection, _ = server.accept()
         with connection:
-            answer(connection)
+            if os.fork() == 0:
+                answer(connection)
+                os._exit(0)
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
 
 
-def make_environment(folder, address):
-    "A virtual environment in `folder` that shares this one's packages, with the clients as its commands."
+MODULES = {"musekit": "musekit", "musekit-shards": "musekit.shards", "accelerate": "accelerate.commands.accelerate_cli",
+           "torchrun": "torch.distributed.run", "python": None}
+
+
+def make_environment(folder):
+    "A virtual environment in `folder` that shares the packages of this one."
     venv.create(folder, with_pip=False, symlinks=True)
     packages, = (folder / "lib").glob("python*/site-packages")
-    paths = [path for path in sys.path if path.endswith("site-packages")] + [str(Path(__file__).resolve().parent.parent)]
+    paths = [path for path in sys.path if path.endswith("site-packages")] + [ROOT]
     (packages / "shared.pth").write_text("\n".join(paths) + "\n")
-    names = {"musekit": "musekit", "musekit-shards": "musekit.shards", "python-file": None}
-    for name, module in names.items():
-        write_script(folder / "bin" / name, CLIENT.format(python=sys.executable, address=address, module=module))
-    for name, module in {"accelerate": "accelerate.commands.accelerate_cli", "torchrun": "torch.distributed.run", "jupyter": "jupyter"}.items():
-        write_script(folder / "bin" / name, f'#!/bin/sh\nexec "{folder}/bin/python" -m {module} "$@"\n')
+    write_script(folder / "bin" / "jupyter", f'#!/bin/sh\nexec "{folder}/bin/python" -m jupyter "$@"\n')
     (folder / ".installed").touch()
 
 
 def write_script(path, text):
+    path.unlink(missing_ok=True)  # the environment's python is a link to the system's
     path.write_text(text)
     path.chmod(0o755)
 
@@ -105,15 +112,15 @@ def write_script(path, text):
 def typing_room(folder, **environment):
     "Gives a function that has bash run some lines in `folder`, and returns the finished process."
     address = str(folder / ".typed")
-    make_environment(folder / ".venv", address)
+    make_environment(folder / ".venv")
+    for name, module in MODULES.items():
+        write_script(folder / ".venv/bin" / name, CLIENT.format(python=sys.executable, address=address, module=module))
     variables = {**os.environ, **environment, "HOME": str(folder / "home"), "HF_HOME": str(folder / "home/hub"), "OMP_NUM_THREADS": "1",
-                 "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "110"}
+                 "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "110", "PYTHONPATH": ROOT, "VIRTUAL_ENV": str(folder / ".venv")}
     variables["PATH"] = f"{folder}/.venv/bin:{variables['PATH']}"
-    for name in ("HF_HUB_OFFLINE", "PYTHONPATH"):
-        variables.pop(name, None)
+    variables.pop("HF_HUB_OFFLINE", None)
     (folder / "home").mkdir()
-    root = str(Path(__file__).resolve().parent.parent)
-    server = subprocess.Popen([sys.executable, __file__, address], env={**variables, "PYTHONPATH": root})
+    server = subprocess.Popen([sys.executable, __file__, address], env=variables)
 
     def type_in(lines):
         command = ["bash", "-e", "-o", "pipefail", "-c", lines]
@@ -126,7 +133,7 @@ def typing_room(folder, **environment):
                 server.wait(0.05)
         yield type_in
     finally:
-        server.send_signal(signal.SIGKILL)
+        server.kill()
         server.wait()
 
 
