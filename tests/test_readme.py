@@ -4,12 +4,14 @@ import re
 import shutil
 import subprocess
 import time
+from itertools import islice
 from urllib.request import urlopen
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import webdataset
 from PIL import Image, ImageDraw
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
@@ -17,7 +19,6 @@ import hub_server
 from conftest import ROOT
 from musekit.data.conditions import TextEncoder
 from musekit.data.features import InceptionFeatures
-from musekit.data.packing import write_shards
 from musekit.models.uvit import MaskGiTUViT
 from musekit.models.vqgan import VQGANModel
 from musekit.pipeline import Pipeline
@@ -112,15 +113,23 @@ def hub(tmp_path_factory):
         yield server
 
 
+def make_shards(folder, count, each, width):
+    "Tars of digits, named by their number in so many figures."
+    folder.mkdir()
+    samples = iter(some_digits(range(count * each)))
+    for number in range(count):
+        with webdataset.TarWriter(str(folder / f"{number:0{width}d}.tar")) as tar:
+            for sample in islice(samples, each):
+                tar.write({"__key__": sample["text"].replace(" ", "-"), "png": sample["image"], "txt": sample["text"], "json": {}})
+
+
 def make_files(folder):
     "What a reader of the README has: pictures, shards, texts, weights."
     make_photos(folder / "photos", 60)
     make_photos(folder / "ten_photos", 10)
     make_photos(folder / "held-out", 24)
-    for part, count, each, width in (("shards", 100, 1, 5), ("test", 10, 3, 3)):
-        for path in write_shards(some_digits(range(count * each)), folder / part, samples_per_shard=each):
-            number = int(path[-10:-4])
-            os.rename(path, folder / part / f"{number:0{width}d}.tar")
+    make_shards(folder / "shards", count=100, each=1, width=5)
+    make_shards(folder / "test", count=10, each=3, width=3)
     mask = Image.new("L", (32, 32))
     ImageDraw.Draw(mask).rectangle((8, 8, 24, 24), fill=255)
     mask.save(folder / "mask.png")

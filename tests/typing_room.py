@@ -23,7 +23,7 @@ sys.exit(int(server.recv(16) or b"1"))
 PRELOADED = [
     "musekit.check", "musekit.demo", "musekit.encode", "musekit.quality", "musekit.plots", "musekit.sheets", "musekit.commands",
     "musekit.shards.command", "musekit.models.uvit", "sklearn.datasets", "sklearn.linear_model", "transformers.optimization",
-    "torch._dynamo", "accelerate.commands.accelerate_cli", "torch.distributed.run",
+    "torch._dynamo", "accelerate.commands.launch", "torch.distributed.launcher.api",
 ]
 
 
