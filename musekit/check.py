@@ -32,7 +32,7 @@ from .losses import _CrossEntropy, saved_bytes
 from .models.checkpoints import convert
 from musekit.stages import (
     PRECISIONS, TRANSFORMERS, VQ_MODELS, build_transformer, clip_training, condition_sizes, image_text_config,
-    load_text_encoder,
+    load_text_encoder, packing_options,
 )
 from .train_tokenizer import PictureReader, TokenizerConfig, find_images, group_images
 from .training.config import Config, condition_of
@@ -375,13 +375,12 @@ def _counted(names, noun):
     return f"{len(names):,} {noun}{'' if len(names) == 1 else 's'}{size}"
 
 
-def _few_shards(located, reading, folder, skip_bad):
+def _few_shards(located, config, folder):
     "Shards that begin as the data do: those that are there, or pictures of a folder, all of a small one, packed into `folder`."
     if located.shards and not located.pictures:
         return located.shards
     small = len(located.pictures) <= 1000 and sum(os.path.getsize(path) for path in located.pictures) < 100e6
-    options = {"skip_bad": skip_bad, "captions": reading.captions, "most": None if small else LOOK}
-    urls, report = pack_folder(located.folder, folder, **options)
+    urls, report = pack_folder(located.folder, folder, most=None if small else LOOK, **packing_options(config))
     (Path(folder) / REPORT).write_text(json.dumps(asdict(report)))  # for `left_out`
     return urls
 
@@ -419,7 +418,7 @@ def _look_at_pictures(spec, config, base_dir):
     else:
         content = _counted(located.shards, "shard")
     with tempfile.TemporaryDirectory() as folder:
-        urls = _few_shards(located, reading, Path(folder) / "few", config.dataset.params.skip_bad)
+        urls = _few_shards(located, config, Path(folder) / "few")
         content = "; ".join([content, *(f"left out: {reason}" for reason in left_out(urls))])
         batch = _look(urls, reading)
     return DataReport(str(spec), content, _described(batch, reading.layout, reading.captions))

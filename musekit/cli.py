@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import sys
+import warnings
 
 from . import __version__
 from .commands import COMMANDS, number_between, quiet, say
@@ -368,7 +369,8 @@ def main(arguments: list[str] | None = None) -> int:  # None: those of the proce
         parser.print_help()
         return 2
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait busily ruin a shared machine
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before, form = signal.signal(signal.SIGTERM, _interrupt), warnings.formatwarning
+    warnings.formatwarning = lambda message, *place, **options: f"musekit: warning: {' '.join(str(message).split())}\n"
     try:
         return options.run(options) or 0
     except (ValueError, OSError) as error:
@@ -380,4 +382,5 @@ def main(arguments: list[str] | None = None) -> int:  # None: those of the proce
         say(_interrupted(options))
         return 130
     finally:
+        warnings.formatwarning = form
         signal.signal(signal.SIGTERM, before)

@@ -234,21 +234,27 @@ def add_generate(commands):
     parser.set_defaults(run=_generate, words="prompts")
 
 # %% ../nbs/68_commands.ipynb #0572b901
-def _open_picture(path, mode):
-    from PIL import Image, ImageOps, UnidentifiedImageError
+def _open_pictures(image, mask):
+    "A picture and its mask."
+    for path in (image, mask):
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"there is no picture {path}")
+    from musekit.data.packing import open_picture
+    from musekit.data.pictures import open_mask
 
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no picture {path}")
+    return _readable(open_picture, image), _readable(open_mask, mask)
+
+
+def _readable(read, path):
     try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert(mode)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is no picture") from error
+        return read(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}") from error
 
 
 def _inpaint(options):
     _settle_out(options)
-    image, mask = _open_picture(options.image, "RGB"), _open_picture(options.mask, "RGBA")
+    image, mask = _open_pictures(options.image, options.mask)
     _find_demo(options.model or DEMO_MODEL)
     from musekit.sheets import Task
 
@@ -283,6 +289,7 @@ def _evaluate(options):
     data = [each.removeprefix("data=") for each in options.data]
     how = {name: getattr(options, name) for name in ("steps", "guidance_scale", "temperature", "batch_size")}
     given = {name: getattr(options, name) for name in ("features", "judge", "prompts", "statistics", "real")}
+    given |= {"fields": [options.image_field, options.caption_field, options.class_field]}
     result = evaluate_pipeline(QualityConfig(
         options.model, data[0] if len(data) == 1 else data, samples=options.samples, seed=options.seed,
         options={k: v for k, v in how.items() if v is not None} | _decoding(options.set), **given,
@@ -316,6 +323,8 @@ def add_evaluate(commands):
     add("--judge", metavar="WHAT", help="of prompts: digits or clip=FOLDER (default: the features)")
     add("--prompts", metavar="FILE", help="a prompt on every line (default: the captions of the data)")
     add("--statistics", metavar="FILE", help="features of the real images: read if there, else written")
+    for what in ("image", "caption", "class"):
+        add(f"--{what}-field", metavar="NAME", help=f"column or JSON key of the data's {what} (default: the usual ones)")
     add("--seed", type=number_between(0), default=0, help="same seed, same numbers (default: %(default)s)")
     add("--batch-size", type=whole, metavar="N", help="images drawn at once (default: 64)")
     add("--steps", type=whole, metavar="N", help="decoding steps (default: the pipeline's)")

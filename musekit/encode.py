@@ -30,7 +30,7 @@ from transformers.utils import logging
 from .data.conditions import TextEncoder
 from .data.encoded import BatchEncoder, encode_dataset
 from .data.image_text import ImageTextConfig, ShardReader
-from .data.packing import left_out, locate_pictures
+from .data.packing import Fields, left_out, locate_pictures
 from musekit.data.pre_encoded import (
     Counts, Totals, clear_parts, facts_digest, finished_record, network_digest, refuse_other_codes,
     shard_names, source_fact, text_probe, write_manifest,
@@ -38,7 +38,7 @@ from musekit.data.pre_encoded import (
 from .data.token_shards import member_name, token_members, write_unconditional
 from .files import write_aside
 from .inspection import watched
-from .stages import MOST_CODES, find_shards, image_text_config, load_text_encoder, load_vq_model
+from .stages import MOST_CODES, find_shards, image_text_config, load_text_encoder, load_vq_model, packing_options
 from .train import configure
 from .training.config import Config, check_conditions, check_folder, condition_of
 
@@ -122,6 +122,8 @@ def encoding_facts(config: Config, options: EncodeOptions, networks: tuple) -> d
                      "digest": network_digest(vq_model), "codebook_size": vq_model.codebook_size},
         "text_encoder": text,
     }
+    facts |= {"background": reading.background} if reading.background != "white" else {}
+    facts |= {"fields": asdict(reading.fields)} if reading.fields != Fields() else {}
     return json.loads(json.dumps(facts))
 
 # %% ../nbs/49_encode.ipynb #9f6a53cc
@@ -196,10 +198,11 @@ class ShardEncoder:
         clear_parts(path), clear_parts(record)
         shown = {"desc": name, "unit": "batch", "leave": False}
         batches = iter(watched(read_shard(url, self.reading, counts), self.progress, **shown))
-        first = next(batches, None)
+        cut, first = self.encoder.captions_cut, next(batches, None)
         if first is not None:
             write = self._parquet if self.options.form == "parquet" else self._tar
             write(path, chain([first], batches))
+        counts.cut = self.encoder.captions_cut - cut
         told = {
             "file": path.name if counts.samples else None, **asdict(counts),
             "bytes": path.stat().st_size if counts.samples else 0,
@@ -321,8 +324,8 @@ def _find(config, options, base_dir, world):
             raise ValueError(f"there are no shards in {spec}, and pictures in a folder are packed by one process "
                              "alone; encode them without a launcher, with --workers for more processes")
         return found.shards
-    packing = {"skip_bad": config.dataset.params.skip_bad, "captions": condition_of(config) != "nothing"}
-    urls = find_shards(spec, options.out / "pictures", base_dir=base_dir, **packing)
+    usual = {"skip_bad": False, "captions": True}
+    urls = find_shards(spec, options.out / "pictures", base_dir=base_dir, **usual | packing_options(config))
     for told in left_out(urls):
         print(f"left out of {spec}: {told}")
     return urls

@@ -11,6 +11,7 @@ __all__ = ['GUIDANCE_SCHEDULES', 'guide', 'guidance_weights', 'whole_numbers', '
 import dataclasses
 import math
 import operator
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -193,7 +194,11 @@ def prompt_conditions(
             raise ValueError(f"prompts must be a text or a list of at least one text, got {prompts!r}")
         batch_size = whole_numbers("batch_size", batch_size, 1)
         batches = [texts[first : first + batch_size] for first in range(0, len(texts), batch_size)]
+        before = getattr(text_encoder, "texts_cut", 0)
         encoded = [text_encoder(batch) for batch in batches]
+        if cut := getattr(text_encoder, "texts_cut", 0) - before:
+            warnings.warn(f"{cut} of {len(texts)} prompts are longer than the {text_encoder.max_seq_length} tokens that the "
+                          "text encoder reads, and are cut", stacklevel=2)
         conditions = {name: torch.cat([batch[name] for batch in encoded]) for name in encoded[0]}
     counts = {name: len(value) for name, value in conditions.items()}
     if len(set(counts.values())) != 1 or not min(counts.values()):

@@ -19,6 +19,7 @@ import torch
 from .data.digits import test_prompts
 from .data.features import ClipFeatures, FeatureTable, InceptionFeatures, collect_features
 from .data.image_text import ImageTextConfig, make_loader
+from .data.packing import Fields
 from .inspection import watched
 from .metrics import DigitFeatures, MetricsConfig, evaluate
 from .pipeline import Pipeline
@@ -53,6 +54,7 @@ class QualityConfig:
     samples: int = 1000  # images to draw
     seed: int = 0
     options: dict = field(default_factory=dict)  # of the drawing: steps, guidance_scale, batch_size, ...
+    fields: list = (None, None, None)  # columns or JSON keys of image, caption and class in the data; None: the usual
     device: str | None = None  # None: a GPU if there is one
 
     def __post_init__(self):
@@ -78,6 +80,7 @@ def read_real(
     side: int,  # pixels
     kind: str = "clip",  # of the pipeline's conditions: for "class" the classes are the captions
     progress: bool | None = None,
+    classes: list[str] | None = None,  # for "class" their names by number
 ) -> tuple[FeatureTable, list[str]]:
     "Features of the real images, and the captions that came with them."
     texts, path = [], config.statistics and Path(config.statistics)
@@ -92,9 +95,11 @@ def read_real(
 
     with tempfile.TemporaryDirectory() as place:
         captions = kind not in ("class", "none") and not config.prompts
-        urls = find_shards(config.data, place, "test", captions=captions)
+        fields = Fields(*config.fields)
+        urls = find_shards(config.data, place, "test", captions=captions, fields=fields, classes=classes)
         layout = "classification" if kind == "class" else "image_text"
-        reading = ImageTextConfig(resolution=side, batch_size=64, layout=layout, captions=captions)
+        names = dict(enumerate(classes)) if classes else None
+        reading = ImageTextConfig(resolution=side, batch_size=64, layout=layout, captions=captions, fields=fields, class_names=names)
         loader = make_loader(urls, reading, training=False)
         if known:
             for _ in batches(loader):
@@ -126,7 +131,8 @@ def evaluate_pipeline(config: QualityConfig, progress: bool | None = None) -> di
     extractor = _on(make_extractor(config.features), config.device)
     judge = _on(make_extractor(config.judge), config.device) if config.judge else extractor
     kind = pipeline.text_encoder.settings["kind"] if pipeline.text_encoder else "none"
-    real, captions = read_real(config, extractor, min(pipeline.grid) * pipeline.factor, kind, progress)
+    classes = _classes_of(pipeline.text_encoder) if kind == "class" else None
+    real, captions = read_real(config, extractor, min(pipeline.grid) * pipeline.factor, kind, progress, classes)
     prompts = find_prompts(config, captions, kind)
     if kind == "class":
         prompts = [_class_prompt(pipeline.text_encoder, text, config.data == "digits") for text in prompts]
@@ -142,6 +148,11 @@ def evaluate_pipeline(config: QualityConfig, progress: bool | None = None) -> di
         told = evaluate(counted, real, prompts, extractor, agreement, metrics)
     asked = {"model": str(config.model), "data": config.data, "prompts": len(prompts), "seed": config.seed}
     return asked | {"options": config.options} | told
+
+
+def _classes_of(encoder):
+    "The names of a model's classes by number."
+    return [encoder.names.get(number, str(number)) for number in range(encoder.num_classes)]
 
 
 def _class_prompt(encoder, text, digits):

@@ -32,12 +32,12 @@ from .hub import write_card
 from .inspection import watched
 from .pipeline import Pipeline
 from musekit.stages import (
-    TRANSFORMERS, VQ_MODELS, check_networks, clip_training, find_shards, generation_config, image_text_config,
-    load_text_encoder, load_vq_model, make_transformer, only_read, stage_facts, vq_training,
+    TRANSFORMERS, VQ_MODELS, check_networks, clip_training, data_classes, find_shards, generation_config, image_text_config,
+    load_text_encoder, load_vq_model, make_transformer, only_read, packing_options, stage_facts, vq_training,
 )
 from .training.callbacks import inpainting_sheet, prompt_sheet, sample_prompts, standard_callbacks
 from musekit.training.config import (
-    Config, check_conditions, check_encoding, check_folder, check_network, condition_of, load_config,
+    Config, check_conditions, check_encoding, check_folder, check_network, class_names, condition_of, load_config,
 )
 from .training.history import check_trackers
 from .training.optim import check_library, check_optimization
@@ -74,6 +74,8 @@ def configure(
     "The checked configuration of a run; the name \"small\" stands for the model that the kit brings along."
     paths = path if isinstance(path, list) else [path or "small"]
     config = load_config([SMALL if each == "small" else each for each in paths], list(overrides))
+    if config.dataset.type == "classification":
+        config.dataset.params.class_names = _classes(config, paths)
     if condition_of(config) != "text":
         config.model.text_encoder.type, config.model.text_encoder.train = "none", None
     adopt_pipeline(config.model, TRANSFORMERS, VQ_MODELS)
@@ -81,6 +83,21 @@ def configure(
         _fit_small(config)
     check(config)
     return config
+
+
+def _classes(config, paths):
+    "The names of the classes: those of the configuration, or, unless a file has them in the data's order, of the data."
+    params, files = config.dataset.params, [Path(path) for path in paths if Path(path).is_file()]
+    in_data = params.class_names or data_classes(config, files[-1].parent if files else None)
+    known = class_names(config) if params.imagenet_class_mapping_path else None
+    if not (known and in_data):
+        return in_data
+    if set(in_data) <= set(known.values()):
+        return [known.get(number, str(number)) for number in range(max(known) + 1)]
+    if len(in_data) != len(known):
+        raise ValueError(f"the data have {len(in_data)} classes, such as {in_data[0]!r}, and dataset.params.imagenet_class_mapping_path"
+                         f"={params.imagenet_class_mapping_path} names {len(known)}; they must be as many, or have the same names.")
+    return in_data
 
 
 def _fit_small(config):
@@ -189,9 +206,7 @@ def _open_encoded(recipe, spec):
 
 
 def _find_split(recipe, spec, split):
-    options = {"replace": split == "test" or recipe.may_replace, "base_dir": recipe.base_dir}
-    options |= {"skip_bad": True} if recipe.config.dataset.params.skip_bad else {}
-    options |= {"captions": False} if condition_of(recipe.config) == "nothing" else {}
+    options = {"replace": split == "test" or recipe.may_replace, "base_dir": recipe.base_dir, **packing_options(recipe.config)}
     urls = on_main_process(lambda: find_shards(spec, recipe.folder / "data", split, **options))
     for told in left_out(urls):
         recipe.accelerator.print(f"left out of {spec}: {told}")
@@ -270,6 +285,8 @@ def _tell_left_out(recipe, split, urls):
     for last in watched(recipe.everything(urls), recipe.progress, unit="batch", desc=split):
         used += len(last["text"])
         yield last
+    if cut := recipe.prepare.cut_report():
+        recipe.accelerator.print(f"{split} shards: {cut}")
     if bad := last["skipped"]:
         told = f"{bad} of {used + bad} samples; the last: {last['last_problem']}"
         recipe.accelerator.print(f"left out of the {split} shards: {told}")
@@ -290,6 +307,8 @@ def make_trainer(recipe: Recipe) -> Trainer:
     else:
         first = first_batch(recipe.everything(recipe.train_urls))
     recipe.micro_conds = first["micro_conds"].median(0).values.tolist()
+    if recipe.prepare:  # the captions of these stand for all
+        _tell_cut(recipe, first["text"])
     prompts = sample_prompts(config, first["text"])
     recipe.text_encoder(prompts)  # what cannot be drawn shows now
     draw = prompt_sheet(recipe.pipeline, prompts, config.training.seed)
@@ -305,6 +324,15 @@ def make_trainer(recipe: Recipe) -> Trainer:
         callbacks=callbacks,
     )
     return recipe.trainer
+
+
+def _tell_cut(recipe, captions):
+    "Says how many of some captions are longer than the text encoder reads."
+    cut = getattr(recipe.text_encoder, "texts_cut", 0)
+    recipe.text_encoder(captions)
+    if cut := getattr(recipe.text_encoder, "texts_cut", 0) - cut:
+        recipe.accelerator.print(f"{cut} of the first {len(captions)} captions are longer than the {recipe.text_encoder.max_seq_length} "
+                                 "tokens that the text encoder reads, and are cut")
 
 
 def fit(recipe: Recipe):

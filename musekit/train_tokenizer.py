@@ -23,7 +23,7 @@ from torch import nn
 from .data.digits import make_digits
 from .data.image_text import ImageTextConfig, ShardReader, make_loader
 from .data.metadata import IMAGE_EXTENSIONS, Sample
-from .data.packing import is_image, locate
+from .data.packing import Fields, check_colour, is_image, locate
 from .inspection import num_parameters
 from .stages import VQ_MODELS
 from .training.callbacks import Checkpoint, Evaluate, SampleImages
@@ -60,9 +60,15 @@ class ImageData(Section):
     resolution: int = setting(256, "side of the square that is cut out, in pixels", low=1)
     center_crop: bool = setting(False, "crop the middle in training; evaluation always does")
     random_flip: bool = setting(False, "mirror half of the training images")
+    background: str = setting("white", "colour behind transparent images")
+    image_field: Optional[str] = setting(None, "column of Parquet that holds images; null = the usual")
     shuffle_buffer_size: int = setting(1000, "images among which the next is drawn", low=1)
     num_workers: int = setting(0, "loader processes", low=0)
     max_bad_share: float = setting(0.1, "share of unreadable images that is still accepted", low=0, high=1)
+
+    def check(self, path):
+        super().check(path)
+        check_colour(f"{path}.background", self.background)
 
 
 @dataclass
@@ -95,7 +101,7 @@ GROUP = 256  # files that are read as one shard
 
 
 def find_images(
-    spec,  # "digits", a folder of images, or shards as `expand_urls` takes them
+    spec,  # "digits", a folder of images, or tars or Parquet files as `expand_urls` takes them
     work: str | Path,  # where the digits are written
     split: str = "train",  # or "test", of the digits
     base_dir: str | Path | None = None,  # where relative names are also looked for
@@ -262,6 +268,7 @@ def _reading(config):
         resolution=data.resolution, center_crop=data.center_crop, random_flip=data.random_flip,
         batch_size=config.training.batch_size, shuffle_buffer_size=data.shuffle_buffer_size,
         num_workers=data.num_workers, seed=config.training.seed, max_bad_share=data.max_bad_share,
+        captions=False, background=data.background, fields=Fields(data.image_field),
     )
 
 

@@ -6,15 +6,15 @@ import re
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class Hub(ThreadingHTTPServer):
     "Repositories as {id: {revision: {path: bytes}}}; `asked` lists the requests."
 
-    def __init__(self, repositories):
+    def __init__(self, repositories, kind="models"):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repositories, self.asked = repositories, []
+        self.repositories, self.kind, self.asked = repositories, kind, []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -27,13 +27,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
-        listed = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
-        wanted = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        listed = re.fullmatch(rf"/api/{self.server.kind}/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.*))?)?", path)
+        wanted = re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if listed:
             files = self.find(listed[1], listed[3] or "main")
             if files is not None:
                 whole = listed[2] != "tree"
-                self.answer(describe(listed[1], files) if whole else [describe_file(name, files[name]) for name in files])
+                deep = "recursive=true" in urlsplit(self.path).query.lower()
+                self.answer(describe(listed[1], files) if whole else list(describe_tree(files, listed[4] or "", deep)))
         elif wanted:
             self.send_file(wanted[1], wanted[2], wanted[3])
         else:
@@ -41,6 +42,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         path, body = unquote(self.path), self.rfile.read(int(self.headers["Content-Length"]))
+        asked_for = re.fullmatch(rf"/api/{self.server.kind}/([^/]+/[^/]+)/paths-info/([^/]+)", urlsplit(path).path)
         upload = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/([^/?]+)", urlsplit(path).path)
         if path == "/api/repos/create":
             asked = json.loads(body)
@@ -49,6 +51,10 @@ class Handler(BaseHTTPRequestHandler):
                 return self.answer({"error": "you may not create this"}, 403)
             self.server.repositories.setdefault(name, {"main": {}})
             self.answer({"name": name, "url": f"{self.server.url}/{name}"})
+        elif asked_for:
+            files = self.find(asked_for[1], asked_for[2])
+            if files is not None:
+                self.answer([each for name in parse_qs(body.decode())["paths"] for each in describe_path(name, files)])
         elif path == "/api/validate-yaml":
             self.answer({"errors": [], "warnings": []})
         elif upload and upload[2] == "preupload":
@@ -78,7 +84,12 @@ class Handler(BaseHTTPRequestHandler):
         if name not in files:
             return self.fail("EntryNotFound", sha(files))
         headers = {"X-Repo-Commit": sha(files), "ETag": f'"{hashlib.sha1(files[name]).hexdigest()}"'}
-        self.answer(files[name], **headers)
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if not part:
+            return self.answer(files[name], **headers)
+        first, last = int(part[1]), min(int(part[2] or len(files[name])), len(files[name]) - 1)
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(files[name])}"
+        self.answer(files[name][first:last + 1], 206, **headers)
 
     def answer(self, content, status=200, **headers):
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -101,15 +112,33 @@ def describe_file(name, content):
     return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
 
+def describe_tree(files, folder, deep):
+    "Files and folders in a folder, with `deep` those in its folders, too."
+    inside = [name for name in files if name.startswith(f"{folder}/" if folder else "")]
+    folders = {name.rsplit("/", depth)[0] for name in inside for depth in range(1, name.count("/") + 1)}
+    for name in sorted({*inside, *folders} - {folder}):
+        rest = name[len(folder) + 1 :] if folder else name
+        if name.startswith(f"{folder}/" if folder else "") and (deep or "/" not in rest):
+            yield from describe_path(name, files)
+
+
+def describe_path(name, files):
+    "A file, or a folder of files, or nothing."
+    if name in files:
+        yield describe_file(name, files[name])
+    elif any(file.startswith(f"{name}/") for file in files):
+        yield {"type": "directory", "path": name, "size": 0, "oid": "0" * 40}
+
+
 def describe(name, files):
     return {"id": name, "modelId": name, "sha": sha(files), "private": False, "tags": [], "downloads": 0, "likes": 0,
             "siblings": [{"rfilename": file} for file in files]}
 
 
 @contextmanager
-def serving(repositories):
-    "A running hub; it stops at the end of the block."
-    with running(Hub(repositories)) as hub:
+def serving(repositories, kind="models"):
+    "A running hub of models or of datasets; it stops at the end of the block."
+    with running(Hub(repositories, kind)) as hub:
         yield hub
 
 

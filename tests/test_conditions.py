@@ -308,7 +308,7 @@ def test_pictures_beside_a_table_of_metadata(place, tmp_path):
     pq.write_table(pa.table({"file_name": ["0.png", "1.png"]}), photos / "metadata.parquet")
     assert len(find_shards(str(photos), tmp_path / "work")) == 1
     assert len(find_images("photos", tmp_path / "work", base_dir=tmp_path)) == 2
-    with pytest.raises(ValueError, match="metadata.parquet was not written by encode_dataset"):
+    with pytest.raises(ValueError, match="holds pictures and no codes"):
         open_encoded(photos)
 
 

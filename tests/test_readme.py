@@ -128,6 +128,8 @@ def make_files(folder):
     make_photos(folder / "photos", 60)
     make_photos(folder / "ten_photos", 10)
     make_photos(folder / "held-out", 24)
+    for name in ("cat", "dog"):
+        make_photos(folder / "animals" / name, 20)
     make_shards(folder / "shards", count=100, each=1, width=5)
     make_shards(folder / "test", count=10, each=3, width=3)
     mask = Image.new("L", (32, 32))

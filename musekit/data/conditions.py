@@ -23,6 +23,7 @@ from transformers import (
     CLIPTokenizer, T5EncoderModel,
 )
 
+from .metadata import is_unicode
 from ..inspection import watched
 
 # %% ../../nbs/23_data.conditions.ipynb #5438106b
@@ -81,6 +82,7 @@ class TextEncoder(nn.Module):
         if not 2 <= self.max_seq_length <= longest:
             raise ValueError(f"max_seq_length={self.max_seq_length}: this model reads 2 to {longest}; set it")
         tokenizer.model_max_length = self.max_seq_length
+        self.texts_read, self.texts_cut = 0, 0  # cut: longer than max_seq_length, the rest unread
 
     @classmethod
     def from_pretrained(
@@ -127,8 +129,22 @@ class TextEncoder(nn.Module):
         return super().train(False)
 
     def tokenize(self, texts: list[str]) -> Tensor:
-        "Token ids (B, L) int64, every text padded or cut to `max_seq_length`."
-        return _token_ids(self.tokenizer, texts)
+        "Token ids (B, L) int64, every text padded or cut to `max_seq_length`; counts those that are cut."
+        texts = list(texts)
+        for text in texts:
+            if not is_unicode(text):
+                raise ValueError(f"the prompt {text!r} is not UTF-8; write it as UTF-8")
+        encoded = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+        self.texts_read += len(texts)
+        self.texts_cut += self._count_cut(texts, encoded.encodings)
+        return encoded.input_ids
+
+    def _count_cut(self, texts, encodings):
+        "How many texts are longer than what is read; tokenizers written in Python do not say so themselves."
+        if encodings is not None:
+            return sum(bool(each.overflowing) for each in encodings)
+        room = self.max_seq_length - self.tokenizer.num_special_tokens_to_add()
+        return sum(len(self.tokenizer.tokenize(text)) > room for text in texts)
 
     @torch.no_grad()
     def forward(self, texts: list[str]) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ class BatchEncoder:
         self.vq_model, self.text_encoder, self.device = vq_model, text_encoder, device
         self.split_vae_encode = split_vae_encode
         self.soft_code_temp, self.stochastic = soft_code_temp, stochastic
+        self.captions_read, self.captions_cut = 0, 0  # cut: longer than the text encoder reads
 
     def _codes(self, pixels):
         if self.soft_code_temp is None:
@@ -65,9 +66,19 @@ class BatchEncoder:
         codes = [self._codes(pixels.to(self.device)) for pixels in chunks]
         encoded = {name: torch.cat([code[name] for code in codes]) for name in codes[0]}
         if self.text_encoder is not None:
+            before = getattr(self.text_encoder, "texts_cut", 0)
             encoded |= self.text_encoder(batch["text"])
+            self.captions_read += len(batch["text"])
+            self.captions_cut += getattr(self.text_encoder, "texts_cut", 0) - before
         told = [name for name in ("micro_conds", "class_ids") if name in batch]
         return encoded | {name: batch[name].to(self.device) for name in told}
+
+    def cut_report(self) -> str:
+        "How many captions were longer than the text encoder reads, in words; nothing where none was."
+        if not self.captions_cut:
+            return ""
+        return (f"{self.captions_cut:,} of {self.captions_read:,} captions are longer than the "
+                f"{self.text_encoder.max_seq_length} tokens that the text encoder reads, and are cut")
 
     def unconditional(self, zeros: bool = False) -> dict[str, Tensor]:
         "The conditions of the empty prompt, without the batch dimension."

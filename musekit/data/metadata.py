@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['AESTHETIC_KEYS', 'WATERMARK_KEYS', 'PERSON_WORDS', 'IMAGE_EXTENSIONS', 'TEXT_EXTENSIONS', 'LAYOUTS',
            'present_numbers', 'aesthetic_score', 'micro_conditions', 'MetadataFilter', 'filter_report',
-           'plot_filter_report', 'clean_caption', 'Sample', 'read_metadata', 'read_sample', 'load_class_names']
+           'plot_filter_report', 'clean_caption', 'decode_text', 'Sample', 'field_text', 'is_unicode', 'read_metadata',
+           'class_number', 'read_sample', 'load_class_names']
 
 # %% ../../nbs/20_data.metadata.ipynb #4acf3dd5
 import json
@@ -26,17 +27,20 @@ def _lookup(metadata, path):
     return metadata
 
 
+def _number(value):
+    "A value as a float, None where it is no number; an integer beyond all floats is infinite."
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError):
+        return None
+
+
 def present_numbers(metadata: dict, paths: tuple[str, ...]) -> list[float]:
     "The finite numbers found at dotted `paths`; a missing, null, NaN or non-numeric value is left out."
-    numbers = []
-    for path in paths:
-        try:
-            number = float(_lookup(metadata, path))
-        except (TypeError, ValueError):
-            continue
-        if math.isfinite(number):
-            numbers.append(number)
-    return numbers
+    numbers = [_number(_lookup(metadata, path)) for path in paths]
+    return [number for number in numbers if number is not None and math.isfinite(number)]
 
 # %% ../../nbs/20_data.metadata.ipynb #fcc35d1c
 AESTHETIC_KEYS = (
@@ -49,13 +53,24 @@ def aesthetic_score(metadata: dict) -> float:
     return next(iter(present_numbers(metadata, AESTHETIC_KEYS)), 0.0)
 
 # %% ../../nbs/20_data.metadata.ipynb #9361cb18
+_LARGEST = 3.4028234663852886e38  # of float32
+
+
 def micro_conditions(
     metadata: dict,
     crop_top: int = 0,  # rows cut off above, in the resized image
     crop_left: int = 0,  # columns cut off on the left
     image_size: tuple[int, int] = (0, 0),  # (width, height) of the file, where no original size is known
 ) -> tuple[float, float, float, float, float]:
-    "Original width and height, crop top and left, aesthetic score (Podell 2023, SDXL, section 2.2)."
+    """Original width and height, crop top and left, aesthetic score (Podell 2023, SDXL, section 2.2).
+
+    A number that float32 cannot hold is a ValueError: it would make the loss of a whole batch NaN.
+    """
+    read = {path: _lookup(metadata, path) for path in ("original_width", "original_height", *AESTHETIC_KEYS)}
+    for name, value in {**read, "crop_top": crop_top, "crop_left": crop_left}.items():
+        number = _number(value)
+        if number is not None and not abs(number) <= _LARGEST:
+            raise ValueError(f"{name}={str(value)[:20]} in the metadata is not a finite number")
     width, height = (
         next(iter(present_numbers(metadata, (name,))), float(size))
         for name, size in zip(("original_width", "original_height"), image_size)
@@ -159,8 +174,19 @@ def clean_caption(caption: str, rng: random.Random) -> str:
     return re.sub("<person>", lambda match: rng.choice(PERSON_WORDS), caption)
 
 # %% ../../nbs/20_data.metadata.ipynb #9d6ad3ef
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jfif")
 TEXT_EXTENSIONS = ("text", "txt", "caption")
+
+
+def decode_text(
+    data: bytes,
+    name: str,  # of the file, for the message
+) -> str:
+    "A text in UTF-8 without its byte-order mark; a ValueError where it is not UTF-8."
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 (byte {error.start + 1}); save it as UTF-8") from error
 
 
 @dataclass
@@ -178,18 +204,44 @@ def _first_member(members, extensions, what):
     for extension in extensions:
         if extension in members:
             return members[extension]
-    found = ", ".join(sorted(name for name in members if not name.startswith("__"))) or "nothing"
+    names = sorted(name for name in members if not name.startswith("__"))
+    found = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") or "nothing"
     raise ValueError(f"no {what}: looked for {', '.join(extensions)}, found {found}")
 
 
 def _text(members):
     "The caption."
-    return _first_member(members, TEXT_EXTENSIONS, "caption").decode("utf-8")
+    return decode_text(_first_member(members, TEXT_EXTENSIONS, "caption"), "the caption")
+
+
+def field_text(
+    metadata: dict,
+    path: str,  # a key, or dotted keys of objects in objects
+) -> str:
+    "The text under a key of the metadata, of a list its first; a ValueError where there is none."
+    value = metadata[path] if path in metadata else _lookup(metadata, path)
+    value = value[0] if isinstance(value, list) and value else value
+    if not isinstance(value, str):
+        keys = ", ".join(map(str, list(metadata)[:10])) or "no key"
+        raise ValueError(f"no caption: the metadata has no text under {path!r}, it has {keys}")
+    if not is_unicode(value):
+        raise ValueError(f"the caption under {path!r} cannot be written as UTF-8")
+    return value
+
+
+def is_unicode(text: str) -> bool:
+    "Whether a text can be written as UTF-8; an argument or an escape in JSON may hold halves of characters."
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def read_metadata(members: dict[str, bytes]) -> dict:
     "What the JSON member holds, nothing where there is none; anything but an object is a ValueError."
-    metadata = json.loads(members.get("json", b"{}"))
+    try:
+        metadata = json.loads(members.get("json", b"{}"))
+    except UnicodeDecodeError as error:
+        raise ValueError("the json member is not UTF-8; save it as UTF-8") from error
+    except RecursionError as error:
+        raise ValueError("the json member is nested too deeply") from error
     if not isinstance(metadata, dict):
         raise ValueError(f"the json member must hold an object, not {type(metadata).__name__}")
     return metadata
@@ -215,11 +267,23 @@ def _read_clean(members, class_names, quarter=True):
 
 
 def _read_classification(members, class_names):
-    class_id = int(_first_member(members, ("cls",), "class"))
+    written = decode_text(_first_member(members, ("cls",), "class"), "the class").strip()
+    class_id = int(written) if written.lstrip("-").isdecimal() else class_number(written, class_names)
     if class_names is not None and class_id not in class_names:
         raise ValueError(f"class {class_id} is none of the {len(class_names)} known classes")
     name = str(class_id) if class_names is None else class_names[class_id]
     return Sample(_first_member(members, IMAGE_EXTENSIONS, "image"), name, read_metadata(members), class_id)
+
+
+def class_number(value, class_names: dict[int, str] | None = None) -> int:
+    "The number of a class, which may be given by its name; a ValueError where it is neither."
+    if isinstance(value, str):
+        named = [number for number, name in (class_names or {}).items() if name == value]
+        if len(named) == 1 or value.strip().isdecimal():
+            return named[0] if len(named) == 1 else int(value)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise ValueError(f"no class: {value!r} is neither a number nor the name of a class")
 
 
 LAYOUTS = {
@@ -236,9 +300,19 @@ def read_sample(
     layout: str = "image_text",  # a name in `LAYOUTS`
     class_names: dict[int, str] | None = None,  # for "classification": the text that stands for a class
     captions: bool = True,  # False: the text is empty, whether there is a caption or not
+    caption_field: str | None = None,  # the key of the metadata that holds the caption; None: a member of its own
+    class_field: str | None = None,  # the same of the class, a number or a name
 ) -> Sample:
     "Sorts the members of one sample; a missing, malformed or, of a caption, empty member is a ValueError."
-    sample = LAYOUTS[layout](members if captions else members | {TEXT_EXTENSIONS[0]: b""}, class_names)
+    if not captions:
+        members = members | {TEXT_EXTENSIONS[0]: b""}
+    elif caption_field and layout != "classification":
+        text = field_text(read_metadata(members), caption_field)
+        members = members | {TEXT_EXTENSIONS[0]: text.encode()}
+    if class_field and layout == "classification":
+        number = class_number(_lookup(read_metadata(members), class_field), class_names)
+        members = members | {"cls": str(number).encode()}
+    sample = LAYOUTS[layout](members, class_names)
     if captions and not sample.text.strip():
         raise ValueError("the caption is empty")
     return sample
@@ -249,7 +323,7 @@ def load_class_names(path) -> dict[int, str]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is no file; give a JSON file with a list or an object of class names")
     try:
-        names = json.loads(Path(path).read_text(encoding="utf-8"))
+        names = json.loads(decode_text(Path(path).read_bytes(), str(path)))
         if not isinstance(names, dict | list):
             raise TypeError(f"not {type(names).__name__}")
         pairs = list(names.items() if isinstance(names, dict) else enumerate(names))

@@ -127,7 +127,7 @@ def shard_names(urls: list[str]) -> dict[str, str]:  # url by name
     "What the output of each shard is called; two of the same name are a ValueError."
     names = {}
     for url in urls:
-        found = re.findall(r"([^/\s]+?)\.tar", url)
+        found = re.findall(r"([^/\s]+?)\.(?:tar|tgz|parquet)", url)
         name = found[-1] if found else hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
         if names.setdefault(name, url) != url or name == MANIFEST.partition(".")[0]:
             told = f"{url} and {names[name]} would both be called {name}"
@@ -166,6 +166,7 @@ class Counts:
     samples: int = 0
     filtered: int = 0  # by the metadata filter
     skipped: int = 0  # that could not be used
+    cut: int = 0  # captions that are longer than the text encoder reads
     last_problem: str = ""
 
 
@@ -179,8 +180,8 @@ class Totals(Counts):
     def add(self, record: dict):
         "Counts one shard."
         self.shards += 1
-        for name in ("samples", "filtered", "skipped"):
-            setattr(self, name, getattr(self, name) + record[name])
+        for name in ("samples", "filtered", "skipped", "cut"):
+            setattr(self, name, getattr(self, name) + record.get(name, 0))
         self.last_problem = record["last_problem"] or self.last_problem
 
     def check(self, max_bad_share: float, at_least: int = 0):
@@ -194,7 +195,9 @@ class Totals(Counts):
     def __str__(self):
         told = f"{self.samples:,} samples of {self.shards} shards ({self.already} of them encoded before)"
         left_out = f"left out: {self.filtered:,} by the filter, {self.skipped:,} unusable"
-        return f"{told}; {left_out}" + (f", the last: {self.last_problem}" if self.last_problem else "")
+        left_out += f", the last: {self.last_problem}" if self.last_problem else ""
+        cut = f"; {self.cut:,} captions are longer than the text encoder reads, and are cut" if self.cut else ""
+        return f"{told}; {left_out}{cut}"
 
 # %% ../../nbs/29_data.pre_encoded.ipynb #c3b711f3
 def _read_folder(folder):

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from .encoded import BatchEncoder
 from .image_text import ImageTextConfig, ShardReader, make_loader
-from .metadata import micro_conditions, read_metadata
+from .metadata import decode_text, micro_conditions, read_metadata
 from .packing import write_tars
 from ..files import write_aside
 
@@ -160,7 +160,8 @@ class TokenReader(ShardReader):
             if name not in members:
                 found = ", ".join(sorted(member for member in members if not member.startswith("__")))
                 raise ValueError(f"no member {name}, found {found}")
-        text, class_id = members.get("txt", b"").decode(), int(members["cls"]) if "cls" in members else None
+        text = decode_text(members.get("txt", b""), "the caption")
+        class_id = int(members["cls"]) if "cls" in members else None
         known = self.config.class_names
         if None not in (known, class_id) and class_id not in known:
             raise ValueError(f"class {class_id} is none of the {len(known)} known classes")
@@ -186,12 +187,12 @@ class TokenReader(ShardReader):
         "The sample's tensors, or None, counted, when they are no plain tensors of the right shape."
         try:
             tensors = self._tensors(sample)
+            crop = sample.metadata.get("crop_top", 0), sample.metadata.get("crop_left", 0)
+            tensors["micro_conds"] = torch.tensor(micro_conditions(sample.metadata, *crop))
         except _MALFORMED as error:
             self.skip(key, error)
             return None
         self.seen += 1
-        crop = sample.metadata.get("crop_top", 0), sample.metadata.get("crop_left", 0)
-        tensors["micro_conds"] = torch.tensor(micro_conditions(sample.metadata, *crop))
         if sample.class_id is not None:
             tensors["class_ids"] = torch.tensor(sample.class_id)
         wide = lambda tensor: tensor.to(self.dtype) if tensor.is_floating_point() else tensor

@@ -9,7 +9,6 @@ __all__ = ['code_tiles', 'encode_all', 'plot_code', 'browse_codebook', 'TarShard
 # %% ../../nbs/76_lab.browsers.ipynb #b08d2008
 import base64
 import html
-import io
 import json
 import tarfile
 from collections import Counter
@@ -22,10 +21,11 @@ import pyarrow.parquet as pq
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 
 from ..data.metadata import LAYOUTS, read_sample
+from ..data.packing import is_data, open_picture
 from ..data.pictures import image_grid, to_images
 from .panel import Closing, Panel, slider
 
@@ -131,7 +131,7 @@ class TarShard:
         self.path, self.layout, self.places = Path(path), layout, {}
         with tarfile.open(self.path) as tar:
             for member in tar:
-                if member.isfile():
+                if member.isfile() and is_data(member.name):
                     folder, _, name = member.name.rpartition("/")
                     stem, _, extension = name.partition(".")
                     key = f"{folder}/{stem}" if folder else stem
@@ -190,7 +190,7 @@ class ParquetShard:
         return {"key": f"row {number}", "picture": picture, "text": text, "facts": facts}
 
 
-_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
+_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x1cftypavif", b"\0\0\0 ftypavif")
 
 
 def _bytes(value):
@@ -241,10 +241,11 @@ def _decode(data):
     if data is None:
         return None, ""
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB"), ""
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        told = "not in a known format" if isinstance(error, UnidentifiedImageError) else error
-        return None, f"unreadable picture of {len(data):,} bytes: {told}"
+        picture = open_picture(data)
+    except ValueError as error:
+        return None, f"unreadable picture of {len(data):,} bytes: {error}"
+    width, height = picture.size
+    return picture.crop((0, 0, min(width, 16 * height), min(height, 16 * width))), ""  # of a long strip its beginning
 
 
 def plot_samples(samples: list[dict],  # of `search_shard`

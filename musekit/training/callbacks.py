@@ -19,6 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
 
+from ..data.metadata import decode_text
 from ..data.pictures import image_grid, inpainting_grid, read_inpainting
 from musekit.diagnostics import (
     bucket_sums, diagnose, mask_bucket, plot_token_probabilities, token_probability_histogram,
@@ -129,7 +130,8 @@ def read_prompts(path: str | Path) -> list[str]:
     "The lines of a text file that are not empty."
     if not Path(path).is_file():
         raise FileNotFoundError(f"dataset.params.validation_prompts_file={path} does not exist.")
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    text = decode_text(Path(path).read_bytes(), f"dataset.params.validation_prompts_file={path}")
+    lines = [line.strip() for line in text.splitlines()]
     if not any(lines):
         raise ValueError(f"dataset.params.validation_prompts_file={path} holds no prompt; write one a line.")
     return [line for line in lines if line]
@@ -167,10 +169,10 @@ def prompt_sheet(make_pipeline: Callable, prompts: list[str], seed: int) -> Call
 
 def inpainting_sheet(make_pipeline: Callable, config: Config) -> Callable | None:
     "What `SampleImages` draws: the pictures of `dataset.params.inpainting_folder`, filled; None without one."
-    folder, side = config.dataset.params.inpainting_folder, config.dataset.preprocessing.resolution
+    folder, pixels = config.dataset.params.inpainting_folder, config.dataset.preprocessing
     if folder is None:
         return None
-    examples, seed = read_inpainting(folder, side), config.training.seed
+    examples, seed = read_inpainting(folder, pixels.resolution, pixels.background), config.training.seed
 
     def sample(model, step):
         fill = make_pipeline(model).inpaint

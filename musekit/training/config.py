@@ -225,11 +225,14 @@ def reads_pooled(config: Config) -> bool:
 
 # %% ../../nbs/31_training.config.ipynb #a0eed9f4
 def class_names(config: Config) -> dict[int, str] | None:
-    "The names of the classes from the file that the configuration has; None without one."
+    "The names of the classes, from the file that the configuration has or in itself; None without."
     path = config.dataset.params.imagenet_class_mapping_path
     if path and not Path(path).is_file():
         raise FileNotFoundError(f"dataset.params.imagenet_class_mapping_path={path} does not exist.")
-    return load_class_names(path) if path else None
+    if path:
+        return load_class_names(path)
+    names = config.dataset.params.class_names
+    return dict(enumerate(names)) if names else None
 
 
 def known_classes(config: Config) -> int | None:
@@ -245,9 +248,14 @@ def known_classes(config: Config) -> int | None:
 def num_classes(config: Config) -> int:
     "How many classes the transformer of a run is told apart."
     count = known_classes(config)
+    names = class_names(config)
+    if names and isinstance(count, int) and count <= max(names):
+        raise ValueError(f"the model tells {count} classes apart, and the data have {max(names) + 1}, such as {names[max(names)]!r}; "
+                         "see model.transformer.num_classes and dataset.params.class_names.")
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"model.transformer.num_classes={count} must say how many classes there are: one "
-                         "more than the largest number in the data's cls members, such as 1000.")
+                         "more than the largest number in the data's cls members, such as 1000. Of class folders "
+                         "it is found out.")
     return count
 
 # %% ../../nbs/31_training.config.ipynb #a75dc076
@@ -283,8 +291,9 @@ def check_conditions(config: Config):
                          "dataset.params.imagenet_class_mapping_path to names of the classes, or it to null.")
     if kind != "text" and not config.training.use_empty_embeds_for_uncond:
         raise ValueError("training.use_empty_embeds_for_uncond=false makes zeros of a text, and there is none.")
-    if config.dataset.type == "text2image" and config.dataset.params.imagenet_class_mapping_path:
-        raise ValueError("dataset.params.imagenet_class_mapping_path needs dataset.type=classification.")
+    for name in ("imagenet_class_mapping_path", "class_names", "class_field"):
+        if config.dataset.type == "text2image" and getattr(config.dataset.params, name):
+            raise ValueError(f"dataset.params.{name} needs dataset.type=classification.")
     if kind == "class":
         num_classes(config)
 

@@ -9,12 +9,14 @@ __all__ = ['SCHEDULERS', 'setting', 'Section', 'Run', 'Experiment', 'WandB', 'VQ
 
 # %% ../../nbs/30_training.schema.ipynb #740e65e8
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
 from omegaconf import MISSING
 
+from ..data.packing import check_colour
 from ..schedules import get_schedule
 
 # %% ../../nbs/30_training.schema.ipynb #2be7bae8
@@ -47,6 +49,7 @@ class Section:
             if isinstance(value, Section):
                 value.check(name)
             elif value is not None:
+                _check_finite(name, value)
                 limits = {k: v for k, v in key.metadata.items() if k != "meaning"}
                 for fault in filter(None, (_fault(v, **limits) for v in _each(value) if limits)):
                     raise ValueError(f"{name}={value!r} cannot be: {fault}.")
@@ -54,6 +57,18 @@ class Section:
 
 def _each(value):
     return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _check_finite(name, value):
+    "Raises for a number that is not finite, in lists and dictionaries too: no setting means anything then."
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_finite(f"{name}.{key}", inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            _check_finite(name, inner)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}={value} cannot be: it must be a finite number.")
 
 # %% ../../nbs/30_training.schema.ipynb #b759df84
 def _every(default, what):
@@ -184,6 +199,10 @@ class DatasetParams(Section):
     is_ds_clean: bool = setting(False, "2x2 sheets")
     is_ds_clean_upscaled: bool = setting(False, "upscaled single images")
     imagenet_class_mapping_path: Optional[str] = setting(None, "JSON from class ids to names")
+    class_names: Optional[list[str]] = setting(None, "names of the classes by number; null = as the data say")
+    image_field: Optional[str] = setting(None, "column of Parquet or of a table that holds images; null = the usual")
+    caption_field: Optional[str] = setting(None, "column, or key of the JSON, that holds captions; null = the usual")
+    class_field: Optional[str] = setting(None, "the same for classes; null = the usual, or the folder")
 
     def check(self, path):
         super().check(path)
@@ -191,6 +210,8 @@ class DatasetParams(Section):
             value = getattr(self, key)
             if value is not None and not all(isinstance(v, str) for v in _each(value)):
                 raise ValueError(f"{path}.{key}={value!r} must be a text or a list of texts.")
+        if self.class_names is not None and len(set(self.class_names)) != len(self.class_names or [""]):
+            raise ValueError(f"{path}.class_names={self.class_names} must be different names, one at least.")
 
 
 @dataclass
@@ -199,7 +220,12 @@ class Preprocessing(Section):
     resolution: int = setting(256, "pixels of the shorter side", low=1)
     center_crop: bool = setting(False, "crop the middle in training; evaluation always does")
     random_flip: bool = setting(False, "mirror half of the training images")
+    background: str = setting("white", "colour behind transparent images")
     max_seq_length: int = setting(77, "text tokens of a prompt", low=2)
+
+    def check(self, path):
+        super().check(path)
+        check_colour(f"{path}.background", self.background)
 
 
 @dataclass
@@ -334,7 +360,8 @@ class Config(Section):
     SAME_RUN = (  # what a run is, and cannot change on the way
         "model.vq_model.", "model.text_encoder.", "model.transformer", "model.architecture", "model.lora.",
         "dataset.type", "dataset.params.train_shards_path_or_url", "dataset.params.is_",
-        "dataset.params.imagenet_class_mapping_path", "dataset.preprocessing.", "training.seed",
+        "dataset.params.imagenet_class_mapping_path", "dataset.params.class_", "dataset.params.image_field",
+        "dataset.params.caption_field", "dataset.preprocessing.", "training.seed",
         "training.batch_size", "training.encode_first", "training.pre_encode",
     )
     experiment: Experiment = field(default_factory=Experiment)
