@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 WORKERS ?= 2
+# JupyterLab refuses root, which one is in a container, unless this is said.
+AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .PHONY: help setup demo test test-lab lab readme clean
 
@@ -22,7 +24,7 @@ demo: $(STAMP) ## train on real handwriting and draw from unseen prompts (about 
 	$(BIN)/musekit demo $(ARGS)
 
 lab: $(STAMP) ## open JupyterLab on the notebooks
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab nbs $(AS_ROOT) $(ARGS)
 
 readme: $(STAMP) ## make README.md from nbs/index.ipynb
 	$(BIN)/python tests/readme.py --write

@@ -46,8 +46,8 @@ def _add_demo(commands):
         "demo", help="train on real handwriting, draw unseen prompts, score the result",
         description="Trains an image tokenizer, a text encoder and a masked generative transformer on 1,797 "
         "real handwritten digits in many colours, draws held-out prompts, and has a classifier of real "
-        "digits judge them. About ten minutes on two cores; no network. A run that was stopped goes on when "
-        "called again.",
+        "digits judge them. About ten minutes on two cores; no network. The same command goes on with a run "
+        "that was stopped.",
         epilog="Writes samples.png, decoding.png, training.png, stages.png, confusion.png, results.json and "
         "pipeline/ (for musekit generate) into the folder.",
     )
@@ -92,31 +92,51 @@ def _add_configured(parser, run, check=True):
     add = parser.add_argument
     add("arguments", nargs="*", metavar="CONFIG.yaml | KEY=VALUE", help="configuration files, then settings")
     if check:
-        add("--check", action="store_true", help="check and print the configuration, then stop")
+        add("--check", action="store_true", help="check settings and data, print them, and stop")
+    add("--no-data", action="store_true", help="check the settings alone" + ", with --check" * check)
     parser.set_defaults(run=run, words="arguments")
 
 
 def _check(options):
-    from musekit.check import memory_report
+    from musekit.check import data_report, memory_report
     from musekit.train import configure
     from musekit.training.config import describe
     from musekit.training.optim import check_library
 
     quiet()
-    config = configure(*_files_and_settings("check", options.arguments))
-    print(describe(config), memory_report(config), sep="\n\n")
+    paths, settings = _files_and_settings("check", options.arguments)
+    config = configure(paths, settings)
+    print(describe(config), memory_report(config), sep="\n\n", end="\n\n")
     try:
         check_library(config)
     except ValueError as error:
         say(f"warning: {error}")
+    _look(options, lambda: data_report(config, _beside(paths)))
+
+
+def _look(options, make_report):
+    "Prints what the data are; where they cannot be used, that is the error, and the rest was fine."
+    if options.no_data:
+        return
+    try:
+        print(*(f"data {report}" for report in make_report()), sep="\n")
+    except (ValueError, OSError) as error:
+        kind = ValueError if isinstance(error, ValueError) else OSError
+        raise kind(f"the settings can be used, the data cannot: {error} (--no-data leaves the data out)") from error
 
 
 def _add_check(commands):
     parser = commands.add_parser(
-        "check", help="check a configuration, and tell parameters and memory",
-        description="Checks what musekit train would be given, and prints every key with its value and "
-        "meaning, the parameters of the networks, and the memory of training and drawing. Nothing is trained, "
-        "fetched or written, and nothing large is built. The same as musekit train --check.",
+        "check", help="check a configuration and its data, and estimate parameters and memory",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Checks what musekit train would be given. Prints every key with its value and meaning, the\n"
+        "parameters of the networks, and the memory of training and of drawing; then finds the data,\n"
+        "counts them and decodes a first batch. Nothing is trained or written, nothing large is built, and of\n"
+        "data on the network only the first batch is read. The same as musekit train --check.",
+        epilog="examples:\n"
+        "  musekit check data=photos/\n"
+        "  musekit check run.yaml training.batch_size=64\n"
+        "  musekit check run.yaml --no-data          # where the data are not at hand",
     )
     _add_configured(parser, _check, check=False)
 
@@ -134,10 +154,10 @@ def _train(options):
         return _stopped(recipe.trainer, *_resumed("train", options.arguments))
     if recipe.accelerator.is_main_process:
         model = shlex.quote(str(recipe.folder / "pipeline"))
-        told = {"class": "0 ", "nothing": ""}.get(condition_of(recipe.config), '"a prompt" ')
+        prompt = {"class": "0 ", "nothing": ""}.get(condition_of(recipe.config), '"a prompt" ')
         if not (recipe.folder / "pipeline").is_dir():  # of encoded data, without the networks that draw
             return
-        print(f"model in {model}; draw with it: musekit generate {told}--model {model}")
+        print(f"model in {model}; draw with it: musekit generate {prompt}--model {model}")
 
 
 def _add_train(commands):
@@ -147,19 +167,22 @@ def _add_train(commands):
         description="Trains a masked generative transformer, and the tokenizer and text encoder it needs\n"
         "unless the configuration names trained ones.",
         epilog="examples:\n"
-        "  musekit train data=photos/                      images, texts beside them (cat.jpg, cat.txt)\n"
-        "  musekit train 'data=shards/{00000..00099}.tar'  webdataset shards of image, text and json\n"
-        "  musekit train run.yaml training.batch_size=32   a configuration file and changes to it\n"
-        "  musekit train small mine.yaml                   a file with what differs from the small model\n"
-        "  musekit train run.yaml experiment.resume_from_checkpoint=latest\n"
-        "  musekit train data=photos/ model.pretrained_model_path=runs/demo/pipeline model.lora.rank=8\n"
-        "                                                  teach a trained model by low-rank updates\n"
-        "  accelerate launch -m musekit train run.yaml     on every GPU of this machine\n"
-        "  ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m musekit train run.yaml\n"
-        "                                                  in two processes without a GPU\n\n"
-        "Without a file, the small 32-pixel model of the demo is trained, into runs/small unless\n"
-        "experiment.output_dir=FOLDER is given. --check lists every key, its\n"
-        "value and meaning, and what the networks take.",
+        "  musekit train data=photos/                # images, each with a text beside it (cat.jpg, cat.txt)\n"
+        "  musekit train 'data=shards/{00000..00099}.tar' experiment.output_dir=runs/shards\n"
+        "                                            # webdataset shards of image, text and json\n"
+        "  musekit train run.yaml                    # a configuration file, such as the README's\n"
+        "  musekit train run.yaml training.batch_size=32 experiment.output_dir=runs/other  # and changes to it\n"
+        "  musekit train small mine.yaml             # a file with what differs from the small model\n"
+        "  musekit train data=photos/ model.pretrained_model_path=runs/demo/pipeline model.lora.rank=8 \\\n"
+        "      experiment.output_dir=runs/tuned      # low-rank updates of a trained model\n"
+        "  accelerate launch -m musekit train run.yaml  # on every GPU of this machine\n"
+        "  ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m musekit train run.yaml \\\n"
+        "      experiment.output_dir=runs/two        # in two processes without a GPU\n\n"
+        "Without a file, the small 32-pixel model of the demo is trained, into runs/small. A folder holds one\n"
+        "run: experiment.output_dir=FOLDER starts another one. A run that was stopped goes on with the same\n"
+        "command where experiment.resume_from_checkpoint is latest, as in the small model. --check prints every\n"
+        "key with its value and meaning, the memory of the networks, and what the data are.\n"
+        "MUSEKIT_REHEARSAL=1 before a command runs all its stages in a few steps.",
     )
     _add_configured(parser, _train)
 
@@ -173,17 +196,29 @@ def _train_tokenizer(options):
     paths, settings = _files_and_settings("train-tokenizer", options.arguments)
     config = configure_tokenizer(paths, settings)
     if options.check:
-        print(describe_tokenizer(config))
-        return
+        from musekit.check import tokenizer_data_report
+
+        print(describe_tokenizer(config), end="\n\n")
+        return _look(options, lambda: tokenizer_data_report(config, _beside(paths)))
     trainer = train_tokenizer(config, base_dir=_beside(paths))
     if trainer.stop:
         return _stopped(trainer, *_resumed("train-tokenizer", options.arguments))
     if trainer.accelerator.is_main_process:
-        folder, model = shlex.quote(str(trainer.output_dir)), config.model
-        print(describe_report(final_report(trainer.output_dir)))
-        print(f"model in {folder}, looks in {folder}/reconstructions.png; train with it: musekit train "
-              f"data=... model.vq_model.type={model.type} model.vq_model.pretrained={folder} "
-              f"dataset.preprocessing.resolution={config.dataset.resolution}")
+        folder = trainer.output_dir
+        print(describe_report(final_report(folder)))
+        print(f"model in {folder}, pictures in {folder}/reconstructions.png; train with it, on pictures with "
+              f"captions: {_train_with_tokenizer(config, folder)}")
+
+
+def _train_with_tokenizer(config, folder):
+    "The command that trains the small model on the same pictures with a trained tokenizer."
+    path = config.dataset.path
+    data = path if isinstance(path, str) else f"[{','.join(path)}]"
+    return shlex.join([
+        "musekit", "train", f"data={data}", f"model.vq_model.type={config.model.type}",
+        f"model.vq_model.pretrained={folder}", f"dataset.preprocessing.resolution={config.dataset.resolution}",
+        f"experiment.output_dir={folder}-model",
+    ])
 
 
 def _add_train_tokenizer(commands):
@@ -193,17 +228,23 @@ def _add_train_tokenizer(commands):
         description="Trains an image tokenizer on a folder of images or on tar shards, without captions.\n"
         "Holds out some images, and reports on them at the end: errors, codes used, perplexity.",
         epilog="examples:\n"
-        "  musekit train-tokenizer data=photos/               all images of a folder and its subfolders\n"
-        "  musekit train-tokenizer data=photos/ dataset.resolution=128 training.max_train_steps=20000\n"
-        "  musekit train-tokenizer data=photos/ model.type=paella_vq model.params.codebook_size=4096\n"
-        "  musekit train-tokenizer data=photos/ loss.perceptual=1 loss.perceptual_network=vgg16.pth\n"
-        "  musekit train-tokenizer data=photos/ loss.adversarial=0.8 loss.adversarial_start=1000\n"
-        "  musekit train-tokenizer data=photos/ model.pretrained=runs/tokenizer       train it further\n"
-        "  musekit train-tokenizer run.yaml experiment.resume_from_checkpoint=latest\n"
-        "  accelerate launch -m musekit train-tokenizer run.yaml      on every GPU of this machine\n\n"
-        "Without a file, a small tokenizer of 64x64 pixels is trained. The folder of the run gets the\n"
-        "model, log.jsonl, samples/, reconstructions.png and report.json. --check lists every key, its\n"
-        "value and meaning.",
+        "  musekit train-tokenizer data=photos/      # all images of a folder and its subfolders\n"
+        "  musekit train-tokenizer data=photos/ dataset.resolution=128 training.max_train_steps=20000 \\\n"
+        "      experiment.output_dir=runs/tokenizer-128\n"
+        "  musekit train-tokenizer data=photos/ model.type=paella_vq model.params.codebook_size=4096 \\\n"
+        "      experiment.output_dir=runs/tokenizer-paella\n"
+        "  musekit train-tokenizer data=photos/ loss.perceptual=1 loss.perceptual_network=vgg16.pth \\\n"
+        "      experiment.output_dir=runs/tokenizer-perceptual\n"
+        "  musekit train-tokenizer data=photos/ loss.adversarial=0.8 loss.adversarial_start=1000 \\\n"
+        "      experiment.output_dir=runs/tokenizer-adversarial\n"
+        "  musekit train-tokenizer data=photos/ model.pretrained=runs/tokenizer \\\n"
+        "      experiment.output_dir=runs/tokenizer-further  # train it further\n"
+        "  musekit train-tokenizer small tokenizer.yaml      # a file with what differs from the small tokenizer\n"
+        "  accelerate launch -m musekit train-tokenizer small tokenizer.yaml  # on every GPU of this machine\n\n"
+        "Without a file, a small tokenizer of 64x64 pixels is trained, into runs/tokenizer. The folder of the\n"
+        "run gets the model, log.jsonl, samples/, reconstructions.png and report.json. A folder holds one run,\n"
+        "and the same command goes on with one that was stopped. --check prints every key with its value and\n"
+        "meaning, and what the data are.",
     )
     _add_configured(parser, _train_tokenizer)
 
@@ -213,26 +254,39 @@ def _encode(options):
 
     quiet()
     paths, settings = _files_and_settings("encode", options.arguments)
+    config = configure_encoding(paths, settings)
     wanted = EncodeOptions(options.out, options.format, options.state_dtype, options.workers)
-    totals = encode_shards(configure_encoding(paths, settings), wanted, base_dir=_beside(paths))
+    totals = encode_shards(config, wanted, base_dir=_beside(paths))
     print(totals)
-    print(f"codes in {options.out}; train on them: musekit train ... data={options.out} training.pre_encode=true")
+    print(f"codes in {options.out}; train on them: {_train_on_codes(paths, settings, config, options.out)}")
+
+
+def _train_on_codes(paths, settings, config, out):
+    "The command that trains on the codes of a configuration, in a folder of its own."
+    replaced = ("data=", "dataset.params.train_shards_path_or_url=", "dataset.params.eval_shards_path_or_url=",
+                "experiment.output_dir=", "training.pre_encode=")
+    kept = [setting for setting in settings if not setting.startswith(replaced)]
+    new = [f"data={out}", "training.pre_encode=true", f"experiment.output_dir={config.experiment.output_dir}-codes"]
+    if config.dataset.params.eval_shards_path_or_url:
+        new.append("dataset.params.eval_shards_path_or_url=null")
+    return shlex.join(["musekit", "train", *(paths or ()), *kept, *new])
 
 
 def _add_encode(commands):
     parser = commands.add_parser(
         "encode", help="turn images and captions into tokens and text states, once for all epochs",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Encodes the shards of a training configuration with its two trained networks, one output a\n"
-        "shard. A job that was stopped goes on when called again; a finished shard is left alone.",
+        description="Encodes the data of a training configuration with its two trained networks, one output a shard.\n"
+        "The same command goes on with a job that was stopped; a finished shard is left alone.",
         epilog="examples:\n"
-        "  musekit encode run.yaml 'data=shards/{00000..00099}.tar' --out codes/\n"
-        "  musekit encode run.yaml data=shards/ --out codes/ --format tar --workers 8\n"
-        "  torchrun --nproc-per-node 8 -m musekit encode run.yaml data=shards/ --out codes/\n"
-        "                                                  each process takes every eighth shard, on its GPU\n"
+        "  musekit encode run.yaml --out codes/\n"
+        "  musekit encode run.yaml 'data=shards/{00000..00099}.tar' --out shards-codes/ --format tar --workers 2\n"
         "  musekit encode small data=photos/ model.vq_model.pretrained=runs/small/vq_model \\\n"
-        "      model.text_encoder.pretrained=runs/small/clip --out codes/\n"
-        "  musekit train run.yaml data=codes/ training.pre_encode=true\n\n"
+        "      model.text_encoder.pretrained=runs/small/clip --out small-codes/\n"
+        "  torchrun --nproc-per-node 2 -m musekit encode run.yaml data=shards/ --out more-codes/\n"
+        "                                            # one process a GPU, each with its share of the shards\n"
+        "  musekit train run.yaml data=codes/ training.pre_encode=true experiment.output_dir=runs/photos-codes\n\n"
+        "The two networks are those of model.vq_model.pretrained and model.text_encoder.pretrained.\n"
         "dataset.params.num_workers threads decode pictures ahead. Pictures are cropped at the centre.",
     )
     add = parser.add_argument
@@ -256,8 +310,11 @@ def _push(options):
 def _add_push(commands):
     parser = commands.add_parser(
         "push", help="upload a trained model to the Hugging Face hub",
-        description="Uploads a model or a pipeline, of a run the pipeline, to the Hugging Face hub, with a page "
-        "that tells its sizes, its training and how to load it. Needs a token: hf auth login.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Uploads a model or a pipeline, of a run the pipeline, to the Hugging Face hub, with a page\n"
+        "of its sizes, its training and how to load it. Needs a token that may write: hf auth login.",
+        epilog="examples:\n"
+        "  musekit push runs/demo your-name/handwriting --license apache-2.0 --private",
     )
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="of a run, a pipeline or a model, such as runs/demo")
@@ -271,8 +328,14 @@ def make_parser() -> argparse.ArgumentParser:
     "The parser of the `musekit` command."
     parser = _Parser(
         prog="musekit", description="Train masked generative transformers and draw images with them.",
-        epilog="Begin with `musekit demo`. Every command explains itself: musekit train --help. "
-        "Text for language models is the work of another command: musekit-shards --help.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="first steps:\n"
+        "  musekit demo                              # a model of handwritten digits, in ten minutes\n"
+        "  musekit generate \"a blue three on yellow paper\"\n"
+        "  musekit train data=photos/                # your images, each with a text file beside it\n"
+        "  musekit generate \"a prompt\" --model runs/small/pipeline\n\n"
+        "Every command explains itself: musekit train --help. MUSEKIT_REHEARSAL=1 before a command runs it in a\n"
+        "few steps, to see whether all goes well. Public text for language models: musekit-shards --help.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")

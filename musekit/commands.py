@@ -309,8 +309,11 @@ def add_inpaint(commands):
 # %% ../nbs/68_commands.ipynb #85f9030d
 def _evaluate(options):
     from musekit.quality import QualityConfig, describe_quality, evaluate_pipeline
+    from musekit.training.config import is_rehearsal
 
     quiet()
+    if is_rehearsal():
+        options.samples = min(options.samples, 20)
     if options.out and os.path.splitext(options.out)[1] != ".json":
         raise ValueError(f"--out {options.out} gets the numbers as JSON; call it .json")
     if options.out:
@@ -336,15 +339,13 @@ def add_evaluate(commands):
     parser = commands.add_parser(
         "evaluate", help="compare a model's images with real ones",
         formatter_class=RawDescriptionHelpFormatter,
-        description="Draws images for the captions of real images, or for prompts of a file, and tells\n"
+        description="Draws images for the captions of real images, or for prompts of a file, and computes\n"
         "Fréchet and kernel distance, precision, recall, the agreement with the prompts, and the Inception score.",
         epilog="examples:\n"
         "  musekit evaluate runs/demo data=digits\n"
-        "  musekit evaluate runs/mine data=held-out/\n"
-        "      --features inception=pt_inception-2015-12-05-6726825d.pth\n"
-        "  musekit evaluate runs/mine 'data=test/{000..009}.tar'\n"
-        "      --features clip=openai/clip-vit-base-patch32 --statistics test.safetensors\n"
-        "      --samples 10000 --out evaluation.json",
+        "  musekit evaluate runs/small data=held-out/ --features inception=pt_inception-2015-12-05-6726825d.pth\n"
+        "  musekit evaluate runs/small 'data=test/{000..009}.tar' --features clip=openai/clip-vit-base-patch32 \\\n"
+        "      --statistics test.safetensors --samples 10000 --out evaluation.json",
     )
     add, whole = parser.add_argument, number_between(1)
     add("model", metavar="MODEL", help="folder of a run or a pipeline, or hub id")
@@ -380,9 +381,13 @@ def _plot(options):
 def add_plot(commands):
     parser = commands.add_parser(
         "plot", help="draw the figures of a run, or compare runs",
-        description="Draws what a run has logged: losses, learning rate, speed, evaluations, diagnostics, "
-        "gradients, sample images over time. The run may go on meanwhile. Several runs are drawn into the "
-        "same axes. For runs of musekit train and of musekit train-tokenizer.",
+        formatter_class=RawDescriptionHelpFormatter,
+        description="Draws what a run has logged: losses, learning rate, speed, evaluations, diagnostics,\n"
+        "gradients, sample images over time, also while the run goes on. Several runs share the axes.\n"
+        "For runs of musekit train and of musekit train-tokenizer.",
+        epilog="examples:\n"
+        "  musekit plot runs/demo\n"
+        "  musekit plot runs/small runs/shards --out comparison/",
     )
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a run, such as runs/demo")

@@ -9,6 +9,7 @@ __all__ = ['judge_prompts', 'show_samples', 'draw_pictures', 'peak_memory_gb', '
 # %% ../nbs/46_demo.ipynb #e2791937
 import json
 import resource
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ from .hub import write_card
 from .pipeline import Pipeline
 from .stages import plot_stages
 from .train import Recipe, configure, train
-from .training.config import Config
+from .training.config import Config, is_rehearsal
 from .training.history import plot_run
 from .training.resume import latest_checkpoint
 from .training.reconstruction import codebook_report
@@ -106,7 +107,8 @@ def report(folder: str | Path, results: dict) -> str:
         f"{used} of {known} codes used, perplexity {tokenizer['perplexity']:.0f}.",
         f"Time: {times}. Peak memory: {results['peak_memory_gb']:.1f} GB.", "",
         f"Look at {folder}/samples.png, decoding.png, training.png, stages.png and confusion.png.",
-        f'Draw your own: musekit generate "a blue three on yellow paper" --model {folder}/pipeline',
+        'Draw your own: musekit generate "a blue three on yellow paper" --model '
+        f"{shlex.quote(f'{folder}/pipeline')}",
     ])
 
 # %% ../nbs/46_demo.ipynb #e1b039fb
@@ -131,6 +133,7 @@ def demo(
     start = time.perf_counter()
     config = configure(None, ["data=digits", f"experiment.output_dir={folder}", *overrides])
     check_demo(config, prompts)
+    prompts = min(prompts, 20) if is_rehearsal() else prompts
     last = latest_checkpoint(folder)
     done = last is not None and last.name == f"checkpoint-{config.training.max_train_steps}"
     recipe = train(config, progress=progress)

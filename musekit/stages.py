@@ -40,7 +40,7 @@ from .models.transformer import MaskGitTransformer
 from .models.uvit import MaskGiTUViT
 from .models.vqgan import VQGANModel
 from musekit.training.config import (
-    Config, class_names, condition_of, known_classes, layout_of, num_classes, reads_pooled,
+    Config, class_names, condition_of, is_rehearsal, known_classes, layout_of, num_classes, reads_pooled,
 )
 from .training.tokenizer import VQTrainingConfig
 from .weights import read_json
@@ -57,6 +57,8 @@ def find_shards(
 ) -> list[str]:
     "The shard urls of a data specification; images in a folder are packed into shards first."
     if spec == "digits":
+        if is_rehearsal():
+            return make_digits(Path(work) / "few-digits", copies=1)[split]
         return make_digits(Path(work) / "digits")[split]
     found = locate_pictures(spec, base_dir)
     if found.shards and not found.pictures:

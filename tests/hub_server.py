@@ -138,7 +138,13 @@ def describe(name, files):
 @contextmanager
 def serving(repositories, kind="models"):
     "A running hub of models or of datasets; it stops at the end of the block."
-    hub = Hub(repositories, kind)
+    with running(Hub(repositories, kind)) as hub:
+        yield hub
+
+
+@contextmanager
+def running(hub):
+    "The same for a hub that is made already."
     thread = threading.Thread(target=hub.serve_forever, daemon=True)
     thread.start()
     try:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from conftest import ROOT
 from musekit import cli
@@ -164,19 +165,74 @@ def test_a_large_model_is_told_without_building_it():
 def test_files_in_the_published_style(name, told, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
-    assert cli.main(["check", str(PUBLISHED / f"{name}.yaml"), "training.batch_size=2"]) == 0
+    assert cli.main(["check", str(PUBLISHED / f"{name}.yaml"), "training.batch_size=2", "--no-data"]) == 0
     out, complaints = capfd.readouterr()
     assert not complaints and all(part in out for part in told)
     assert not list(tmp_path.iterdir()), "nothing was written"
 
 
-def test_train_with_check_tells_the_same(tmp_path, monkeypatch, capfd):
+def make_photos(folder, count=5):
+    folder.mkdir()
+    for number in range(count):
+        Image.new("RGB", (40, 30), (40 * number, 0, 0)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a picture of number {number}")
+
+
+def test_train_with_check_prints_the_same(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    told = []
+    make_photos(tmp_path / "photos")
+    outputs = []
     for command in (["check", "data=photos/"], ["train", "data=photos/", "--check"]):
         assert cli.main(command) == 0
-        told.append(capfd.readouterr().out)
-    assert told[0] == told[1] and "together, about" in told[0] and not list(tmp_path.iterdir())
+        outputs.append(capfd.readouterr().out)
+    assert outputs[0] == outputs[1] and "together, about" in outputs[0]
+    assert "data photos/: 5 pictures, 0.0 MB; a batch of 5 at 32x32 pixels, captions such as 'a picture of number 0'" in outputs[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"], "nothing was written"
+
+
+@pytest.mark.parametrize("command, data, message", [
+    (["check"], "nowhere/", "nowhere"), (["train", "--check"], "missing/{000..002}.tar", "missing/000.tar"),
+    (["check"], "empty/", "empty"), (["check"], "broken/000.tar", "broken/000.tar"),
+    (["train-tokenizer", "--check"], "nowhere/", "nowhere"), (["train-tokenizer", "--check"], "broken/000.tar", "broken/000.tar"),
+])
+def test_data_that_cannot_be_used(command, data, message, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "000.tar").write_bytes(b"no tar " * 200)
+    assert cli.main([*command, f"data={data}"]) == 2
+    out, complaints = capfd.readouterr()
+    assert "optimizer.params.learning_rate" in out, "the settings are printed"
+    assert complaints.count("\n") == 1 and message in complaints and "the data cannot" in complaints
+    if data == "nowhere/":
+        assert cli.main([*command, f"data={data}", "--no-data"]) == 0
+        assert "data cannot" not in capfd.readouterr().err
+
+
+def test_a_broken_sample_is_named(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    make_photos(tmp_path / "photos", 20)
+    (tmp_path / "photos" / "0.png").write_bytes(b"no picture")
+    assert cli.main(["check", "data=photos/"]) == 2
+    assert "1 unreadable: 0.png" in capfd.readouterr().err
+    assert cli.main(["check", "data=photos/", "dataset.params.skip_bad=true"]) == 0
+    assert "left out: 1 unreadable: 0.png" in capfd.readouterr().out
+    assert cli.main(["train-tokenizer", "data=photos/", "--check"]) == 0
+    assert "1 left out (photos/0.png: " in capfd.readouterr().out
+
+
+def test_of_many_pictures_a_few_are_read(tmp_path, monkeypatch, capfd):
+    "A folder of 1,100 pictures, most of which are empty files: every thirty-fifth is opened, and no other."
+    monkeypatch.chdir(tmp_path)
+    make_photos(tmp_path / "photos", 0)
+    for number in range(1100):
+        path = tmp_path / "photos" / f"{number:04d}.png"
+        path.touch()
+        path.with_suffix(".txt").write_text(f"number {number}")
+        if number % 35 == 0:
+            Image.new("RGB", (40, 30)).save(path)
+    assert cli.main(["check", "data=photos/"]) == 0
+    assert "1,100 pictures" in capfd.readouterr().out
 
 
 def test_old_keys_are_told_once():

@@ -521,6 +521,7 @@ def pack_folder(
     captions: bool = True,  # False: none is asked for, and those that are there are not read
     fields: Fields | None = None,  # where captions and classes are; None: the usual places
     classes: list[str] | None = None,  # names of the classes by number; None: there are none
+    most: int | None = None,  # only so many images, spread over the folder
     prefix: str = "shard",
     samples_per_shard: int = 1000,
 ) -> tuple[list[str], PackReport]:
@@ -532,7 +533,9 @@ def pack_folder(
     if not album.files.pictures:
         others = _tally(album.files.others)
         raise FileNotFoundError(f"no {', '.join(IMAGE_EXTENSIONS)} image in {root}" + (f"; it holds {others}" if others else ""))
-    good = [path for path in album.files.pictures if album.takes(path)]
+    pictures = album.files.pictures
+    pictures = pictures[:: -(-len(pictures) // most)] if most else pictures
+    good = [path for path in pictures if album.takes(path)]
     report = album.report
     problems = report.problems()
     if problems and (not skip_bad or not good):

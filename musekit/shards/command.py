@@ -181,8 +181,8 @@ _EPILOG = f"""datasets:
   musekit-shards --from 'texts/*.parquet' --text-column body
   musekit-shards --from 'https://example.org/texts/{{0..3}}.parquet' more.parquet
   musekit-shards --repo owner/name --pattern 'data/train-{{00000..00003}}.parquet'
-  musekit-shards mine --datasets mine.yaml    with, in mine.yaml:
-      mine: {{repo: owner/name, pattern: 'data/{{0..3}}.parquet', text_column: body}}
+  musekit-shards mine --datasets texts.yaml   # with, in texts.yaml:
+      # mine: {{repo: owner/name, pattern: 'data/{{0..3}}.parquet', text_column: body}}
 
 HF_ENDPOINT names another hub; HF_TOKEN, or the token of `hf auth login`, opens datasets that ask who you are.
 Stopped at any moment, the data in place are whole, and the same command goes on with what has arrived."""
