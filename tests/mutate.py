@@ -82,12 +82,17 @@ def replacements(node, assigned):
                 yield ast.Compare(node.left, [*node.ops[:place], kind(), *node.ops[place + 1:]], node.comparators)
     elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         yield ast.BinOp(node.left, OPERATORS[type(node.op)](), node.right)
+        if isinstance(node.op, (ast.BitAnd, ast.BitOr)):
+            yield from (node.left, node.right)
     elif isinstance(node, ast.AugAssign):
         yield ast.Pass()
         if type(node.op) in OPERATORS:
             yield ast.AugAssign(node.target, OPERATORS[type(node.op)](), node.value)
     elif isinstance(node, ast.BoolOp):
         yield ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values)
+        for place in range(len(node.values)):
+            rest = node.values[:place] + node.values[place + 1:]
+            yield rest[0] if len(rest) == 1 else ast.BoolOp(node.op, rest)
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Not, ast.USub, ast.Invert)):
         if not (isinstance(node.operand, ast.Constant) and isinstance(node.operand.value, int)):  # -1, the last axis
             yield node.operand
