@@ -30,7 +30,7 @@ from transformers.utils import logging
 from .data.conditions import TextEncoder
 from .data.encoded import BatchEncoder, encode_dataset
 from .data.image_text import ImageTextConfig, ShardReader
-from .data.packing import Fields, left_out, locate_pictures
+from .data.packing import Fields, Located, left_out, locate_pictures
 from musekit.data.pre_encoded import (
     Counts, Totals, clear_parts, facts_digest, finished_record, network_digest, refuse_other_codes,
     shard_names, source_fact, text_probe, write_manifest,
@@ -318,8 +318,10 @@ def encode_shards(
 def _find(config, options, base_dir, world):
     "The shards to encode; a folder of pictures is packed into shards first, by a process that is alone."
     spec = config.dataset.params.train_shards_path_or_url
+    found = Located(None, []) if spec == "digits" else locate_pictures(spec, base_dir)
+    if found.folder and found.folder.resolve() == options.out.resolve():
+        raise ValueError(f"{options.out} holds the data; codes beside it would be taken for it, choose another folder")
     if world > 1:
-        found = locate_pictures(spec, base_dir)
         if found.pictures or not found.shards:
             raise ValueError(f"there are no shards in {spec}, and pictures in a folder are packed by one process "
                              "alone; encode them without a launcher, with --workers for more processes")

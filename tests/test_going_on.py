@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from musekit.train_tokenizer import find_images
 from musekit.training.callbacks import Checkpoint, Log, read_log
 from musekit.training.resume import STATE_FILE, checkpoints, load_run
 from musekit.training.tokenizer import VQTrainer
+from test_cli import TINY, assert_refused, here, make_photos  # noqa: F401, a fixture among them
 from test_tokenizer_training import EVERYTHING, batches, settings, tiny_vqgan
 from toy_training import all_weights, launch, tiny_trainer, write_data
 
@@ -295,12 +297,11 @@ def test_the_way_to_load_by_hand(run, data, tmp_path):
 
 
 def test_runs_in_one_process_do_not_share_accelerates_state(data, tmp_path):
-    for number, precision in enumerate(("no", "bf16", "fp16", "no")):
+    for number, precision in enumerate(("no", "bf16", "fp16", "no")):  # on a CPU fp16 computes as no does
         for name, make in TRAINERS.items():
             trainer = make(tmp_path / f"{name}-{number}", data, f"training.mixed_precision={precision}", "training.max_train_steps=2").fit()
             assert trainer.accelerator.mixed_precision == trainer.accelerator.state.mixed_precision == precision
-            wrapped = hasattr(trainer.model, "_original_forward") or precision == "no"
-            assert wrapped, "the forward pass runs in that precision"
+            assert hasattr(trainer.model, "_original_forward") == (precision == "bf16"), "the forward pass runs in that precision"
 
 
 def test_a_run_after_a_failed_one(data, tmp_path):
@@ -326,3 +327,74 @@ def test_two_trainers_that_take_turns_are_as_if_alone(data, tmp_path):
         for trainer in turns.values():
             trainer.train_step()
     assert all(torch.equal(all_weights(turns[name]), alone[name]) for name in kinds)
+
+
+# From the command line
+
+
+SHORT = [*TINY, "training.max_train_steps=4", "experiment.save_every=2", "experiment.generate_every=2"]
+
+
+def packed(run):
+    return json.loads((run / "data" / "train" / "packed.json").read_text())["packed"]
+
+
+def trained_on_the_folder(here, photos, *settings):
+    process = here(photos, "train", "data=.", *SHORT, *settings)
+    assert process.returncode == 0, process.stderr
+    return process
+
+
+def test_pictures_of_runs_are_no_data(here, tmp_path):
+    photos = make_photos(tmp_path / "photos", 12)
+    trained_on_the_folder(here, photos)
+    drawn = here(photos, "generate", "a red two", "--model", "runs/small/pipeline", "--steps", "2", "--singles", "drawn")
+    assert drawn.returncode == 0, drawn.stderr
+    assert len(list(photos.rglob("*.png"))) > 12
+    trained_on_the_folder(here, photos, "experiment.output_dir=runs/second")
+    trained_on_the_folder(here, photos, "training.max_train_steps=6")  # latest: the data are the same
+    trained_on_the_folder(here, photos, "experiment.output_dir=.")
+    trained_on_the_folder(here, photos, "experiment.output_dir=.", "training.max_train_steps=6")
+    assert [packed(photos / run) for run in ("runs/small", "runs/second", ".")] == [12] * 3
+    tokenizer = ("training.max_train_steps=2", "training.batch_size=4", "experiment.generate_every=1", "dataset.resolution=32")
+    for run in ("runs/tokenizer", "runs/another"):
+        process = here(photos, "train-tokenizer", "data=.", f"experiment.output_dir={run}", *tokenizer)
+        assert process.returncode == 0, process.stderr
+    assert len(find_images(".", tmp_path / "none")) == 12
+
+
+def test_with_more_pictures_and_in_another_folder(here, tmp_path):
+    "The transformer goes on with the tokenizer and the text encoder that it was trained with."
+    photos = make_photos(tmp_path / "photos", 12)
+    go = lambda *settings: here(tmp_path, "train", "data=photos", "experiment.output_dir=run", *SHORT, *settings)
+    assert go().returncode == 0
+    weights = (tmp_path / "run" / "vq_model" / "model.safetensors").read_bytes()
+    make_photos(tmp_path / "more", 16)
+    for path in (tmp_path / "more").iterdir():
+        shutil.copy(path, photos)
+    assert_refused(go("training.max_train_steps=6"), "changed: files", "experiment.resume_from_checkpoint=")
+    more = go("training.max_train_steps=6", "experiment.resume_from_checkpoint=run/checkpoint-4")
+    assert more.returncode == 0 and "the data starts from its beginning" in more.stdout, more
+    assert packed(tmp_path / "run") == 16
+    latest = go("training.max_train_steps=8")  # from there on it is a run as any other
+    assert latest.returncode == 0 and "going on after step 6 of 8" in latest.stdout and "beginning" not in latest.stdout
+    elsewhere = here(tmp_path, "train", "data=more", "experiment.output_dir=elsewhere", *SHORT, "training.max_train_steps=10",
+                     "training.seed=3", "experiment.resume_from_checkpoint=run/checkpoint-8")
+    assert elsewhere.returncode == 0 and "training.seed: 0 -> 3" in elsewhere.stdout, elsewhere
+    for folder in ("run", "elsewhere"):
+        assert (tmp_path / folder / "vq_model" / "model.safetensors").read_bytes() == weights
+    assert (tmp_path / "elsewhere" / "pipeline" / "vq_model" / "model.safetensors").read_bytes() == weights
+
+
+def test_damage_and_another_model_on_the_command_line(here, tmp_path):
+    make_photos(tmp_path / "photos", 12)
+    go = lambda *settings: here(tmp_path, "train", "data=photos", "experiment.output_dir=run", *SHORT, *settings)
+    assert go().returncode == 0
+    assert_refused(go("model.transformer.hidden_size=64"), "another model (model.transformer.hidden_size: 32 -> 64)")
+    (tmp_path / "run" / "checkpoint-4" / "scheduler.bin").write_bytes(b"")
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    assert_refused(go("training.max_train_steps=6"), "run/checkpoint-4/scheduler.bin is damaged", "resume_from_checkpoint=run/checkpoint-2")
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+    shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "alone" / "checkpoint-2")
+    alone = here(tmp_path, "train", "data=photos", "experiment.output_dir=new", *SHORT, "experiment.resume_from_checkpoint=alone/checkpoint-2")
+    assert_refused(alone, "alone/vq_model is missing", "model.vq_model.pretrained")

@@ -244,8 +244,8 @@ def refuse_changes(checkpoint: Path, config: Section):
     model |= {name: pair for name, pair in changes.items() if name.endswith(".pretrained") and pair[1] is None}
     if model:
         raise ValueError(f"{checkpoint} holds another model ({_listed(model)}), and a run goes on with the same one. "
-                         f"Take the change back, or start a new run: {elsewhere}, and take that checkpoint out "
-                         "of experiment.resume_from_checkpoint.")
+                         f"Take the change back; or to start a new run, {elsewhere} and set "
+                         "experiment.resume_from_checkpoint=null.")
     run = {name: pair for name, pair in changes.items() if name.startswith(config.SAME_RUN)}
     if run and config.experiment.resume_from_checkpoint == "latest":
         raise ValueError(f"{checkpoint.parent} holds another run ({_listed(run)}). To go on from its last step with "
