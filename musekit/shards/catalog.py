@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDPOINT', 'ORIGINAL', 'CATALOG', 'is_remote', 'is_address', 'shown', 'redact', 'names_user', 'hub_address',
-           'address_key', 'Dataset', 'plot_catalog', 'find_dataset', 'dataset_of']
+           'address_key', 'file_format', 'Dataset', 'plot_catalog', 'find_dataset', 'dataset_of']
 
 # %% ../../nbs/50_shards.catalog.ipynb #679eecec
 import difflib
@@ -64,6 +64,20 @@ def hub_address(endpoint: str | None = None) -> str:
 def address_key(url: str) -> str:
     "The SHA-256 of an address, to know it again where its query must not be written down."
     return hashlib.sha256(url.encode()).hexdigest()
+
+# %% ../../nbs/50_shards.catalog.ipynb #65f3a52b
+_MAGIC = {b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\xff\xff\xff\xff": "Arrow stream",
+          b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"musekit shuffle\n": "shuffle"}
+
+
+def file_format(
+    start: bytes,  # the first 64 bytes, or so
+) -> str | None:
+    "Parquet, Arrow (a file) or Arrow stream, gzip or zstd (of JSON Lines), JSON Lines, shuffle; None for others."
+    for magic, name in _MAGIC.items():
+        if start.startswith(magic):
+            return name
+    return "JSON Lines" if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{") else None
 
 # %% ../../nbs/50_shards.catalog.ipynb #6bbc9450
 @dataclass(frozen=True)

@@ -218,9 +218,10 @@ class RemoteFile(io.RawIOBase):
 
 # %% ../../nbs/51_shards.remote.ipynb #01cf1942
 def chunk_ranges(metadata, columns: Iterable[str], groups: Iterable[int]) -> list[tuple[int, int]]:
-    "(start, stop) bytes of some flat columns in some row groups, from a Parquet file's metadata."
-    names = [metadata.schema.column(index).path.split(".")[0] for index in range(metadata.num_columns)]
+    "(start, stop) bytes of some columns in some row groups, all that is in nested ones, from a file's metadata."
+    names = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
+    wanted = [any(f"{name}.".startswith(f"{column}.") for column in columns) for name in names]
     chunks = [metadata.row_group(group).column(index) for group in groups
-              for index, name in enumerate(names) if name in columns]
+              for index in range(metadata.num_columns) if wanted[index]]
     starts = [chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks]
     return [(start, start + chunk.total_compressed_size) for start, chunk in zip(starts, chunks)]
