@@ -7,16 +7,19 @@ import threading
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import duckdb
 import numpy as np
+import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from moody_server import serving
+from musekit.shards.catalog import read_number
 from musekit.shards.plan import make_plan, run_plan, tasks_of, write_shard
 from musekit.shards.rechunk import VALIDATION_SHARD, Layout, file_sha256, rechunk, shard_bounds
 from musekit.shards.remote import chunk_ranges
-from musekit.shards.sources import Selection, check_source
+from musekit.shards.sources import Selection, check_source, read_texts
 
 GOOD = Selection(score_column="int_score", min_score=3)
 SMALL = Layout(rows_per_shard=700, rows_per_group=128, num_shards=4)
@@ -135,6 +138,38 @@ def test_scores_of_every_number_type(table, tmp_path, score):
     pq.write_table(table, tmp_path / "a.parquet")
     pq.write_table(table.set_column(3, "int_score", table["int_score"].cast(score)), tmp_path / "b.parquet")
     assert rechunk([tmp_path / "a.parquet"], tmp_path / "a", GOOD, SMALL) == rechunk([tmp_path / "b.parquet"], tmp_path / "b", GOOD, SMALL)
+
+
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float64(), pa.decimal128(12, 3), pa.int64(), pa.uint64(), pa.int8()], ids=str)
+def test_a_score_is_compared_as_polars_and_duckdb_compare_it(tmp_path, kind):
+    """Thresholds as a person writes them, against columns of every type, around the number itself."""
+    if pa.types.is_integer(kind):
+        scores = [*range(5), None] if kind == pa.int8() else [2**53 - 1, 2**53, 2**53 + 1, 2**53 + 2, 3, None]
+        thresholds = ["2", "3"] if kind == pa.int8() else [str(2**53 + 1), "3"]
+    else:
+        scores = [0.0, 0.1, 0.3, 0.69, 0.7, 0.701, 1.1, 2.5, None]
+        thresholds = ["0.1", "0.3", "0.7", "1.1", "2.5"]
+    scores = pa.array(scores, kind) if pa.types.is_integer(kind) else pa.array(scores).cast(kind)
+    pq.write_table(pa.table({"text": [f"{row:060}" for row in range(len(scores))], "score": scores}), tmp_path / "a.parquet")
+    for text in thresholds:
+        selection = Selection(score_column="score", min_score=read_number(text))
+        kept = [int(text) for texts, *_ in read_texts(tmp_path / "a.parquet", selection) for text in texts.to_pylist()]
+        by_duckdb = duckdb.sql(f"select text from '{tmp_path}/a.parquet' where score >= {text}").fetchall()
+        by_polars = polars.read_parquet(tmp_path / "a.parquet").filter(polars.col("score") >= read_number(text))["text"]
+        assert kept == [int(text) for text, in by_duckdb] == [int(text) for text in by_polars], text
+
+
+def test_scores_of_sixteen_bits(tmp_path):
+    scores = np.array([0.5, 0.69, 0.7, 0.71, np.nan], np.float16)
+    pq.write_table(pa.table({"text": [f"{row:060}" for row in range(5)], "score": scores}), tmp_path / "a.parquet")
+    report = rechunk([tmp_path / "a.parquet"], tmp_path / "out", Selection(score_column="score", min_score=0.7), SMALL)
+    assert (report.kept, report.dropped) == (2, {"no score": 1, "low score": 2})
+
+
+@pytest.mark.parametrize("text", ["'a'::ENUM ('a', 'b')", "'[1, 2]'::JSON", "'a' || range"])
+def test_text_that_duckdb_wrote_under_another_name(tmp_path, text):
+    duckdb.sql(f"copy (select {text} as text from range(20)) to '{tmp_path}/a.parquet'")
+    assert rechunk([tmp_path / "a.parquet"], tmp_path / "out", Selection(min_characters=0), SMALL).kept == 20
 
 
 @pytest.mark.parametrize("rows", [2, 3, 99, 100, 101, 199, 200, 201, 300, 301])

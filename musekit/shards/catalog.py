@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENDPOINT', 'ORIGINAL', 'CATALOG', 'is_remote', 'is_address', 'shown', 'redact', 'names_user', 'hub_address',
-           'address_key', 'file_format', 'Dataset', 'plot_catalog', 'find_dataset', 'dataset_of']
+           'encode_revision', 'address_key', 'file_format', 'Dataset', 'plot_catalog', 'find_dataset', 'dataset_of',
+           'read_number']
 
 # %% ../../nbs/50_shards.catalog.ipynb #679eecec
 import difflib
@@ -17,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from numbers import Real
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import yaml
 from braceexpand import braceexpand
@@ -59,6 +61,14 @@ def names_user(source: str | Path) -> bool:
 def hub_address(endpoint: str | None = None) -> str:
     "The address of the hub: the given one, else the one in `HF_ENDPOINT`, else the public one."
     return (endpoint or os.environ.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
+
+
+def encode_revision(url: str, endpoint: str) -> str:
+    "An address of the hub with the slashes inside a revision such as refs/convert/parquet as the hub wants them."
+    if not url.startswith(f"{endpoint}/"):
+        return url
+    revision = "(/(?:resolve|raw)/)refs/(convert/[^/]+|pr/[0-9]+)/"
+    return re.sub(revision, lambda match: f"{match[1]}{quote(f'refs/{match[2]}', safe='')}/", url, count=1)
 
 
 def address_key(url: str) -> str:
@@ -112,8 +122,10 @@ class Dataset:
         if not is_remote(base) or names_user(base):
             told = "it needs http:// or https:// in front, and no user"
             raise ValueError(f"HF_ENDPOINT={shown(base)!r} is not the address of a hub: {told}.")
-        folder = f"{base}/datasets/{self.repo}/resolve/{self.revision or 'main'}/" if self.repo else ""
-        return [folder + path for path in self.paths[:count]]
+        if not self.repo:
+            return [encode_revision(path, base) for path in self.paths[:count]]
+        folder = f"{base}/datasets/{self.repo}/resolve/{quote(unquote(self.revision or 'main'), safe='')}/"
+        return [folder + quote(path, safe="/%=+,:@!$&'()*;~") for path in self.paths[:count]]
 
 
 def _wrong_types(dataset):
@@ -123,7 +135,8 @@ def _wrong_types(dataset):
             yield f"{field}={value!r} is not text; put it in quotes"
     for field in ("min_score", "gigabytes"):
         value = getattr(dataset, field)
-        if value is not None and not (isinstance(value, Real) and 0 <= value < math.inf):
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if value is not None and not (number and 0 <= value < math.inf):
             yield f"{field}={value!r} is not a number of at least 0"
 
 
@@ -218,7 +231,7 @@ def dataset_of(patterns: str | Iterable[str], name: str | None = None, **fields)
 def _find(pattern):
     if is_remote(pattern):
         return _addresses(pattern)
-    found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+    found = _local_files(os.path.expanduser(pattern))
     if not found and is_address(pattern):
         told = "only local files, http:// and https:// addresses and the hub (--repo) are read"
         raise ValueError(f"{shown(pattern)!r} cannot be read: {told}.")
@@ -227,6 +240,17 @@ def _find(pattern):
     for folder in filter(os.path.isdir, found):
         raise ValueError(f"{folder} is a folder; give the files in it: {folder.rstrip('/')}/*.parquet.")
     return found
+
+
+def _local_files(pattern):
+    "Files of a pattern; names that exist are meant as they stand, the signs of patterns in them included."
+    if os.path.lexists(pattern):
+        return [pattern]
+    folder, rest = os.path.dirname(pattern), os.path.basename(pattern)
+    while folder and not os.path.lexists(folder):
+        folder, name = os.path.split(folder)
+        rest = os.path.join(name, rest)
+    return sorted(glob.glob(os.path.join(glob.escape(folder), rest), recursive=True))
 
 
 def _addresses(pattern):
@@ -255,7 +279,7 @@ def _read_entry(path, name, entry):
     for field in entry:
         if field not in known:
             raise ValueError(f"{path}: {name} has an unknown field {field!r}; known are {', '.join(known)}.")
-    numbers = {key: _number(entry[key]) for key in ("min_score", "gigabytes") if key in entry}
+    numbers = {key: read_number(entry[key]) for key in ("min_score", "gigabytes") if key in entry}
     entry = {**entry, **numbers}
     files = entry.pop("files", None)
     try:
@@ -264,12 +288,14 @@ def _read_entry(path, name, entry):
         raise ValueError(f"{path}: {name}: {str(error).rstrip('.')}.") from error
 
 
-def _number(value):
-    "1e-1 is a text in YAML; what is no number stays as it is."
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return value
+def read_number(value):
+    "A number from its text, whole ones exactly (1e-1 is a text in YAML); what is none stays as it is."
+    for kind in (int, float) if isinstance(value, str) else ():
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
 
 
 def _beside(path, files):
