@@ -68,6 +68,7 @@ class Plan:
     layout: Layout
     counts: list[list[tuple]]  # of each stream: source, row group, rows, kept, dropped by reason
     edges: list[int]  # rows before and after each shard
+    full: bool  # whether there are rows enough for all shards
 
     @property
     def mix(self) -> Mix:
@@ -82,7 +83,7 @@ class Plan:
     @property
     def report(self) -> Report:
         "What becomes of the rows, before there are shards."
-        return report_of(self.streams, self.counts, self.mix, self.edges[-1])
+        return report_of(self.streams, self.counts, self.mix, self.edges[-1], self.full)
 
     @property
     def bounds(self) -> list[tuple[str, int, int]]:
@@ -99,7 +100,7 @@ class Plan:
         data = json.loads(text)
         streams = [_stream_from(**stream) for stream in data["streams"]]
         counts = [[tuple(count) for count in stream] for stream in data["counts"]]
-        return cls(streams, Layout(**data["layout"]), counts, data["edges"])
+        return cls(streams, Layout(**data["layout"]), counts, data["edges"], data["full"])
 
 
 def _stream_from(sources, selection, weight, counted):
@@ -129,7 +130,7 @@ def make_plan(
             deque(lengths, maxlen=0)
         rows = min(layout.rows, mix.rows([sum(count[3] for count in found) for found in counts]))
         edges, full = [*range(0, rows, layout.rows_per_shard), rows], rows == layout.rows
-    return Plan(streams, layout, trim_counts(streams, counts, mix, edges[-1], full), edges)
+    return Plan(streams, layout, trim_counts(streams, counts, mix, edges[-1], full), edges, full)
 
 
 def _chunks(stream, size):

@@ -348,6 +348,8 @@ class Report:
     dropped: dict[str, int]  # by reason
     shards: tuple[Shard, ...]  # in the order of the rows
     streams: tuple[tuple[int, int, dict, int], ...] = ()  # rows, kept, dropped and rows in shards of each stream of a mix
+    last: tuple[tuple[int, int] | None, ...] = ()  # source and part that were read last, of each stream; None: all were read
+    full: bool = True  # whether there were rows enough for all shards
 
 
 def rechunk(
@@ -375,7 +377,7 @@ def rechunk(
         exact = [limit == rows for limit, rows in zip(limits, mix.counts(edges[-1]))]
         counts = [tally.counts for tally in tallies]
         counts = trim_counts(streams, counts, mix, edges[-1], cutter.full, exact)
-        report = report_of(streams, counts, mix, edges[-1])
+        report = report_of(streams, counts, mix, edges[-1], cutter.full)
         bounds = bounds_of(report, edges, layout)
         return replace(report, shards=tuple(_name_blocks(blocks, folder, layout, bounds)))
     finally:
@@ -423,7 +425,7 @@ def _trim(stream, counts, limit):
     return [*counts[:last], (source, group, tally.rows, tally.kept, dict(tally.dropped))]
 
 
-def report_of(streams: list[Stream], counts: list[list[tuple]], mix: Mix, rows: int) -> Report:
+def report_of(streams: list[Stream], counts: list[list[tuple]], mix: Mix, rows: int, full: bool) -> Report:
     "What became of the rows, before there are shards."
     total, each = Tally(), []
     for stream, found, used in zip(streams, counts, mix.counts(rows)):
@@ -432,7 +434,13 @@ def report_of(streams: list[Stream], counts: list[list[tuple]], mix: Mix, rows: 
             tally.add(*part)
         total.add(tally.rows, tally.kept, tally.dropped)
         each.append((tally.rows, tally.kept, dict(tally.dropped), used))
-    return Report(total.rows, total.kept, dict(total.dropped), (), tuple(each) if len(streams) > 1 else ())
+    last = tuple(None if stream.counted else _last(found) for stream, found in zip(streams, counts))
+    return Report(total.rows, total.kept, dict(total.dropped), (), tuple(each) if len(streams) > 1 else (), last, full)
+
+
+def _last(counts):
+    "Source and part of the last count of any rows; before the first if there are none."
+    return next(((source, group) for source, group, rows, *_ in reversed(counts) if rows), (0, -1))
 
 
 def bounds_of(report: Report, edges: list[int], layout: Layout) -> list[tuple[str, int, int]]:
