@@ -191,6 +191,8 @@ def _wrong_values(dataset):
             not re.fullmatch(r"[\w.-]+", dataset.name),
         f"pattern={dataset.pattern!r} has a brace that is not closed; use braces: {{0..9}}.parquet":
             not dataset.mix and not _is_balanced(dataset.pattern),
+        f"pattern={dataset.pattern!r} has a star and a question mark; a star stands for any letters, braces for alternatives":
+            "*" in dataset.pattern and "?" in dataset.pattern,
         "it needs both a score column (score_column) and a least score (min_score)":
             (dataset.score_column is None) != (dataset.min_score is None),
         f"text_column={dataset.text_column!r} and text_template exclude each other":

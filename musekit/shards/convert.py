@@ -138,6 +138,7 @@ class Part:
 
 def parts_of(dataset: Dataset, options: Options) -> list[Part]:
     "The datasets of a mix and what is read of each, before anything is fetched."
+    Mix(weight for _, weight in dataset.parts)  # an error for weights that make no pattern
     parts = []
     for part, weight in dataset.parts:
         seeds = (seed for seed in (options.shuffle, part.shuffle, dataset.shuffle) if seed is not None)

@@ -20,7 +20,6 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, Context, Decimal
-from itertools import repeat
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -110,6 +109,7 @@ class BadSource(ValueError):
         return f"{shown(source)}{what.rstrip('.')}. If it is damaged, {mend}."
 
 
+_NOT_UTF8 = " has text that is not UTF8; if it is not damaged, skip_bad_utf8 (--skip-bad-utf8) drops such rows"
 _ENCRYPTED = "is encrypted; only files without encryption are read"
 
 
@@ -171,7 +171,7 @@ def source_list(sources: str | Path | Iterable[str | Path]) -> list[str]:
 
 def check_source(source: str | Path, selection: Selection) -> SourceContents:
     "What is in a source with the wanted columns and fitting types; else a ValueError that names it."
-    with open_source(source, selection, []) as reader:
+    with open_source(source, selection, []) as reader, _bad_source(source, " cannot be read"):
         reader.check()
         return reader.contents()
 
@@ -505,8 +505,10 @@ class _Lines:
 
     def check(self):
         "A ValueError unless the first rows have the wanted fields, and text in them."
-        for records, places, _ in self.batches(0):
+        for records, places, bad in self.batches(0):
+            self.refuse(places, bad)
             self.arrays(records, places)
+            records = [record for record, fault in zip(records, bad) if not fault] or [{column: "" for column in self.selection.columns}]
             for column in self.selection.columns:
                 if all(_missing(record, column) for record in records):
                     names = ", ".join(dict.fromkeys(name for record in records for name in _keys(record)))
@@ -518,7 +520,13 @@ class _Lines:
         for records, places, bad in self.batches(group):
             texts, scores, broken = self.arrays(records, places)
             bad = [one or other for one, other in zip(bad, broken)]
+            self.refuse(places, bad)
             yield texts, scores, pa.array(bad) if any(bad) else None
+
+    def refuse(self, places, bad):
+        "A ValueError that names the first line that is not UTF-8, unless such lines are skipped."
+        if any(bad) and not self.selection.skip_bad_utf8:
+            raise ValueError(f"{self.where(places[bad.index(True)])}{_NOT_UTF8}.")
 
     def batches(self, group):
         "(objects, their places, whether they are not UTF-8), at most 1,024 and 16 MiB at a time."
@@ -744,8 +752,7 @@ def _read_group(source, reader, group, selection):
         for texts, scores, bad in reader.rows(group):
             columns = [texts, *([] if scores is None else [scores])]
             if bad is not None and not selection.skip_bad_utf8:
-                advice = "if it is not damaged, skip_bad_utf8 (--skip-bad-utf8) drops such rows"
-                raise ValueError(f"{shown(source)}, row group {group} has text that is not UTF8; {advice}.")
+                raise ValueError(f"{shown(source)}, row group {group}{_NOT_UTF8}.")
             if selection.skip_bad_utf8:
                 bad = pa.array([False] * len(texts)) if bad is None else bad
                 columns = [pc.if_else(bad, pa.scalar(None, pa.string()), texts), *columns[1:], bad]
@@ -897,9 +904,9 @@ def shuffle(
     bits = min(14, max(0, size // _BUCKET).bit_length())
     tasks = [(index, list(range(start, min(start + groups_per_task, len(each.rows)))))
              for index, each in enumerate(contents) for start in range(0, len(each.rows), groups_per_task)]
-    arguments = [range(len(tasks)), repeat(stream), *zip(*tasks), repeat(seed), repeat(bits), repeat(str(folder))]
+    numbered = [(number, stream, index, groups, seed, bits, str(folder)) for number, (index, groups) in enumerate(tasks)]
     tally, runs, rows = Tally(), [], [0] * 2**bits
-    for found, counts, *count in (executor.map if executor else map)(scatter, *arguments):
+    for found, counts, *count in (executor.map if executor else map)(scatter, *map(list, zip(*numbered))):
         tally.add(*count)
         runs += found
         rows = [one + other for one, other in zip(rows, counts)]
