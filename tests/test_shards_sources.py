@@ -185,6 +185,30 @@ def test_what_the_text_of_a_row_is(rows, tmp_path, kind, options, made):
     assert texts_in(tmp_path / "cache" / "data", ["shard_00000.parquet", "shard_06542.parquet"]) == expected
 
 
+def test_of_a_file_on_a_server_only_the_nested_column_travels(server, rows, tmp_path, capsys):
+    arguments = ["me/words", "--pattern", "parquet/*.parquet", "--min-characters", "0", "--remote", "--cache-dir", str(tmp_path / "cache")]
+    needed = {}
+    for column in ("meta.title", "messages", "text"):
+        assert main([*arguments, "--text-column", column, "--quiet"]) == 0
+        needed[column] = read_manifest(tmp_path / "cache" / "data")["bytes_needed"]
+    assert texts_in(tmp_path / "cache" / "data")[0] == rows[0][0]["text"]
+    assert needed["meta.title"] < needed["text"] / 5 and needed["messages"] > needed["text"]
+
+
+def test_a_mix_of_files_on_a_server(server, tmp_path):
+    (tmp_path / "mine.yaml").write_text("""
+near: {repo: me/words, pattern: 'parquet/*.parquet'}
+far: {repo: me/words, pattern: 'jsonl/*.jsonl', text_column: messages}
+""")
+    arguments = ["--mix", "near=3", "far=2", "--datasets", str(tmp_path / "mine.yaml"), "--quiet", "--shuffle", "1"]
+    for name, options in (("remote", ["--remote"]), ("fetched", ["--download-dir", str(tmp_path / "raw")])):
+        assert main([*arguments, "--cache-dir", str(tmp_path / name), *options]) == 0
+    assert shards_in(tmp_path / "remote" / "data") == shards_in(tmp_path / "fetched" / "data")
+    assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == ["far", "near"]
+    texts = texts_in(tmp_path / "remote" / "data", ["shard_00000.parquet", "shard_06542.parquet"])
+    assert [sum(text.startswith("user: ") for text in texts[at : at + 5]) for at in range(0, len(texts) - 4, 5)] == [2] * (len(texts) // 5)
+
+
 # ---- what the hub lists ----
 
 def test_the_hub_lists_page_by_page_and_no_other_host_is_asked(server, tmp_path):

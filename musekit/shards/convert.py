@@ -277,7 +277,7 @@ def convert(dataset: str | Dataset, options: Options = Options(), layout: Layout
             options.tell(f"verifying {len(report.shards)} shards")
             verify_shards(aside / "data", layout, report.shards)
             clock.note("verify")
-            manifest = {"dataset": dataset.name, "backup": kept.name if kept else None, **_asked(dataset, parts, layout, report)}
+            manifest = {"dataset": dataset.name, "backup": kept.name if kept else None, **_choices(dataset, parts, layout, report)}
             manifest |= {"bytes_fetched": _bytes_fetched(sources, before)}
             manifest |= _facts(sources, report) | {"seconds": clock.seconds}
             (aside / "data" / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -347,8 +347,8 @@ def _progress(bar, step, options):
     return progress
 
 
-def _asked(dataset, parts, layout, report):
-    "What the manifest says of the datasets, their share and their order."
+def _choices(dataset, parts, layout, report):
+    "What was chosen, as the manifest says it: the datasets, their shares and their order."
     facts = {"selection": asdict(parts[0].selection), "layout": asdict(layout), "shuffle": parts[0].seed}
     if dataset.mix:
         mix, used = [], sum(shard.rows for shard in report.shards)

@@ -387,7 +387,7 @@ def _listing(dataset, folder, connection):
     while url:
         if not url.startswith(f"{base}/"):
             raise ValueError(f"{dataset.repo}: the hub's list of files goes on at {shown(url)}, which is another host.")
-        response = _asked_again(url, connection)
+        response = _page(url, connection)
         try:
             sizes |= {entry["path"]: entry.get("size", 0) for entry in response.json() if entry["type"] == "file"}
         except (ValueError, TypeError, KeyError, AttributeError):
@@ -396,7 +396,7 @@ def _listing(dataset, folder, connection):
     return sizes
 
 
-def _asked_again(url, connection):
+def _page(url, connection):
     "A whole answer of the hub, after some attempts if need be."
     for attempt in range(1, connection.attempts + 1):
         try:

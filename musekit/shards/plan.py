@@ -281,26 +281,30 @@ def _read_shard(path, layout):
     "A shard, and whether it is full."
     try:
         with pq.ParquetFile(path) as parquet:
-            metadata = parquet.metadata
             if not parquet.schema_arrow.equals(SCHEMA):
                 raise ValueError(f"its columns are {parquet.schema_arrow.names}, not one column of text")
-            sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+            groups = range(parquet.num_row_groups)
+            sizes = [parquet.metadata.row_group(group).num_rows for group in groups]
             _check_groups(sizes, layout)
-            characters = []
-            for group in range(metadata.num_row_groups):
-                characters.append(0)
-                for batch in parquet.iter_batches(layout.rows_per_group, row_groups=[group]):
-                    batch.validate(full=True)
-                    if batch.column(0).null_count:
-                        raise ValueError("a text is missing")
-                    if layout.rows is None:
-                        characters[-1] += pc.sum(pc.utf8_length(batch.column(0))).as_py()
+            characters = [_read_group(parquet, group, layout) for group in groups]
             if layout.rows is None and layout.is_full(sum(sizes[:-1]), sum(characters[:-1])):
                 raise ValueError(f"it goes on after {layout.shard_characters:,} characters")
     except (pa.ArrowException, ValueError, OSError) as error:
         raise ValueError(f"{path} is not a good shard: {error}.") from error
-    shard = Shard(path.name, metadata.num_rows, path.stat().st_size, file_sha256(path))
+    shard = Shard(path.name, sum(sizes), path.stat().st_size, file_sha256(path))
     return shard, layout.is_full(shard.rows, sum(characters))
+
+
+def _read_group(parquet, group, layout):
+    "Reads a row group to its end and gives its characters, where they matter; a ValueError for a text that is missing."
+    characters = 0
+    for batch in parquet.iter_batches(layout.rows_per_group, row_groups=[group]):
+        batch.validate(full=True)
+        if batch.column(0).null_count:
+            raise ValueError("a text is missing")
+        if layout.rows is None:
+            characters += pc.sum(pc.utf8_length(batch.column(0))).as_py()
+    return characters
 
 
 def _check_groups(sizes, layout):

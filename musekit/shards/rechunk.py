@@ -447,7 +447,9 @@ def bounds_of(report: Report, edges: list[int], layout: Layout) -> list[tuple[st
     "`shard_bounds` of the rows; the error for too few says where the rows went."
     if edges[-1] < 2:
         advice = "Use more source files, or keep shorter texts or lower scores"
-        tally = Tally(report.rows, report.kept, Counter(report.dropped))
+        tally = str(Tally(report.rows, report.kept, Counter(report.dropped)))
+        if report.streams:
+            tally += f"; kept of each stream of the mix: {', '.join(f'{kept:,}' for _, kept, *_ in report.streams)}"
         raise ValueError(f"too few rows for a training and a validation shard: {tally}. {advice}.")
     return shard_bounds(edges[-1], layout, edges)
 

@@ -605,8 +605,10 @@ class _Lines:
     def score(self, record, at):
         "A field as a number; null if it is missing."
         value = _field(record, self.selection.score_column)
-        if value is None or isinstance(value, (int, float)) and not isinstance(value, bool):
-            return value if value is None else float(value)
+        if value is None or isinstance(value, float):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool):
+            return float(max(-(10**300), min(value, 10**300)))  # beyond all that a float holds
         raise ValueError(f"{self.where(at)}: column {self.selection.score_column!r} holds {_KINDS[type(value)]}, not a number.")
 
 
