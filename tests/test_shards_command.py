@@ -1,4 +1,5 @@
 """The shard converter as a whole: killed, short of room, run twice, given bad files and bad options."""
+import base64
 import hashlib
 import importlib
 import json
@@ -15,9 +16,11 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.parquet.encryption as encryption
 import pytest
 
 from children import CHILDREN
@@ -665,6 +668,99 @@ def test_the_token_is_advised_for_the_hub_alone(server, cache, monkeypatch, caps
     assert ("was refused" in said) == hub and "s3cret" not in said
 
 
+@pytest.mark.parametrize("more", [[], ["--remote"]], ids=str)
+def test_the_token_of_a_login_goes_to_the_hub_alone(server, hub_files, tmp_path, more):
+    (tmp_path / "token").write_text("hf_s3cret\n")
+    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_TOKEN_PATH": str(tmp_path / "token"), "HF_TOKEN": ""}
+    with serving(hub_files) as store:
+        path = "datasets/me/words/resolve/main/part-0.parquet"
+        elsewhere = store.url.replace("127.0.0.1", "localhost")
+        server.moods[path] = [(302, {"Location": f"{elsewhere}/{path}"})] * 99
+        command = [sys.executable, "-m", "musekit.shards", "--from", f"{server.url}/{path}", f"{elsewhere}/{path[:-9]}1.parquet", "--cache-dir", tmp_path, *more]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert {token for *_, token in server.asked} == {"Bearer hf_s3cret"} and {token for *_, token in store.asked} == {None}
+    manifest = (tmp_path / "data" / "manifest.json").read_text()
+    assert "s3cret" not in done.stdout + done.stderr + manifest
+
+
+@pytest.mark.parametrize("more", [[], ["--remote"]], ids=str)
+def test_advice_is_that_of_the_hub(server, cache, monkeypatch, capsys, more):
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    path = "datasets/me/words/resolve/main/part-0.parquet"
+    arguments = ["--repo", "me/words", "--pattern", "part-0.parquet", "--quiet", "--cache-dir", str(cache.folder), *more]
+    for headers, told in (
+        ({"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, ["401", "(Repository not found)", "check the repository for a mistake"]),
+        ({"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to me/words is restricted."}, ["(Access to me/words is restricted)", "accept its terms"]),
+        ({}, ["the name may be mistyped", "hf auth login"]),
+    ):
+        server.moods[path] = [(401, headers)]
+        assert main(arguments) == 1
+        assert_one_line(capsys, *told)
+    with serving({}) as store:
+        store.moods["a"] = [(403, {})] * 9
+        server.moods[path] = [(302, {"Location": store.url.replace("127.0.0.1", "localhost") + "/a"})] * 9
+        assert main(arguments) == 1
+        assert_one_line(capsys, "the answer is that of localhost", "not about the dataset's terms")
+
+
+@pytest.mark.parametrize("more", [[], ["--remote"]], ids=str)
+@pytest.mark.parametrize("path, content, told", [
+    ("datasets/me/words/blob/main/0.parquet", b"<!doctype html>", "write /resolve/ for /blob/"),
+    ("datasets/me/words/raw/main/0.parquet", b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
+    ("datasets/me/words/resolve/main/0.parquet", b"PARE" + bytes(99), "is encrypted; only"),
+])
+def test_what_stands_for_a_file_is_asked_for_once(server, cache, capsys, more, path, content, told):
+    server.files[path] = content
+    assert main(["--from", f"{server.url}/{path}", "--quiet", "--cache-dir", str(cache.folder), *more]) == 1
+    assert_one_line(capsys, path, told)
+    assert len(server.asked) <= 3
+
+
+@pytest.mark.parametrize("more", [[], ["--remote"], ["--dry-run"]], ids=str)
+def test_an_encrypted_column_is_one_line(server, tmp_path, more):
+    """In a process of its own, which Arrow's reader would end."""
+    options = encryption.EncryptionConfiguration("footer", column_keys={"column": ["text"]}, plaintext_footer=True)
+    keys = encryption.CryptoFactory(Keys).file_encryption_properties(encryption.KmsConnectionConfig(), options)
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": texts("a", 500), "body": texts("a", 500)}), path, encryption_properties=keys)
+    server.files["a.parquet"] = path.read_bytes()
+    source = f"{server.url}/a.parquet" if more == ["--remote"] else str(path)
+    command = [sys.executable, "-m", "musekit.shards", "--from", source, "--cache-dir", tmp_path / "cache", *more]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, f"musekit-shards: {source}: column 'text' is encrypted; only files without encryption are read.\n")
+    done = subprocess.run([*command, "--text-column", "body"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+class Keys(encryption.KmsClient):
+    """Keys that are wrapped in nothing."""
+
+    def __init__(self, config):
+        super().__init__()
+
+    def wrap_key(self, key, name):
+        return base64.b64encode(name.encode() + key)
+
+    def unwrap_key(self, wrapped, name):
+        return base64.b64decode(wrapped)[len(name):]
+
+
+def test_too_few_row_groups_for_eight_processes(cache, tmp_path, capsys):
+    write_source(tmp_path / "a.parquet", texts("a", 12_000))
+    arguments = ["--from", str(tmp_path / "a.parquet"), "--min-characters", "0", "--cache-dir", str(cache.folder)]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "warning     2 row groups in the largest validation shard" in said and "training shard:" not in said
+
+
+def test_a_file_whose_name_is_a_pattern(cache, tmp_path):
+    write_source(tmp_path / "data[1].parquet", texts("a", 500))
+    write_source(tmp_path / "data1.parquet", texts("b", 500))
+    assert main(["--from", str(tmp_path / "data[1].parquet"), "--quiet", "--cache-dir", str(cache.folder)]) == 0
+    assert [Path(source["from"]).name for source in read_manifest(cache.data)["sources"]] == ["data[1].parquet"]
+
+
 def test_addresses_in_capitals_and_numbers(tmp_path, capsys):
     strange = ["HTTP://127.0.0.1:9/a.parquet", "https://[::1]:8000/b.parquet", "https://h/c.parquet?sig=a*b"]
     assert main(["--from", *strange, "--dry-run", "--cache-dir", str(tmp_path / "cache")]) == 0
@@ -728,7 +824,7 @@ def test_again_and_again_keeps_one_backup(server, cache):
     assert sorted(backup.name for backup in list_backups(cache.folder)) == ["climbmix", "words"]
 
 
-@pytest.mark.parametrize("trouble, told", [((404, {}), "check the repository"), ((401, {}), "HF_TOKEN"), ("no ranges", "download it instead"), ("page", "no Parquet file"),
+@pytest.mark.parametrize("trouble, told", [((404, {}), "check the repository"), ((401, {}), "HF_TOKEN"), ("no ranges", "download it instead"), ("page", "not Parquet but a web page"),
                                            ((429, {"Retry-After": "7000"}), "7,000 s")], ids=str)
 def test_troubles_of_reading_in_place_are_one_line(server, cache, monkeypatch, capsys, trouble, told):
     monkeypatch.setenv("HF_ENDPOINT", server.url)
@@ -779,7 +875,7 @@ def test_ctrl_c_is_one_line(server, cache, more):
     with subprocess.Popen(command, env=os.environ | {"HF_ENDPOINT": server.url}, **options) as process:
         while not server.asked:
             time.sleep(0.02)
-        time.sleep(0.3)
+        time.sleep(0.7)  # something has come, and not all
         stopped = time.perf_counter()
         process.send_signal(signal.SIGINT)
         said = process.communicate()[1]

@@ -147,7 +147,7 @@ def test_a_download_that_was_cut_is_set_aside_and_fetched_again(server, tmp_path
 @pytest.mark.parametrize("content, told", [
     (b'{"text": "a"}\n{"text": ', "own.jsonl, line 2 is not JSON"), (b'{"text": "a"}\n"b"\n', "line 2 is not a JSON object"),
     (b'{"text": 5}\n', "line 1: column 'text' holds a number, not text"), (b'{"body": "a"}\n', "no column 'text'; it has body"),
-    (b'{"text": "' + b"\xff" * 60 + b'"}\n', "line 1 has text that is not UTF8; if it is not damaged, skip_bad_utf8 (--skip-bad-utf8)"), (b'[{"text": "a"}]', "neither Arrow nor JSON Lines"), (b"", "it starts with b''"),
+    (b'{"text": "' + b"\xff" * 60 + b'"}\n', "line 1 has text that is not UTF8; if it is not damaged, skip_bad_utf8 (--skip-bad-utf8)"), (b'[{"text": "a"}]', "nor Arrow or JSON Lines"), (b"", "it is empty"),
 ], ids=range(7))
 def test_bad_lines_are_one_line(tmp_path, capsys, content, told):
     (tmp_path / "own.jsonl").write_bytes(content)
@@ -413,13 +413,13 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("kind, seed", [("jsonl", "none"), ("jsonl.gz", "none"), ("parquet", "1")])
 def test_memory_does_not_grow_with_the_source(tmp_path, kind, seed):
-    """30 and 120 MB of text; a run of the shuffle has 16 MB here."""
+    """60 and 180 MB of text; a run of the shuffle has 16 MB here."""
     chance = np.random.default_rng(0)
     words = np.array(["".join(chance.choice(list("etaoinshrdlu"), chance.integers(2, 9))) for _ in range(2000)], object)
     part = [{"text": " ".join(chance.choice(words, 500))} for _ in range(2000)]
     peaks = []
-    for times in (5, 20):
+    for times in (10, 30):
         path = write_as(tmp_path / f"{times}.{kind}", part * times)
         arguments = [sys.executable, "-c", PEAK, path, tmp_path / f"{times}", seed]
         peaks.append(int(subprocess.run(list(map(str, arguments)), capture_output=True, text=True, check=True).stdout))
-    assert peaks[1] < peaks[0] + 30, peaks
+    assert peaks[1] < peaks[0] + 50, peaks

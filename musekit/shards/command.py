@@ -9,6 +9,7 @@ __all__ = ['RANKS', 'summary', 'described', 'next_commands', 'dry_run', 'backups
 # %% ../../nbs/58_shards.command.ipynb #e19b38dd
 import argparse
 import errno
+import logging
 import math
 import os
 import shlex
@@ -271,8 +272,8 @@ _EPILOG = f"""datasets:
 Files are Parquet, Arrow (file or stream) or JSON Lines (also .gz, .zst), whatever they are called.
 A column of chat messages ({{role, content}} or {{from, value}}) becomes "role: content", an empty line between two.
 
-HF_ENDPOINT names another hub, HF_TOKEN opens datasets that ask who you are. Stopped at any moment,
-the data in place are whole, and the same command goes on with what has arrived."""
+HF_ENDPOINT names another hub; HF_TOKEN, or the token of `hf auth login`, opens datasets that ask who you are.
+Stopped at any moment, the data in place are whole, and the same command goes on with what has arrived."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -466,6 +467,7 @@ def _layout(arguments):
 def _run(arguments):
     known = {name: value for name, value in vars(arguments).items() if name in Options.__dataclass_fields__}
     options = Options(**known)
+    logging.getLogger("musekit.shards").setLevel(logging.ERROR if options.quiet else logging.WARNING)
     if arguments.list_backups:
         return options.tell(backups_table(arguments.cache_dir, arguments.layout))
     if arguments.restore is not None:

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import accumulate, groupby
 from numbers import Real
@@ -348,7 +348,7 @@ class Report:
     dropped: dict[str, int]  # by reason
     shards: tuple[Shard, ...]  # in the order of the rows
     streams: tuple[tuple[int, int, dict, int], ...] = ()  # rows, kept, dropped and rows in shards of each stream of a mix
-    last: tuple[tuple[int, int] | None, ...] = ()  # source and part that were read last, of each stream; None: all were read
+    last: tuple[tuple[int, int] | None, ...] = field(default=(), compare=False)  # source and part read last of each stream; None: all
     full: bool = True  # whether there were rows enough for all shards
 
 

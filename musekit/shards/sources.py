@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from ..files import write_aside
 from .catalog import file_format, is_remote, shown
-from .remote import RemoteFile, chunk_ranges
+from .remote import RemoteFile, chunk_ranges, wrong_content
 
 # %% ../../nbs/53_shards.sources.ipynb #97ff91a9
 def check_whole(owner, field: str, least: int):
@@ -120,7 +120,7 @@ def _bad_source(source, what):
         yield
     except ConnectionError:
         raise
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, IndexError, OverflowError) as error:
         raise BadSource(str(source), f"{what}: {error}") from error
 
 
@@ -150,10 +150,11 @@ def open_source(
         kind = file_format(start)
         if start.startswith(b"PARE"):
             raise ValueError(f"{shown(source)} {_ENCRYPTED}.")
+        if kind is None:
+            fault = wrong_content(str(source), start)
+            raise ValueError(f"{shown(source)}: {fault}.") if is_remote(source) else BadSource(str(source), f": {fault}")
         file.seek(0)
-        with _bad_source(source, f" is not a whole {kind or 'Parquet'} file"):
-            if kind is None:
-                raise pa.ArrowInvalid(f"it starts with {start[:4]!r}, and is neither Arrow nor JSON Lines")
+        with _bad_source(source, f" is not a whole {kind} file"):
             reader = _READERS[kind](source, file, selection, kind)
         with reader:
             if is_remote(source):
@@ -171,7 +172,7 @@ def source_list(sources: str | Path | Iterable[str | Path]) -> list[str]:
 
 def check_source(source: str | Path, selection: Selection) -> SourceContents:
     "What is in a source with the wanted columns and fitting types; else a ValueError that names it."
-    with open_source(source, selection, []) as reader, _bad_source(source, " cannot be read"):
+    with open_source(source, selection, []) as reader, _bad_source(source, " is not a whole file"):
         reader.check()
         return reader.contents()
 
@@ -273,10 +274,7 @@ class _Parquet(_Columns):
         self.parquet = pq.ParquetFile(file if is_remote(source) else str(source), **options)
         _refuse_encrypted(source, file, self.parquet.metadata, selection.columns)
         self.source, self.selection, self.num_groups = source, selection, self.parquet.num_row_groups
-        try:
-            self.schema = self.parquet.schema_arrow
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise BadSource(str(source), f" has columns that cannot be read: {error}") from error
+        self.schema = self.parquet.schema_arrow
 
     def check(self):
         leaves = map(self.parquet.schema.column, range(self.parquet.metadata.num_columns))
@@ -739,7 +737,8 @@ def read_texts(
     "Batch by batch: the kept texts, the rows read for them, those dropped by reason, and the part."
     with open_source(source, selection, groups) as reader:
         if isinstance(reader, _Columns):
-            reader.check()
+            with _bad_source(source, " is not a whole file"):
+                reader.check()
         for group in range(reader.num_groups) if groups is None else groups:
             for batch in _read_group(source, reader, group, selection):
                 texts, read, dropped = _select(batch, selection, limit)
