@@ -894,7 +894,7 @@ def shuffle(
     folder: str | Path,  # for the runs, reachable for every worker; may be deleted once the shards are written
     executor: Executor | None = None,
     progress: Callable[[int], object] | None = None,  # progress(rows read), now and then
-    groups_per_task: int = 32,
+    groups_per_task: int | None = None,  # default: 32 for an executor; without one a source is opened only once
 ) -> Stream:
     "The kept rows of a stream in an order that follows from the seed alone, as another stream."
     if not isinstance(seed, Integral) or seed < 0:
@@ -903,8 +903,9 @@ def shuffle(
     contents = [check_source(source, stream.selection) for source in stream.sources]
     size = 4 * sum(sum(each.bytes) for each in contents)  # texts are compressed to a quarter or so
     bits = min(14, max(0, size // _BUCKET).bit_length())
-    tasks = [(index, list(range(start, min(start + groups_per_task, len(each.rows)))))
-             for index, each in enumerate(contents) for start in range(0, len(each.rows), groups_per_task)]
+    step = groups_per_task or (32 if executor else max(1, *(len(each.rows) for each in contents)))
+    tasks = [(index, list(range(start, min(start + step, len(each.rows)))))
+             for index, each in enumerate(contents) for start in range(0, len(each.rows), step)]
     numbered = [(number, stream, index, groups, seed, bits, str(folder)) for number, (index, groups) in enumerate(tasks)]
     tally, runs, rows = Tally(), [], [0] * 2**bits
     for found, counts, *count in (executor.map if executor else map)(scatter, *map(list, zip(*numbered))):
@@ -971,11 +972,13 @@ def _write_run(path, texts, keys, bits):
     order = np.argsort(keys, kind="stable")
     edges = np.searchsorted(keys[order], [bucket << (64 - bits) for bucket in range(1, 2**bits)]) if bits else []
     edges = [0, *map(int, edges), len(keys)]
-    column, options = pa.chunked_array(texts, pa.string()), pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
+    options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
+    column = pa.concat_arrays(texts)  # to take rows of many pieces would copy them for every bucket
+    texts.clear()
     with write_aside(path) as aside, pa.ipc.new_file(str(aside), _RUN_SCHEMA, options=options) as writer:
         for start, stop in zip(edges, edges[1:]):
             rows = order[start:stop]
-            chosen = column.take(pa.array(rows)).combine_chunks() if len(rows) else pa.array([], pa.string())
+            chosen = column.take(pa.array(rows)) if len(rows) else pa.array([], pa.string())
             writer.write_batch(pa.record_batch([pa.array(keys[rows]), chosen], schema=_RUN_SCHEMA))
     return np.diff(edges)
 
