@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENDPOINT', 'ORIGINAL', 'CATALOG', 'is_remote', 'is_address', 'shown', 'redact', 'names_user', 'hub_address',
-           'encode_revision', 'address_key', 'Dataset', 'plot_catalog', 'find_dataset', 'dataset_of', 'read_number']
+           'encode_revision', 'address_key', 'file_format', 'Dataset', 'plot_catalog', 'find_dataset', 'mix_of',
+           'dataset_of', 'read_number']
 
 # %% ../../nbs/50_shards.catalog.ipynb #679eecec
 import difflib
@@ -14,7 +15,7 @@ import math
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Real
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -74,20 +75,41 @@ def address_key(url: str) -> str:
     "The SHA-256 of an address, to know it again where its query must not be written down."
     return hashlib.sha256(url.encode()).hexdigest()
 
+# %% ../../nbs/50_shards.catalog.ipynb #65f3a52b
+_MAGIC = {b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\xff\xff\xff\xff": "Arrow stream",
+          b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"musekit shuffle\n": "shuffle"}
+
+
+def file_format(
+    start: bytes,  # the first 64 bytes, or so
+) -> str | None:
+    "Parquet, Arrow (a file) or Arrow stream, gzip or zstd (of JSON Lines), JSON Lines, shuffle; None for others."
+    for magic, name in _MAGIC.items():
+        if start.startswith(magic):
+            return name
+    return "JSON Lines" if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{") else None
+
 # %% ../../nbs/50_shards.catalog.ipynb #6bbc9450
 @dataclass(frozen=True)
 class Dataset:
-    "Where the Parquet files of a dataset are, and what is read of them."
+    "Where the files of a dataset are (Parquet, Arrow, JSON Lines), and what is read of them."
 
     name: str
     repo: str = ""  # owner/name on the hub; empty where the files are named one by one
     revision: str = ""  # of the repository; empty for main
-    pattern: str = ""  # paths in the repository, in braces: part-{00..12}.parquet
+    pattern: str = ""  # paths in the repository, with braces or stars: part-{00..12}.parquet, data/*.jsonl.gz
     text_column: str = "text"
     score_column: str | None = None  # rows are kept whose score is at least `min_score`
     min_score: float | None = None
     gigabytes: float | None = None  # of one file, about
     files: tuple[str, ...] = ()  # local files and addresses, instead of a repository
+    text_template: str | None = None  # several columns as text, instead of text_column: "{question}\n{answer}"
+    min_characters: int | None = None  # shorter texts are dropped; None: as the conversion says
+    max_characters: int | None = None  # longer texts are dropped
+    skip_bad_utf8: bool = False  # drop rows that are not UTF-8, instead of stopping
+    shuffle: int | None = None  # seed of the order of the rows; None: as they are
+    mix: tuple[tuple["Dataset", Real], ...] = ()  # other datasets and their weights, instead of files
+    listed: tuple[str, ...] = ()  # what the hub says that a pattern with stars stands for
 
     def __post_init__(self):
         for fault in [*_wrong_types(self)] or _wrong_values(self):
@@ -96,7 +118,21 @@ class Dataset:
     @property
     def paths(self) -> list[str]:
         "Paths of all files: as they were named, or inside the repository."
-        return list(self.files or braceexpand(self.pattern))
+        if self.mix:
+            return [path for part, _ in self.mix for path in part.paths]
+        if self.has_stars and not self.listed:
+            raise ValueError(f"dataset {self.name!r}: the files of {self.pattern!r} are not known yet; list_files asks the hub.")
+        return list(self.files or self.listed or braceexpand(self.pattern))
+
+    @property
+    def has_stars(self) -> bool:
+        "Whether only the hub knows which files there are."
+        return "*" in self.pattern
+
+    @property
+    def parts(self) -> list[tuple["Dataset", Real]]:
+        "The datasets of a mix and their weights; a dataset that is none is its own only part."
+        return list(self.mix) or [(self, 1)]
 
     def urls(self, num_source: int | None = None, endpoint: str | None = None) -> list[str]:
         "Addresses of the first files: by default 3 of a repository, or all that were named one by one."
@@ -110,25 +146,41 @@ class Dataset:
         if not self.repo:
             return [encode_revision(path, base) for path in self.paths[:count]]
         folder = f"{base}/datasets/{self.repo}/resolve/{quote(unquote(self.revision or 'main'), safe='')}/"
-        return [folder + quote(path, safe="/%=+,:@!$&'()*;~") for path in self.paths[:count]]
+        safe = "/" if self.listed else "/%=+,:@!$&'()*;~"  # what people write may be encoded already
+        return [folder + quote(path, safe=safe) for path in self.paths[:count]]
 
 
 def _wrong_types(dataset):
-    for field in ("name", "repo", "revision", "pattern", "text_column", "score_column"):
+    for field in ("name", "repo", "revision", "pattern", "text_column", "score_column", "text_template"):
         value = getattr(dataset, field)
-        if not isinstance(value, str) and not (field == "score_column" and value is None):
+        if not isinstance(value, str) and not (field in ("score_column", "text_template") and value is None):
             yield f"{field}={value!r} is not text; put it in quotes"
     for field in ("min_score", "gigabytes"):
         value = getattr(dataset, field)
         number = isinstance(value, Real) and not isinstance(value, bool)
         if value is not None and not (number and 0 <= value < math.inf):
             yield f"{field}={value!r} is not a number of at least 0"
+    for field in ("min_characters", "max_characters", "shuffle"):
+        value = getattr(dataset, field)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            yield f"{field}={value!r} is not a whole number of at least 0"
+    if not isinstance(dataset.skip_bad_utf8, bool):
+        yield f"skip_bad_utf8={dataset.skip_bad_utf8!r} is neither true nor false"
+    for weight in (weight for _, weight in dataset.mix):
+        if not isinstance(weight, Real) or isinstance(weight, bool) or not 0 < weight < math.inf:
+            yield f"weight {weight!r}: a share in a mix is a number greater than 0"
 
 
 def _wrong_values(dataset):
+    names = [part.name for part, _ in dataset.mix]
     faults = {
         "it needs either files or both a repo and a pattern":
-            bool(dataset.files) == bool(dataset.repo and dataset.pattern),
+            not dataset.mix and bool(dataset.files) == bool(dataset.repo and dataset.pattern),
+        "a mix has no files of its own, nor columns or scores: those are its parts'":
+            dataset.mix and any(_own_of_parts(dataset)),
+        "a mix of mixes is not possible; give the weights of all datasets in one":
+            any(part.mix for part, _ in dataset.mix),
+        f"its parts need different names: {', '.join(names)}": len(set(names)) < len(names),
         "repo, pattern and revision are of the hub; files go without them":
             dataset.files and (dataset.repo or dataset.pattern or dataset.revision),
         "an address has a user or a password, which are not sent; leave out what ends in @":
@@ -137,13 +189,21 @@ def _wrong_values(dataset):
             dataset.repo and not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset.repo),
         "its name needs letters, digits, dots and dashes; put patterns of files in quotes":
             not re.fullmatch(r"[\w.-]+", dataset.name),
-        f"pattern={dataset.pattern!r} has a star; use braces: {{0..9}}.parquet": "*" in dataset.pattern,
         f"pattern={dataset.pattern!r} has a brace that is not closed; use braces: {{0..9}}.parquet":
-            not _is_balanced(dataset.pattern),
+            not dataset.mix and not _is_balanced(dataset.pattern),
+        f"pattern={dataset.pattern!r} has a star and a question mark; a star stands for any letters, braces for alternatives":
+            "*" in dataset.pattern and "?" in dataset.pattern,
         "it needs both a score column (score_column) and a least score (min_score)":
             (dataset.score_column is None) != (dataset.min_score is None),
+        f"text_column={dataset.text_column!r} and text_template exclude each other":
+            dataset.text_column != "text" and dataset.text_template is not None,
     }
     return [fault for fault, found in faults.items() if found]
+
+
+def _own_of_parts(dataset):
+    names = ("repo", "revision", "pattern", "files", "score_column", "text_template", "gigabytes", "listed")
+    return [*(getattr(dataset, name) for name in names), dataset.text_column != "text"]
 
 
 def _is_balanced(pattern):
@@ -199,14 +259,20 @@ def find_dataset(name: str, own: str | Path | None = None) -> Dataset:
     if name in entries and name in CATALOG:
         raise ValueError(f"{name!r} is a dataset of the catalogue; give yours in {own} another name.")
     if name in known:
-        return _read_entry(own, name, entries[name]) if name in entries else CATALOG[name]
+        return _read_entry(own, name, entries) if name in entries else CATALOG[name]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"Did you mean {near[0]!r}? " if near else ""
     raise ValueError(f"unknown dataset {name!r}. {hint}Known are: {', '.join(known)}.")
 
+
+def mix_of(weights: dict[str, Real], name: str | None = None, own: str | Path | None = None, **fields) -> Dataset:
+    "A mix of datasets of a YAML file or the catalogue; fields as in `Dataset`."
+    parts = tuple((find_dataset(part, own), weight) for part, weight in weights.items())
+    return Dataset(name or "--".join(["mix", *weights]), mix=parts, **fields)
+
 # %% ../../nbs/50_shards.catalog.ipynb #afb6aa24
 def dataset_of(patterns: str | Iterable[str], name: str | None = None, **fields) -> Dataset:
-    "A dataset of Parquet files: local ones, stars allowed, or addresses, braces allowed; fields as in `Dataset`."
+    "A dataset of files (Parquet, Arrow, JSON Lines): local ones, stars allowed, or addresses, braces allowed; fields as in `Dataset`."
     patterns = [patterns] if isinstance(patterns, str) else patterns
     files = tuple(dict.fromkeys(file for pattern in patterns for file in _find(str(pattern))))
     folder = next((shown(file).partition("//")[2].rpartition("/")[0] for file in files if is_remote(file)), "local")
@@ -221,7 +287,7 @@ def _find(pattern):
         told = "only local files, http:// and https:// addresses and the hub (--repo) are read"
         raise ValueError(f"{shown(pattern)!r} cannot be read: {told}.")
     if not found:
-        raise FileNotFoundError(f"no file matches {pattern!r}; give Parquet files, as 'data/*.parquet'.")
+        raise FileNotFoundError(f"no file matches {pattern!r}; give files, as 'data/*.parquet' or 'data/*.jsonl.gz'.")
     for folder in filter(os.path.isdir, found):
         raise ValueError(f"{folder} is a folder; give the files in it: {folder.rstrip('/')}/*.parquet.")
     return found
@@ -259,18 +325,30 @@ def _read_entries(path):
     return {str(name): entry for name, entry in entries.items()}
 
 
-def _read_entry(path, name, entry):
-    known = [field.name for field in fields(Dataset) if field.name != "name"]
+def _read_entry(path, name, entries):
+    known = [field.name for field in fields(Dataset) if field.name not in ("name", "listed")]
+    entry = entries[name]
     for field in entry:
         if field not in known:
             raise ValueError(f"{path}: {name} has an unknown field {field!r}; known are {', '.join(known)}.")
     numbers = {key: read_number(entry[key]) for key in ("min_score", "gigabytes") if key in entry}
     entry = {**entry, **numbers}
-    files = entry.pop("files", None)
+    files, mix = entry.pop("files", None), entry.pop("mix", None)
     try:
+        if mix is not None:
+            return mix_of(_weights(mix, name, entries), name, path, **entry, **({} if files is None else {"files": files}))
         return dataset_of(_beside(path, files), name, **entry) if files is not None else Dataset(name, **entry)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {name}: {str(error).rstrip('.')}.") from error
+
+
+def _weights(mix, name, entries):
+    if not isinstance(mix, dict) or not mix:
+        raise ValueError(f"mix={mix!r}: give weights by name, {{fineweb-edu: 0.7, mine: 0.3}}")
+    for part in map(str, mix):
+        if part == name or "mix" in entries.get(part, {}):
+            raise ValueError("a mix of mixes is not possible; give the weights of all datasets in one")
+    return {str(part): read_number(weight) for part, weight in mix.items()}
 
 
 def read_number(value):

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import requests
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
-from .catalog import hub_address, redact, shown
+from .catalog import file_format, hub_address, redact, shown
 
 # %% ../../nbs/51_shards.remote.ipynb #6b3dc0d8
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
@@ -261,7 +261,10 @@ class Patience:
 
 # %% ../../nbs/51_shards.remote.ipynb #f4eef633
 def wrong_content(url: str, start: bytes) -> str | None:
-    "What is wrong with a file that begins so, and what to do; None if it begins as Parquet does."
+    "What is wrong with a file that begins so, and what to do; None if it begins as Parquet, Arrow or JSON Lines do."
+    kind, named_so = file_format(start), re.search(r"\.(parquet|arrow|gz|zst)$", urlsplit(url).path.lower())
+    if kind and not (kind == "JSON Lines" and named_so):  # that would be what a server says of an error
+        return None
     if start and b"PAR1".startswith(start[:4]):  # of which there may be less than four yet
         return None
     if start[:4] == b"PARE":
@@ -271,7 +274,7 @@ def wrong_content(url: str, start: bytes) -> str | None:
         return "it is not Parquet but a pointer of Git LFS; give the address of the file itself, with /resolve/ " \
                "for /raw/ on the hub, from media.githubusercontent.com on GitHub"
     if not text.startswith(b"<"):
-        return f"it is not Parquet (it begins with {start[:8]!r})" if start else "it is empty"
+        return f"it is not Parquet (it begins with {start[:8]!r}), nor Arrow or JSON Lines" if start else "it is empty"
     if "/blob/" in path:
         return "it is not Parquet but the page about a file; write /resolve/ for /blob/ in the address " \
                "(/raw/ on GitHub)"
@@ -484,9 +487,10 @@ class RemoteFile(io.RawIOBase):
 
 # %% ../../nbs/51_shards.remote.ipynb #01cf1942
 def chunk_ranges(metadata, columns: Iterable[str], groups: Iterable[int]) -> list[tuple[int, int]]:
-    "(start, stop) bytes of some flat columns in some row groups, from a Parquet file's metadata."
-    names = [metadata.schema.column(index).path.split(".")[0] for index in range(metadata.num_columns)]
+    "(start, stop) bytes of some columns in some row groups, all that is in nested ones, from a file's metadata."
+    names = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
+    wanted = [any(f"{name}.".startswith(f"{column}.") for column in columns) for name in names]
     chunks = [metadata.row_group(group).column(index) for group in groups
-              for index, name in enumerate(names) if name in columns]
+              for index in range(metadata.num_columns) if wanted[index]]
     starts = [chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks]
     return [(start, start + chunk.total_compressed_size) for start, chunk in zip(starts, chunks)]
