@@ -1,4 +1,6 @@
 """The README and the examples of every --help, typed in their order into a fresh folder, by bash, with short runs and a hub on this machine."""
+import gzip
+import json
 import os
 import re
 import shutil
@@ -61,9 +63,12 @@ def examples(help_text):
 
 
 class Handler(hub_server.Handler):
-    "The hub, and files below /datasets/ and /texts/ in ranges."
+    "The hub, with a list of the files of one dataset, and files below /datasets/ and /texts/ in ranges."
 
     def do_GET(self):
+        if self.path.startswith("/api/datasets/owner/name/tree/"):
+            name, content = "questions.jsonl.gz", self.server.texts["questions.jsonl.gz"]
+            return self.answer([{"type": "file", "path": f"data/{name}", "size": len(content)}])
         if not self.path.startswith(("/datasets/", "/texts/")):
             return super().do_GET()
         content = self.server.texts.get(self.path.rpartition("/")[2])
@@ -81,6 +86,13 @@ def parquet(column):
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({column: texts, "int_score": [3 + number % 2 for number in range(40)]}), sink)
     return sink.getvalue().to_pybytes()
+
+
+def questions():
+    "The bytes of a compressed file of JSON Lines with forty questions."
+    rows = ({"question": f"What is {number} and {number}, in words?", "answer": f"It is {2 * number}, as you can count."}
+            for number in range(40))
+    return gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def files_below(folder):
@@ -109,6 +121,7 @@ def hub(tmp_path_factory):
     server.texts = {name: parquet("text") for name in catalogue}
     server.texts |= {f"{number}.parquet": parquet("body" if number == 4 else "text") for number in range(4)}
     server.texts |= {f"train-{number:05d}.parquet": parquet("text") for number in range(4)}
+    server.texts["questions.jsonl.gz"] = questions()
     with hub_server.running(server):
         yield server
 
@@ -140,7 +153,8 @@ def make_files(folder):
         (folder / f"{name}.parquet").write_bytes(parquet(column))
     (folder / "mine.yaml").write_text("data: photos/\nexperiment: {output_dir: runs/mine}\ntraining: {batch_size: 4}\n")
     (folder / "tokenizer.yaml").write_text("data: photos/\nexperiment: {output_dir: runs/tokenizer-file}\n")
-    (folder / "texts.yaml").write_text("mine: {repo: owner/name, pattern: 'data/{0..3}.parquet', text_column: text}\n")
+    (folder / "texts.yaml").write_text("mine: {repo: owner/name, pattern: 'data/{0..3}.parquet', text_column: text}\n"
+                                        "blend: {mix: {fineweb-edu: 0.7, mine: 0.3}, shuffle: 1}\n")
     torch.save(VGGFeatures([[8, 8], [16, 16]]).state_dict(), folder / "vgg16.pth")
     weights = InceptionFeatures().state_dict() | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
     torch.save(weights, folder / "pt_inception-2015-12-05-6726825d.pth")
