@@ -386,7 +386,8 @@ def main(arguments: list[str] | None = None) -> int:  # None: those of the proce
     format_before = warnings.formatwarning
     warnings.formatwarning = partial(_one_line, format_before)
     try:
-        return options.run(options) or 0
+        with warnings.catch_warnings():  # a second command in one process shows its warnings, too
+            return options.run(options) or 0
     except (ValueError, OSError) as error:
         if options.traceback:
             raise
