@@ -10,13 +10,16 @@ from PIL import Image
 
 from conftest import ROOT
 from musekit import cli
-from musekit.check import Batch, activation_bytes, find_networks, peak_bytes, training_memory, weight_memory, without_memory
+from musekit.check import (
+    Batch, activation_bytes, data_report, find_networks, peak_bytes, tokenizer_data_report, training_memory, weight_memory, without_memory,
+)
 from musekit.finetune import add_lora
 from musekit.inspection import num_parameters
 from musekit.losses import masked_cross_entropy, saved_bytes
 from musekit.models.transformer import MaskGitTransformer
 from musekit.models.uvit import MaskGiTUViT
 from musekit.train import configure
+from musekit.train_tokenizer import configure_tokenizer
 
 PUBLISHED = ROOT / "tests" / "published"
 SIZES = dict(vocab_size=65, codebook_size=64, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, encoder_hidden_size=24)
