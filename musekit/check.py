@@ -374,7 +374,11 @@ def _few_shards(located, config, folder):
 def _look(urls, reading, make_reader=ShardReader):
     "The first batch, without training's shuffling; a ValueError where there is none."
     few = replace(reading, batch_size=min(LOOK, reading.batch_size), num_workers=0)
-    return first_batch(make_loader(urls, few, training=False, make_reader=make_reader))
+    batches = iter(make_loader(urls, few, training=False, make_reader=make_reader))
+    batch = first_batch(batches)
+    if len(batch["keys"]) < few.batch_size:
+        next(batches, None)  # all was read; the end raises where too much of it was left out
+    return batch
 
 
 def _described(batch, layout, captions):
@@ -427,7 +431,7 @@ def data_report(
     params = config.dataset.params
     look = _look_at_codes if config.training.pre_encode else _look_at_pictures
     specs = [params.train_shards_path_or_url, params.eval_shards_path_or_url]
-    return [look(spec, config, base_dir) for spec in specs if spec]
+    return [look(spec, config, base_dir) for spec in specs if spec is not None]
 
 
 def tokenizer_data_report(
@@ -437,7 +441,9 @@ def tokenizer_data_report(
     "The same for a run that trains an image tokenizer."
     data, reports = config.dataset, []
     reading = ImageTextConfig(resolution=data.resolution, batch_size=config.training.batch_size, captions=False)
-    for spec in filter(None, [data.path, data.eval_path]):
+    for spec in [data.path, data.eval_path]:
+        if spec is None:
+            continue
         if spec == "digits":
             reports.append(DIGITS)
             continue

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+import tarfile
 
 import pytest
 import torch
@@ -9,13 +10,16 @@ from PIL import Image
 
 from conftest import ROOT
 from musekit import cli
-from musekit.check import Batch, activation_bytes, find_networks, peak_bytes, training_memory, weight_memory, without_memory
+from musekit.check import (
+    Batch, activation_bytes, data_report, find_networks, peak_bytes, tokenizer_data_report, training_memory, weight_memory, without_memory,
+)
 from musekit.finetune import add_lora
 from musekit.inspection import num_parameters
 from musekit.losses import masked_cross_entropy, saved_bytes
 from musekit.models.transformer import MaskGitTransformer
 from musekit.models.uvit import MaskGiTUViT
 from musekit.train import configure
+from musekit.train_tokenizer import configure_tokenizer
 
 PUBLISHED = ROOT / "tests" / "published"
 SIZES = dict(vocab_size=65, codebook_size=64, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, encoder_hidden_size=24)
@@ -207,6 +211,20 @@ def test_data_that_cannot_be_used(command, data, message, tmp_path, monkeypatch,
     if data == "nowhere/":
         assert cli.main([*command, f"data={data}", "--no-data"]) == 0
         assert "data cannot" not in capfd.readouterr().err
+
+
+def test_data_of_which_too_much_is_unusable_is_refused_as_in_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_photos(tmp_path / "photos")
+    with tarfile.open("whole.tar", "w") as tar:
+        for path in sorted((tmp_path / "photos").iterdir()):
+            tar.add(path, path.name)
+    content = (tmp_path / "whole.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(content[:4096])
+    for report in (lambda data: data_report(configure(None, [data])), lambda data: tokenizer_data_report(configure_tokenizer(None, [data]))):
+        with pytest.raises(ValueError, match=r"samples could not be used.*cut\.tar"):
+            report("data=*.tar")  # a star is no alias of YAML
+        assert len(report("data=whole.tar")) == 1
 
 
 def test_a_broken_sample_is_named(tmp_path, monkeypatch, capfd):

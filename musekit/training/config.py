@@ -11,6 +11,7 @@ __all__ = ['OLD_KEYS', 'REHEARSED', 'LAYOUT_KEYS', 'Unused', 'known_keys', 'is_r
 # %% ../../nbs/31_training.config.ipynb #d192f6f2
 import dataclasses
 import difflib
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -246,7 +247,17 @@ def _read_overrides(overrides):
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"The override {override!r} has no '='; write it like training.batch_size=8.")
-    return OmegaConf.from_dotlist(list(overrides))
+    return OmegaConf.from_dotlist([_as_yaml(override) for override in overrides])
+
+
+def _as_yaml(override):
+    "The same override, its value in quotes where YAML cannot read it, such as *.tar or {0..3}.tar."
+    try:
+        OmegaConf.from_dotlist([override])
+        return override
+    except YAMLError:
+        key, _, text = override.partition("=")
+        return f"{key}={json.dumps(text, ensure_ascii=False)}"
 
 # %% ../../nbs/31_training.config.ipynb #966bb6a3
 def condition_of(config: Config) -> str:
