@@ -591,12 +591,12 @@ def _captions(recipe, batch):
 
 
 def _tell_cut(recipe, captions):
-    "Says how many of some captions are longer than the text encoder reads."
-    cut = getattr(recipe.text_encoder, "texts_cut", 0)
-    recipe.text_encoder(captions)
-    if cut := getattr(recipe.text_encoder, "texts_cut", 0) - cut:
-        recipe.accelerator.print(f"{cut} of the first {len(captions)} captions are longer than the {recipe.text_encoder.max_seq_length} "
-                                 "tokens that the text encoder reads, and are cut")
+    "Reports how many of the first captions are longer than the text encoder reads."
+    encoder = _encoder(recipe)
+    if encoder.text_encoder is not None:
+        encoder.read(captions)
+    if report := encoder.cut_report():
+        recipe.accelerator.print(f"first samples: {report}")
 
 
 def fit(recipe: Recipe):
