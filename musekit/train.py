@@ -122,13 +122,13 @@ def configure(
     if condition_of(config) != "text":
         config.model.text_encoder.type, config.model.text_encoder.train = "none", None
     adopt_pipeline(config.model, TRANSFORMERS, VQ_MODELS)
-    if check is check_recipe:  # another command may use what a run does not, and the other way round
-        usual = [flatten(Config()), flatten(load_config(SMALL, ["data=none"]))]
-        warn_unused(given, usual, unused_settings(config))
     if "small" in paths:
         _fit_small(config)
     drop_unread(config)
     check(config)
+    if check is check_recipe:  # another command may use what a run does not, and the other way round
+        usual = [flatten(Config()), flatten(load_config(SMALL, ["data=none"]))]
+        warn_unused(given, usual, unused_settings(config))
     return config
 
 
