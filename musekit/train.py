@@ -55,7 +55,7 @@ from .training.ema import evaluating
 from .training.history import check_trackers
 from .training.optim import check_library, check_optimization
 from musekit.training.resume import (
-    find_checkpoint, keep_seed, latest_checkpoint, on_main_process, refuse_other_run, settle_seed, step_of, step_seed,
+    find_checkpoint, keep_seed, latest_checkpoint, on_main_process, refuse_other_run, settle_run_seed, step_of, step_seed,
 )
 from .training.tokenizer import train_vq_model
 from .training.trainer import Trainer, make_accelerator
@@ -173,7 +173,7 @@ class Recipe:
         base_dir: str | Path | None = None,  # where relative shard names are also looked for
         progress: bool | None = None,  # show it, see `watched`
     ):
-        settle_seed(config)
+        settle_run_seed(config)
         check_recipe(config)
         self.config, self.base_dir, self.progress = config, base_dir, progress
         self.accelerator = accelerator or make_accelerator(config)
@@ -641,7 +641,7 @@ def train(
 ) -> Recipe:  # with its models, times and `trainer`
     "Runs every stage of the recipe and saves the pipeline; goes on with a run that was stopped."
     check_library(config)
-    chosen = settle_seed(config)
+    chosen = settle_run_seed(config)
     refuse_other_run(config)
     recipe = Recipe(config, base_dir=base_dir, progress=progress)
     if chosen:
