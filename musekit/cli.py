@@ -13,6 +13,7 @@ import signal
 import sys
 import warnings
 from functools import partial
+from importlib import resources
 
 from . import __version__
 from .commands import COMMANDS, number_between, quiet, say
@@ -367,7 +368,7 @@ def _interrupted(options):
 
 def _one_line(formatted, message, category, filename, lineno, line=None):
     "How a warning of the kit is shown: of several processes by the first alone, and without the place in the code."
-    if "musekit" not in filename.split(os.path.sep):  # a library's
+    if not os.path.abspath(filename).startswith(os.path.join(resources.files("musekit"), "")):  # a library's
         return formatted(message, category, filename, lineno, line)
     if os.environ.get("RANK", "0") != "0":
         return ""

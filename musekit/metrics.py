@@ -337,6 +337,12 @@ def _doubts(real, fake):
     return doubts
 
 
+def _own_classifier(extractor):
+    "What an extractor takes images for; None where it cannot say, as an Inception without its last layer."
+    cannot = getattr(extractor, "class_weights", ()) is None
+    return None if cannot else getattr(extractor, "probabilities", None)
+
+
 def evaluate(
     pipeline: Callable[..., list[Image.Image]],  # (texts, seed=..., **options) -> an image per text
     real: FeatureTable | Iterable[Tensor | dict],  # or batches, as `collect_features` takes them
@@ -352,7 +358,7 @@ def evaluate(
         raise ValueError("no prompt to draw; give a list of texts")
     if not isinstance(real, FeatureTable):
         real = collect_features(real, extractor, keep=config.keep, seed=config.seed)
-    classifier = classifier or getattr(extractor, "probabilities", None)
+    classifier = classifier or _own_classifier(extractor)
     scores, answers = [], []
 
     def batches():

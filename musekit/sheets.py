@@ -49,7 +49,8 @@ class Task:
         self.prompts = prompt_list(self.prompts)
         self.num_images_per_prompt = whole_numbers("num_images_per_prompt", self.num_images_per_prompt, 1)
         total = len(self.prompts) * self.num_images_per_prompt
-        self.seed = settle_seed(self.seed, total or len(self.seed if isinstance(self.seed, list) else "0"))
+        seeds = len(self.seed) if isinstance(self.seed, list) else 1
+        self.seed = settle_seed(self.seed, total or seeds)  # no prompts yet: any number of seeds
         edits = [name for name in ("mask", "margins", "ratio") if getattr(self, name) is not None]
         if len(edits) != (self.image is not None):
             raise ValueError(f"an image is edited by exactly one of mask, margins and ratio; got "

@@ -55,7 +55,7 @@ from .training.ema import evaluating
 from .training.history import check_trackers
 from .training.optim import check_library, check_optimization
 from musekit.training.resume import (
-    find_checkpoint, keep_seed, latest_checkpoint, on_main_process, refuse_other_run, settle_seed, step_of, step_seed,
+    find_checkpoint, keep_seed, latest_checkpoint, on_main_process, refuse_other_run, settle_run_seed, step_of, step_seed,
 )
 from .training.tokenizer import train_vq_model
 from .training.trainer import Trainer, make_accelerator
@@ -122,13 +122,13 @@ def configure(
     if condition_of(config) != "text":
         config.model.text_encoder.type, config.model.text_encoder.train = "none", None
     adopt_pipeline(config.model, TRANSFORMERS, VQ_MODELS)
-    if check is check_recipe:  # another command may use what a run does not, and the other way round
-        usual = [flatten(Config()), flatten(load_config(SMALL, ["data=none"]))]
-        warn_unused(given, usual, unused_settings(config))
     if "small" in paths:
         _fit_small(config)
     drop_unread(config)
     check(config)
+    if check is check_recipe:  # another command may use what a run does not, and the other way round
+        usual = [flatten(Config()), flatten(load_config(SMALL, ["data=none"]))]
+        warn_unused(given, usual, unused_settings(config))
     return config
 
 
@@ -173,7 +173,7 @@ class Recipe:
         base_dir: str | Path | None = None,  # where relative shard names are also looked for
         progress: bool | None = None,  # show it, see `watched`
     ):
-        settle_seed(config)
+        settle_run_seed(config)
         check_recipe(config)
         self.config, self.base_dir, self.progress = config, base_dir, progress
         self.accelerator = accelerator or make_accelerator(config)
@@ -591,12 +591,12 @@ def _captions(recipe, batch):
 
 
 def _tell_cut(recipe, captions):
-    "Says how many of some captions are longer than the text encoder reads."
-    cut = getattr(recipe.text_encoder, "texts_cut", 0)
-    recipe.text_encoder(captions)
-    if cut := getattr(recipe.text_encoder, "texts_cut", 0) - cut:
-        recipe.accelerator.print(f"{cut} of the first {len(captions)} captions are longer than the {recipe.text_encoder.max_seq_length} "
-                                 "tokens that the text encoder reads, and are cut")
+    "Reports how many of the first captions are longer than the text encoder reads."
+    encoder = _encoder(recipe)
+    if encoder.text_encoder is not None:
+        encoder.read(captions)
+    if report := encoder.cut_report():
+        recipe.accelerator.print(f"first samples: {report}")
 
 
 def fit(recipe: Recipe):
@@ -641,7 +641,7 @@ def train(
 ) -> Recipe:  # with its models, times and `trainer`
     "Runs every stage of the recipe and saves the pipeline; goes on with a run that was stopped."
     check_library(config)
-    chosen = settle_seed(config)
+    chosen = settle_run_seed(config)
     refuse_other_run(config)
     recipe = Recipe(config, base_dir=base_dir, progress=progress)
     if chosen:

@@ -31,7 +31,7 @@ from .training.config import Unused, describe, flatten, load_config, unused_step
 from .training.ema import evaluating
 from .training.history import Log, read_log
 from .training.reconstruction import PatchDiscriminator, reconstruction_sheet
-from .training.resume import keep_seed, on_main_process, refuse_other_run, settle_seed, step_seed
+from .training.resume import keep_seed, on_main_process, refuse_other_run, settle_run_seed, step_seed
 from .training.schema import Section, setting
 from .training.tokenizer import VQConfig, VQTrainer
 from .training.trainer import make_accelerator
@@ -170,11 +170,12 @@ def configure_tokenizer(
     page = resources.files("musekit") / "configs" / "tokenizer.yaml"
     pages = [page if each == "small" else each for each in paths]
     config = load_config(pages, list(overrides), TokenizerConfig)
-    usual = [TokenizerConfig(), load_config(page, ["data=none"], TokenizerConfig)]
-    warn_unused(flatten(config), [flatten(each) for each in usual], unused_of_tokenizer(config))
+    given = flatten(config)
     if "small" in paths and not config.model.pretrained:
         config.model.params = {**_small(config.model), **config.model.params}
     check_tokenizer(config)
+    usual = [TokenizerConfig(), load_config(page, ["data=none"], TokenizerConfig)]
+    warn_unused(given, [flatten(each) for each in usual], unused_of_tokenizer(config))
     return config
 
 
@@ -258,7 +259,7 @@ def train_tokenizer(
     base_dir: str | Path | None = None,  # where relative names are also looked for
 ) -> VQTrainer:  # its `stop` is true if the run was stopped
     "Trains a tokenizer, or goes on with it; leaves the model and a report in the folder of the run."
-    chosen = settle_seed(config)
+    chosen = settle_run_seed(config)
     refuse_other_run(config)
     accelerator = make_accelerator(config)
     config.training.seed = on_main_process(lambda: config.training.seed)  # one for all processes

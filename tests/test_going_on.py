@@ -87,7 +87,7 @@ def test_damage_without_a_checkpoint_before_it(copied, data):
     make, folder = copied
     for number in (2, 4):
         (folder / f"checkpoint-{number}" / "optimizer.bin").unlink()
-    with pytest.raises(ValueError, match="checkpoint-4/optimizer.bin is damaged: it is missing.*no whole checkpoint before it; start anew"):
+    with pytest.raises(ValueError, match="checkpoint-4/optimizer.bin is damaged: it is missing.*no complete checkpoint before it; start a new run"):
         make(folder, data).fit()
 
 
@@ -199,7 +199,7 @@ def test_an_average_begins_with_the_weights_of_the_checkpoint(run, data, tmp_pat
     plain = make(tmp_path / "a", data, f"experiment.resume_from_checkpoint={folder}/checkpoint-4", "training.use_ema=false", "training.max_train_steps=5").fit()
     named = f"experiment.resume_from_checkpoint={tmp_path}/a/checkpoint-{plain.step}"
     averaged = make(tmp_path / "b", data, named, f"training.max_train_steps={plain.step}").fit()  # no step is left
-    assert "the average of the weights starts from those of the checkpoint" in capsys.readouterr().out
+    assert "the EMA weights start from the weights of the checkpoint" in capsys.readouterr().out
     assert all(map(torch.equal, averaged.ema.shadow, [p for p in plain.network.parameters() if p.requires_grad]))
     assert averaged.ema.step == 0
 

@@ -65,13 +65,17 @@ class BatchEncoder:
         chunks = batch["pixel_values"].split(self.split_vae_encode or len(batch["pixel_values"]))
         codes = [self._codes(pixels.to(self.device)) for pixels in chunks]
         encoded = {name: torch.cat([code[name] for code in codes]) for name in codes[0]}
-        if self.text_encoder is not None:
-            before = getattr(self.text_encoder, "texts_cut", 0)
-            encoded |= self.text_encoder(batch["text"])
-            self.captions_read += len(batch["text"])
-            self.captions_cut += getattr(self.text_encoder, "texts_cut", 0) - before
-        told = [name for name in ("micro_conds", "class_ids") if name in batch]
-        return encoded | {name: batch[name].to(self.device) for name in told}
+        encoded |= self.read(batch["text"]) if self.text_encoder is not None else {}
+        numbers = [name for name in ("micro_conds", "class_ids") if name in batch]
+        return encoded | {name: batch[name].to(self.device) for name in numbers}
+
+    def read(self, captions: list[str]) -> dict[str, Tensor]:
+        "The text encoder's tensors of some captions, which are counted for `cut_report`."
+        before = getattr(self.text_encoder, "texts_cut", 0)
+        encoded = self.text_encoder(captions)
+        self.captions_read += len(captions)
+        self.captions_cut += getattr(self.text_encoder, "texts_cut", 0) - before
+        return encoded
 
     def cut_report(self) -> str:
         "How many captions were longer than the text encoder reads, in words; nothing where none was."

@@ -908,9 +908,10 @@ def shuffle(
              for index, each in enumerate(contents) for start in range(0, len(each.rows), step)]
     numbered = [(number, stream, index, groups, seed, bits, str(folder)) for number, (index, groups) in enumerate(tasks)]
     tally, runs, rows = Tally(), [], [0] * 2**bits
-    for found, counts, *count in (executor.map if executor else map)(scatter, *map(list, zip(*numbered))):
+    results = (executor.map if executor else map)(scatter, *map(list, zip(*numbered))) if numbered else ()
+    for names, counts, *count in results:
         tally.add(*count)
-        runs += found
+        runs += names
         rows = [one + other for one, other in zip(rows, counts)]
         if progress:
             progress(tally.rows)

@@ -92,7 +92,7 @@ class EMA:
 
     @torch.no_grad()
     def restart(self):
-        "Begins anew, from the weights of the moment."
+        "Restarts the average from the current weights."
         torch._foreach_copy_(self.shadow, [_piece(p) for p in self.parameters])
         self.step, self.decay = 0, 0.0
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATE_FILE', 'Changes', 'step_seed', 'endless_batches', 'checkpoint_folders', 'step_of', 'checkpoints',
            'latest_checkpoint', 'find_checkpoint', 'fault_of', 'check_files', 'stop_on_signals', 'keep_newest',
-           'changed_settings', 'refuse_changes', 'refuse_other_run', 'settle_seed', 'keep_seed', 'on_main_process',
+           'changed_settings', 'refuse_changes', 'refuse_other_run', 'settle_run_seed', 'keep_seed', 'on_main_process',
            'new_accelerator', 'make_current', 'Loop', 'save_run', 'failing_clearly', 'load_run']
 
 # %% ../../nbs/35_training.resume.ipynb #7f86328a
@@ -159,7 +159,7 @@ def _way_back(checkpoint):
     whole = next((path for path in reversed(before) if not _first_fault(path)), None)
     if whole:
         return f"go on from the checkpoint before it with experiment.resume_from_checkpoint={whole}"
-    return "there is no whole checkpoint before it; start anew in another experiment.output_dir"
+    return "there is no complete checkpoint before it; start a new run in another experiment.output_dir"
 
 
 def check_files(checkpoint: Path):
@@ -266,7 +266,7 @@ def refuse_other_run(config: Section):
                          "or delete that folder.")
 
 # %% ../../nbs/35_training.resume.ipynb #64fc70f8
-def settle_seed(config: Section) -> bool:  # whether it is a new one
+def settle_run_seed(config: Section) -> bool:  # whether it is a new one
     "Sets a `training.seed` that is null: to that of the run to go on with, else to a random one."
     folder, wanted = Path(config.experiment.output_dir), config.experiment.resume_from_checkpoint
     if config.training.seed is not None:
@@ -495,7 +495,7 @@ _DAMAGE = (OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError, 
 
 
 def load_run(trainer: Loop, folder: str | Path):
-    "Continues from what `save_run` wrote; what no longer fits begins anew, and a line for each change says so."
+    "Continues from what `save_run` wrote; states that no longer fit start afresh, each reported in a line."
     folder = Path(folder)
     check_files(folder)
     refuse_changes(folder, trainer.config)
@@ -505,29 +505,29 @@ def load_run(trainer: Loop, folder: str | Path):
     _refuse_other_model(trainer, folder)
     _refuse_deepspeed(trainer.accelerator, changes)
     try:
-        news = _load(trainer, folder, changes)
+        fresh = _load(trainer, folder, changes)
         trainer.load_state_dict(state)
     except _DAMAGE as error:
         told = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{folder} could not be loaded: {told[:200]}. You can {_way_back(folder)}.") from error
     if not trainer.same_data or any(name.startswith(trainer.config.SAME_DATA) for name in changes):
         trainer.batches_seen = 0
-        news.append("the data starts from its beginning")
+        fresh.append("the data starts from its beginning")
     if trainer.config.experiment.resume_from_checkpoint != "latest":
-        for line in [_listed({name: pair}, 500) for name, pair in changes.items()] + news:
+        for line in [_listed({name: pair}, 500) for name, pair in changes.items()] + fresh:
             trainer.accelerator.print(f"  {folder.name}: {line}")
 
 
 def _load(trainer, folder, changes):
-    "Loads what fits into a trainer; gives what began anew instead, in words."
+    "Loads the states that fit into a trainer; returns a description of each that starts afresh instead."
     accelerator, experiment = trainer.accelerator, trainer.config.experiment
     plain = lambda group: {name: value for name, value in group.items() if name != "params"}
     options = [[plain(group) for group in optimizer.param_groups] for optimizer, _ in trainer.schedules]
     models = _models_that_fit(accelerator, folder)
-    news = ["a fresh discriminator"] * (models < len(accelerator._models))
+    fresh = ["a fresh discriminator"] * (models < len(accelerator._models))
     keep = not experiment.dont_resume_optimizer and "optimizer.name" not in changes
     optimizers = _optimizers_that_fit(trainer, folder, models) if keep else 0
-    news += ["a fresh optimizer"] * (optimizers < models)
+    fresh += ["a fresh optimizer"] * (optimizers < models)
     counts = {"_models": models, "_optimizers": optimizers,
               "_schedulers": models if experiment.resume_lr_scheduler else 0}
     with _loading_only(accelerator, counts, scaler=(folder / "scaler.pt").is_file()):
@@ -538,10 +538,10 @@ def _load(trainer, folder, changes):
         load_ema(trainer.ema, folder / "ema_model")
     elif trainer.ema:
         trainer.ema.restart()
-        news.append("the average of the weights starts from those of the checkpoint")
+        fresh.append("the EMA weights start from the weights of the checkpoint")
     elif (folder / "ema_model").is_dir():
-        news.append("the average of the weights is left behind")
-    return news
+        fresh.append("the EMA weights of the checkpoint are not used")
+    return fresh
 
 
 @contextmanager
@@ -590,7 +590,7 @@ def _refuse_other_model(trainer, folder):
         return
     if _is_cut_up(folder):
         raise ValueError(f"{folder} is of a run with FSDP or DeepSpeed and holds its weights in pieces; launch as that "
-                         f"run was, or start anew from model.pretrained_model_path={folder}/unwrapped_model.")
+                         f"run was, or start a new run from model.pretrained_model_path={folder}/unwrapped_model.")
     path = folder / "model.safetensors"
     if difference := _difference(trainer.accelerator.unwrap_model(trainer.model), path):
         raise ValueError(f"{folder} holds another model: {difference}. A run goes on with the same one; take "
