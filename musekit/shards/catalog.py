@@ -324,7 +324,8 @@ def _read_entries(path):
         raise ValueError(f"{path}: expected a mapping from dataset names to fields such as repo and pattern.")
     for name, entry in entries.items():
         if not isinstance(entry, dict):
-            raise ValueError(f"{path}: {name} is {entry!r}; give fields such as {{repo: owner/name, pattern: '*.parquet'}}.")
+            example = "{repo: owner/name, pattern: '*.parquet'}"
+            raise ValueError(f"{path}: {name} is {entry!r}; give fields such as {example}.")
     return {str(name): entry for name, entry in entries.items()}
 
 

@@ -189,7 +189,7 @@ _SHORT = 1 << 16  # bytes of a redirect's body that are read, which keeps the co
 
 
 def _drop_body(response, **_):
-    "Gives a redirect an empty body in place of a long one, or of one whose length is unknown, which may never end."
+    "Gives a redirect an empty body in place of a long one, or of one of unknown length, which may never end."
     size = response.headers.get("Content-Length", "")
     if response.is_redirect and not (re.fullmatch("[0-9]{1,9}", size) and int(size) <= _SHORT):
         response.raw.close()
@@ -511,6 +511,7 @@ def chunk_ranges(
     chunk = chunk or (lambda group, index: metadata.row_group(group).column(index))
     names = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
     wanted = [any(f"{name}.".startswith(f"{column}.") for column in columns) for name in names]
-    chunks = [chunk(group, index) for group in groups for index in range(metadata.num_columns) if wanted[index]]
+    indices = [index for index in range(metadata.num_columns) if wanted[index]]
+    chunks = [chunk(group, index) for group in groups for index in indices]
     starts = [chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks]
     return [(start, start + chunk.total_compressed_size) for start, chunk in zip(starts, chunks)]

@@ -85,8 +85,8 @@ class Selection:
         if self.max_characters is not None:
             check_whole(self, "max_characters", 1)
             if self.max_characters < self.min_characters:
-                raise ValueError(f"max_characters={self.max_characters} is below min_characters={self.min_characters}, so that "
-                                 "no text is left; raise the one or lower the other.")
+                limits = f"max_characters={self.max_characters} is below min_characters={self.min_characters}"
+                raise ValueError(f"{limits}, so that no text is left; raise the one or lower the other.")
         if self.text_template is not None:
             parse_template(self.text_template)
             if self.text_column != "text":
@@ -256,7 +256,8 @@ def _chunk_groups(metadata, signed):
 
 def _refuse_encrypted(source, metadata, chunk_groups, columns):
     "A ValueError if a wanted column is encrypted."
-    for index in sorted({index for chunks in chunk_groups for index, chunk in enumerate(chunks) if 8 in chunk}):
+    encrypted = {index for chunks in chunk_groups for index, chunk in enumerate(chunks) if 8 in chunk}
+    for index in sorted(encrypted):
         name = metadata.schema.column(index).path
         for column in columns:
             if f"{name}.".startswith(f"{column}."):
