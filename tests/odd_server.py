@@ -214,6 +214,15 @@ def circle(self, content, start, stop, ranged):
     self.reply(302, b"", {"Location": self.path})
 
 
+def endless(self, content, start, stop, ranged):
+    """Leads elsewhere, and never ends telling so."""
+    if self.path.endswith("/there"):
+        return self.good(content, start, stop, ranged)
+    self.reply(302, b"", {"Location": f"{self.path}/there"}, length=None)
+    for _ in range(4000):
+        self.write(bytes(1 << 16))
+
+
 def lost(location):
     def behave(self, content, start, stop, ranged):
         self.reply(302, b"", {"Location": location})
@@ -254,7 +263,7 @@ BEHAVIOURS = {
     "whole": whole, "whole-as-a-part": whole_as_a_part, "no-such-part": no_such_part, "more": more_than_promised,
     "busy": failing(503), "missing": failing(404), "forbidden": failing(403), "teapot": failing(418), "strange": failing(999),
     "page": page(), "page-part": page(206), "pointer": page(200, b"version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea\n"),
-    "json": page(200, b'{"error": "no such file"}'), "circle": circle, "ftp": lost("ftp://a/b"), "bracket": lost("http://[::1"),
+    "json": page(200, b'{"error": "no such file"}'), "circle": circle, "endless": endless, "ftp": lost("ftp://a/b"), "bracket": lost("http://[::1"),
     "nowhere": lost("http://127.0.0.1:9/?sig=s3cret"), "slow": slow, "changing": changing, "changing-size": changing_size,
 }
 

@@ -47,6 +47,7 @@ EXPECTED = {
     "page": ((ValueError, "a web page"), (ValueError, "a web page")), "page-part": ((ValueError, "a web page"), (ValueError, "a web page")),
     "pointer": ((ValueError, "Git LFS"), (ValueError, "Git LFS")), "json": ((ValueError, "begins with"), (ValueError, "begins with")),
     "circle": ((ValueError, "without end"), (ValueError, "without end")), "ftp": ((ValueError, "InvalidSchema"), (ValueError, "InvalidSchema")),
+    "endless": (RIGHT, RIGHT),
     "bracket": ((ValueError, "cannot be asked for"), (ValueError, "cannot be asked for")),
     "nowhere": ((ConnectionError, "refused"), (ConnectionError, "refused")), "slow": (RIGHT, RIGHT),
     "changing": ((ConnectionError, "attempt 5 of 5"), (ValueError, "was changed")),

@@ -423,3 +423,45 @@ def test_memory_does_not_grow_with_the_source(tmp_path, kind, seed):
         arguments = [sys.executable, "-c", PEAK, path, tmp_path / f"{times}", seed]
         peaks.append(int(subprocess.run(list(map(str, arguments)), capture_output=True, text=True, check=True).stdout))
     assert peaks[1] < peaks[0] + 50, peaks
+
+
+def outcome(path):
+    """The exit status and the errors of a conversion in a process of its own, which damage must not end."""
+    ran = subprocess.run([sys.executable, "-m", "musekit.shards", "--cache-dir", str(path.parent / "cache"), "--from", str(path)],
+                         capture_output=True, text=True, timeout=60)
+    return ran.returncode, ran.stderr
+
+
+def test_damaged_sizes_in_a_footer_do_not_end_the_process(tmp_path):
+    path = tmp_path / "damaged.parquet"
+    pq.write_table(pa.table({"text": [f"{row} " * 60 for row in range(100)]}), path)
+    content = path.read_bytes()
+    histogram = content.index(b"\x19\x06\x19", content.rindex(b"ARROW:schema") // 2)  # an empty list gets two numbers
+    path.write_bytes(content[: histogram + 1] + b"\x26" + content[histogram + 2 :])
+    status, errors = outcome(path)
+    assert status == 1 and errors.count("\n") == 1 and "damaged.parquet" in errors, (status, errors)
+
+
+@pytest.mark.parametrize("offset", [-5, 1 << 30])
+@pytest.mark.parametrize("stream", [True, False])
+def test_damaged_offsets_in_arrow_do_not_end_the_process(tmp_path, offset, stream):
+    path = tmp_path / "damaged.arrow"
+    table = pa.table({"text": [f"{row:03d} " * 30 for row in range(100)]})
+    with pa.OSFile(str(path), "wb") as sink, (pa.ipc.new_stream if stream else pa.ipc.new_file)(sink, table.schema) as writer:
+        writer.write_table(table)
+    content, offsets = path.read_bytes(), np.arange(0, 12120, 120, dtype=np.int32)
+    wrong = np.where(offsets == 6000, offset, offsets).astype(np.int32)
+    assert content.count(offsets.tobytes()) == 1
+    path.write_bytes(content.replace(offsets.tobytes(), wrong.tobytes()))
+    status, errors = outcome(path)
+    assert status == 1 and errors.count("\n") == 1 and "cannot be read" in errors, (status, errors)
+
+
+def test_entries_and_limits_that_make_no_sense_are_named(tmp_path, capsys):
+    own = tmp_path / "own.yaml"
+    own.write_text("mine: {repo: me/words, pattern: a.parquet, max_characters: 10}\n")
+    assert main(["mine", "--datasets", str(own), "--cache-dir", str(tmp_path / "cache"), "--dry-run"]) == 1
+    assert "max_characters=10 is below min_characters=50" in capsys.readouterr().err
+    own.write_text("mine: 3\n")
+    assert main(["mine", "--datasets", str(own), "--dry-run"]) == 1
+    assert "mine is 3; give fields" in capsys.readouterr().err

@@ -320,8 +320,12 @@ def _read_entries(path):
             entries = yaml.safe_load(file) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+    if not isinstance(entries, dict):
         raise ValueError(f"{path}: expected a mapping from dataset names to fields such as repo and pattern.")
+    for name, entry in entries.items():
+        if not isinstance(entry, dict):
+            example = "{repo: owner/name, pattern: '*.parquet'}"
+            raise ValueError(f"{path}: {name} is {entry!r}; give fields such as {example}.")
     return {str(name): entry for name, entry in entries.items()}
 
 

@@ -38,7 +38,7 @@ _HUB_ADVICE = {  # by the hub's X-Error-Code
     "GatedRepo": f"accept its terms on the dataset's page and {_LOG_IN}",
     "RepoNotFound": f"check the repository for a mistake; where it is private, {_LOG_IN}",
     "RevisionNotFound": "check the revision",
-    "EntryNotFound": "there is no such file: check the pattern",
+    "EntryNotFound": "there is no such file: check the pattern, or the address",
 }
 _REFUSED = "the token (HF_TOKEN or of `hf auth login`) was refused: is it still good, and has its owner accepted " \
            "the dataset's terms"
@@ -185,10 +185,22 @@ def _troubles(url):
         raise ValueError(f"{shown(url)}: {reason_of(error)}; check the address.") from None
 
 
+_SHORT = 1 << 16  # bytes of a redirect's body that are read, which keeps the connection
+
+
+def _drop_body(response, **_):
+    "Gives a redirect an empty body in place of a long one, or of one of unknown length, which may never end."
+    size = response.headers.get("Content-Length", "")
+    if response.is_redirect and not (re.fullmatch("[0-9]{1,9}", size) and int(size) <= _SHORT):
+        response.raw.close()
+        response.raw = io.BytesIO()
+
+
 def ask(url: str, headers: dict[str, str], timeout: float = 60.0, session=requests) -> requests.Response:
     "The answer to a request, its body not yet read; a `Passing` for a server that is busy or not there."
     headers = {"Accept-Encoding": "identity"} | headers
     options = {"auth": lambda request: request, "stream": True, "timeout": (10, timeout)}  # no secret of ~/.netrc
+    options["hooks"] = {"response": _drop_body}
     with _troubles(url):
         response = session.get(url, headers=headers, **options)
     if is_busy(response.status_code):
@@ -486,11 +498,20 @@ class RemoteFile(io.RawIOBase):
         super().close()
 
 # %% ../../nbs/51_shards.remote.ipynb #01cf1942
-def chunk_ranges(metadata, columns: Iterable[str], groups: Iterable[int]) -> list[tuple[int, int]]:
-    "(start, stop) bytes of some columns in some row groups, all that is in nested ones, from a file's metadata."
+def chunk_ranges(
+    metadata,
+    columns: Iterable[str],
+    groups: Iterable[int],
+    chunk: Callable[[int, int], object] | None = None,  # a column chunk's metadata by row group and column
+) -> list[tuple[int, int]]:
+    """(start, stop) bytes of some columns in some row groups, all that is in nested ones, from a file's metadata.
+
+    pyarrow's own metadata of a column chunk, the default, ends the process if the file is damaged there.
+    """
+    chunk = chunk or (lambda group, index: metadata.row_group(group).column(index))
     names = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
     wanted = [any(f"{name}.".startswith(f"{column}.") for column in columns) for name in names]
-    chunks = [metadata.row_group(group).column(index) for group in groups
-              for index in range(metadata.num_columns) if wanted[index]]
+    indices = [index for index in range(metadata.num_columns) if wanted[index]]
+    chunks = [chunk(group, index) for group in groups for index in indices]
     starts = [chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks]
     return [(start, start + chunk.total_compressed_size) for start, chunk in zip(starts, chunks)]

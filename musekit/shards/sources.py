@@ -9,6 +9,7 @@ __all__ = ['BLOCK', 'REASONS', 'SHUFFLE_FILE', 'check_whole', 'is_number', 'pars
 
 # %% ../../nbs/53_shards.sources.ipynb #2344b98e
 import hashlib
+import io
 import json
 import math
 import os
@@ -20,8 +21,10 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, Context, Decimal
+from functools import cached_property
 from numbers import Integral, Real
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -80,7 +83,10 @@ class Selection:
             raise ValueError(f"min_score={self.min_score!r}: give a number.")
         check_whole(self, "min_characters", 0)
         if self.max_characters is not None:
-            check_whole(self, "max_characters", max(1, self.min_characters))
+            check_whole(self, "max_characters", 1)
+            if self.max_characters < self.min_characters:
+                limits = f"max_characters={self.max_characters} is below min_characters={self.min_characters}"
+                raise ValueError(f"{limits}, so that no text is left; raise the one or lower the other.")
         if self.text_template is not None:
             parse_template(self.text_template)
             if self.text_column != "text":
@@ -121,7 +127,7 @@ def _bad_source(source, what):
     except ConnectionError:
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError, IndexError, OverflowError) as error:
-        raise BadSource(str(source), f"{what}: {error}") from error
+        raise BadSource(str(source), f"{what}: {' '.join(str(error).split())}") from error
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,8 @@ def open_source(
             reader = _READERS[kind](source, file, selection, kind)
         with reader:
             if is_remote(source):
-                file.expect(reader.ranges(range(reader.num_groups) if groups is None else groups))
+                with _bad_source(source, f" is not a whole {kind} file"):
+                    file.expect(reader.ranges(range(reader.num_groups) if groups is None else groups))
             yield reader
 
 
@@ -224,20 +231,33 @@ class _Footer:
         return values
 
 
-def _encrypted_columns(footer):
-    "The indices of the columns with encrypted parts."
-    groups = _Footer(footer).fields().get(4, [])
-    return {index for group in groups for index, chunk in enumerate(group[1]) if 8 in chunk}
+def _signed_number(zigzag):
+    return (zigzag >> 1) ^ -(zigzag & 1)
 
 
-def _refuse_encrypted(source, file, metadata, columns):
-    "A ValueError if a wanted column is encrypted, where looking at its metadata would end the process."
+def _signed_footer(file, metadata):
+    "The footer of a file with encrypted columns, which is signed; None for another file."
     file.seek(-8, os.SEEK_END)
     size = int.from_bytes(file.read(4), "little")
-    if size == metadata.serialized_size:
-        return  # a footer with encrypted columns is signed, and the signature not counted here
+    if size == metadata.serialized_size:  # the signature is not counted here
+        return None
     file.seek(-8 - size, os.SEEK_END)
-    for index in sorted(_encrypted_columns(file.read(size))):
+    return file.read(size)
+
+
+def _chunk_groups(metadata, signed):
+    "The column chunks of every row group as plain values, where pyarrow's own would end the process if damaged."
+    if signed is None:  # not read again, which from a web server takes time
+        written = io.BytesIO()
+        metadata.write_metadata_file(written)
+        signed = written.getvalue()[4:]
+    return [group[1] for group in _Footer(signed).fields().get(4, [])]
+
+
+def _refuse_encrypted(source, metadata, chunk_groups, columns):
+    "A ValueError if a wanted column is encrypted."
+    encrypted = {index for chunks in chunk_groups for index, chunk in enumerate(chunks) if 8 in chunk}
+    for index in sorted(encrypted):
         name = metadata.schema.column(index).path
         for column in columns:
             if f"{name}.".startswith(f"{column}."):
@@ -272,7 +292,10 @@ class _Parquet(_Columns):
     def __init__(self, source, file, selection, kind):
         options = {"buffer_size": 1 << 20, "pre_buffer": False, "page_checksum_verification": True}
         self.parquet = pq.ParquetFile(file if is_remote(source) else str(source), **options)
-        _refuse_encrypted(source, file, self.parquet.metadata, selection.columns)
+        self.signed = _signed_footer(file, self.parquet.metadata)
+        self.size = file.seek(0, os.SEEK_END)
+        if self.signed is not None:
+            _refuse_encrypted(source, self.parquet.metadata, self.chunk_groups, selection.columns)
         self.source, self.selection, self.num_groups = source, selection, self.parquet.num_row_groups
         self.schema = self.parquet.schema_arrow
 
@@ -285,9 +308,24 @@ class _Parquet(_Columns):
     def __exit__(self, *_):
         self.parquet.close()
 
+    @cached_property
+    def chunk_groups(self):
+        return _chunk_groups(self.parquet.metadata, self.signed)
+
     def ranges(self, groups):
         "(start, stop) bytes that are read for some parts."
-        return chunk_ranges(self.parquet.metadata, self.selection.columns, groups)
+        found = chunk_ranges(self.parquet.metadata, self.selection.columns, groups, self.chunk)
+        for start, stop in found:
+            if not 0 <= start <= stop <= self.size:
+                raise pa.ArrowInvalid(f"its footer names the bytes {start:,} to {stop:,} of {self.size:,}")
+        return found
+
+    def chunk(self, group, index):
+        facts = self.chunk_groups[group][index].get(3, {})
+        if not {7, 9} <= facts.keys():
+            raise pa.ArrowInvalid(f"its footer does not say where column {index} of row group {group} is")
+        size, data_page, dictionary = (_signed_number(facts.get(field, 0)) for field in (7, 9, 11))
+        return SimpleNamespace(total_compressed_size=size, data_page_offset=data_page, dictionary_page_offset=dictionary)
 
     def contents(self):
         "Rows and bytes of every part."
@@ -335,8 +373,20 @@ class _Arrow(_Columns):
     def batches(self, group):
         "The wanted columns of a record batch."
         for batch in self.reader if self.is_stream else [self.reader.get_batch(group)]:
+            batch.validate()
+            for column in self.selection.columns:
+                _check_buffers(_nested(batch, column))
             for start in range(0, len(batch), 1024):
                 yield batch.slice(start, 1024)
+
+
+def _check_buffers(array):
+    "An ArrowInvalid for offsets or indices that lead out of an array; bad UTF-8 is looked for later."
+    try:
+        array.validate(full=True)
+    except pa.ArrowInvalid as error:
+        if "UTF8" not in str(error):
+            raise
 
 
 def _shares(size, count):
