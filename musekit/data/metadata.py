@@ -240,6 +240,8 @@ def read_metadata(members: dict[str, bytes]) -> dict:
         metadata = json.loads(members.get("json", b"{}"))
     except UnicodeDecodeError as error:
         raise ValueError("the json member is not UTF-8; save it as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the json member is not valid JSON: {error}") from error
     except RecursionError as error:
         raise ValueError("the json member is nested too deeply") from error
     if not isinstance(metadata, dict):

@@ -7,9 +7,9 @@ __all__ = ['FORMATS', 'SYSTEM_FOLDERS', 'TABLES', 'TEXT_FIELDS', 'CLASS_FIELDS',
            'upright_size', 'check_colour', 'to_rgb', 'open_picture', 'write_tars', 'write_shards', 'plot_overhead',
            'Fields', 'is_image', 'is_hidden', 'is_own_folder', 'own_files', 'FolderFiles', 'scan_folder', 'read_table',
            'PackReport', 'printable', 'Album', 'pack_folder', 'folder_classes', 'class_list', 'LayoutError', 'is_tar',
-           'is_parquet', 'opened_parquet', 'opened_file', 'Columns', 'find_columns', 'parquet_samples',
+           'is_parquet', 'mistaken', 'opened_parquet', 'opened_file', 'Columns', 'find_columns', 'parquet_samples',
            'parquet_classes', 'expand_urls', 'training_part', 'hub_files', 'Located', 'is_data', 'locate',
-           'locate_pictures', 'digest', 'file_facts', 'album_facts', 'pack_once', 'left_out']
+           'locate_pictures', 'digest', 'file_facts', 'album_facts', 'pack_once', 'is_packed', 'left_out']
 
 # %% ../../nbs/21_data.packing.ipynb #ddfb39bf
 import csv
@@ -308,7 +308,7 @@ def scan_folder(root: str | Path) -> FolderFiles:
             files.pictures.append(path)
         elif extension in (*TEXT_EXTENSIONS, "json"):
             files.beside.setdefault(path.with_suffix(""), {}).setdefault(extension, path)
-        elif path.name in TABLES:
+        elif path.name.lower() in TABLES:
             files.tables.append(path)
         else:
             files.others[f".{extension}" if extension else path.name] += 1
@@ -319,22 +319,32 @@ def scan_folder(root: str | Path) -> FolderFiles:
 def read_table(path: Path) -> Iterator[dict]:
     "The rows of a `metadata.jsonl`, `.csv` or `.parquet`; a ValueError that names the file and what is wrong with it."
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             yield from pq.read_table(path).to_pylist()
             return
         text = decode_text(path.read_bytes(), str(path))
-        if path.suffix == ".csv":
-            yield from csv.DictReader(io.StringIO(text, newline=""))
+        if path.suffix.lower() == ".csv":
+            heading = text.partition("\n")[0]
+            delimiter = next((mark for mark in ",;\t" if mark in heading), ",")  # as spreadsheets of many countries write it
+            yield from csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
             return
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is no object")
-                yield row
+                yield _table_row(line, number)
     except (ValueError, csv.Error, OSError, RecursionError, pa.ArrowException) as error:
         told = " ".join(str(error).split())
         raise ValueError(told if told.startswith(str(path)) else f"{path} cannot be read as a table: {told}") from error
+
+
+def _table_row(line, number):
+    "The object on a line of a JSONL table; a ValueError that says which line it is."
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number} is not valid JSON ({error.msg}, column {error.colno})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"line {number} is no object in braces, with a key file_name")
+    return row
 
 
 def _field_of(row, name, usual):
@@ -414,13 +424,16 @@ class Album:
         for table in self.files.tables:
             for row in read_table(table):
                 if (name := _file_field(row, self.fields.image)) is None:
-                    self.report.others[f"{table.relative_to(self.files.root)} (without a column file_name)"] = 1
+                    columns = ", ".join(map(str, list(row)[:6]))
+                    self.report.others[f"{self.name(table)} (without a column file_name; it has {columns})"] = 1
                     break
-                path = Path(os.path.normpath(table.parent / str(row[name])))
-                if path in pictures:
+                named = str(row[name])
+                places = [table.parent / named, table.parent / named.replace("\\", "/")]  # the latter: Windows wrote it
+                path = next((path for path in map(Path, map(os.path.normpath, places)) if path in pictures), None)
+                if path is not None:
                     rows[path] = {key: value for key, value in row.items() if key != name and isinstance(key, str)}
                 else:
-                    self.report.absent.append(str(row[name]))
+                    self.report.absent.append(named)
         return rows
 
     def name(self, path: Path) -> str:
@@ -459,6 +472,25 @@ class Album:
             raise _Unusable("not_utf8", self.name(text)) from error
         except OSError as error:
             raise _Unusable("unreadable", f"{self.name(text)} ({error.strerror})") from error
+
+    def hint(self, path: Path) -> str:
+        "What there is in place of an image's caption: keys that may hold it, or a table of other names."
+        beside = self.files.beside.get(path.with_suffix(""), {}).get("json")
+        try:
+            told = json.loads(decode_text(beside.read_bytes(), "")) if beside else {}
+        except (ValueError, RecursionError, OSError):
+            told = {}
+        keys = {**self.rows.get(path, {}), **(told if isinstance(told, dict) else {})}
+        usual = next((name for name in TEXT_FIELDS if name in keys), None)
+        if usual and path in self.rows and not self.fields.caption:
+            return f"the {usual} of {self.name(path)} is {keys[usual]!r:.40}, and no text"
+        if keys:
+            named = f"no text under {self.fields.caption!r} but" if self.fields.caption else "beside it"
+            there = ", ".join(map(str, list(keys)[:8]))
+            return f"{self.name(path)} has {named} the keys {there}: dataset.params.caption_field names that of captions"
+        tables = [name for name in self.report.others if "(without a column file_name" in name]
+        advice = ": dataset.params.image_field names that of files" if tables else ""
+        return f"{'; '.join(tables)}{advice}" or _named("named in a table and absent", self.report.absent)
 
     def label(self, path: Path, metadata: dict) -> int | None:
         "The number of an image's class: of the key asked for, of a table, or of its first folder; None for no class."
@@ -539,7 +571,9 @@ def pack_folder(
     report = album.report
     problems = report.problems()
     if problems and (not skip_bad or not good):
-        listed, remedy = "; ".join(problems), "Mend them"
+        lacking = [path for path in pictures if album.name(path) in report.missing_caption[:1]]
+        hints = filter(None, map(album.hint, lacking))
+        listed, remedy = "; ".join([*problems, *hints]), "Mend them"
         if good:
             remedy += ", or leave them out: skip_bad=True, on the command line dataset.params.skip_bad=true"
         if report.missing_caption and not good and album.class_folders():
@@ -593,6 +627,25 @@ def is_parquet(url: str) -> bool:
     return str(url).lower().endswith(".parquet")
 
 
+_BEGINNINGS = {  # of files that are taken for shards: what they are, and what to do
+    b"version https://git-lfs": "a pointer to large storage; fetch the file itself: git lfs pull",
+    b"<": "a web page; fetch the file itself",
+    b"PK\x03\x04": "a zip archive; unpack it and name its folder",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; decompress it: zstd -d",
+    b"PAR1": "a Parquet file; call it .parquet",
+}
+
+
+def mistaken(url: str) -> str:
+    "What a file here is that cannot be read as a shard, by its first bytes; nothing where they do not tell."
+    if not os.path.isfile(url):
+        return ""
+    with open(url, "rb") as file:
+        start = file.read(32)
+    kinds = [kind for beginning, kind in _BEGINNINGS.items() if start.startswith(beginning)]
+    return "" if is_parquet(url) and start.startswith(b"PAR1") or not kinds else f"not a shard but {kinds[0]}"
+
+
 @contextmanager
 def opened_parquet(url: str) -> Iterator[pq.ParquetFile]:
     "Yields a Parquet file here, or at an address that fsspec reads, such as hf://datasets/owner/name/train.parquet."
@@ -635,6 +688,7 @@ def _holds_images(kind):
 
 
 def _holds_texts(kind):
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     kind = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
@@ -684,12 +738,14 @@ def _row_members(batch, columns):
     data = image.get("bytes") if isinstance(image, dict) else image
     if data is not None:
         members[IMAGE_EXTENSIONS[0]] = data
+    elif isinstance(image, dict) and image.get("path"):
+        members["__error__"] = f"no image: the row names the file {image['path']} and does not hold its bytes"
     metadata = {name: row[name] for name in columns.others}
     if columns.text:
         metadata[columns.text] = row[columns.text]
         text = row[columns.text][0] if isinstance(row[columns.text], list) and row[columns.text] else row[columns.text]
-        if isinstance(text, str):
-            members[TEXT_EXTENSIONS[0]] = text.encode()
+        if isinstance(text, (str, bytes)):
+            members[TEXT_EXTENSIONS[0]] = text.encode() if isinstance(text, str) else text
     if columns.label and row[columns.label] is not None:
         metadata[columns.label] = row[columns.label]
         members["cls"] = str(row[columns.label]).encode()
@@ -767,7 +823,7 @@ def _shards_at(path):
 def _shards_in(folder, deep=False):
     "The tars of a folder, or where it has none its Parquet files; with `deep` those of its folders, too."
     paths = sorted(path for path in folder.glob("**/*" if deep else "*") if not is_hidden(str(path.relative_to(folder))))
-    names = [str(path) for path in paths if not path.is_dir() and path.name not in TABLES]
+    names = [str(path) for path in paths if not path.is_dir() and path.name.lower() not in TABLES]
     tars, columns = (list(filter(is_such, names)) for is_such in (is_tar, is_parquet))
     return tars or (training_part(columns, str(folder)) if deep else columns)
 
@@ -926,6 +982,11 @@ def pack_once(
     noted = {**options, "fields": asdict(fields)} if fields else options
     facts = {"files": album_facts(source, fields), "skip_bad": False, **noted}
     return make_once(packed, facts, make, replace=replace)
+
+
+def is_packed(url: str) -> bool:
+    "Whether `pack_once` wrote a shard, from a folder whose fields it has read."
+    return (Path(url).parent / REPORT).is_file()
 
 
 def left_out(urls: list[str]) -> list[str]:
