@@ -206,7 +206,9 @@ def _find_updates(path):
     places = [folder / place for place in inner]
     there = [place / name for place in places for name in LORA_FILES if (place / name).is_file()]
     if not there:
-        raise FileNotFoundError(f"no low-rank updates in {folder}; looked for {', '.join(LORA_FILES)}.")
+        others = [other.name for other in sorted(folder.glob("*.safetensors"))]
+        hint = f" There is {', '.join(others[:4])}: name the file itself." if others else ""
+        raise FileNotFoundError(f"no low-rank updates in {folder}; looked for {', '.join(LORA_FILES)}.{hint}")
     return there[0]
 
 

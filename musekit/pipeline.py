@@ -349,7 +349,7 @@ class ImagePipeline(TokenPipeline):
         options = our_names(options, ratio=ratio, prompts=prompts, seed=seed)
         ratio, prompts, seed = options.pop("ratio"), options.pop("prompts"), options.pop("seed")
         if not is_number(ratio) or not 0 < ratio <= 1:
-            raise ValueError(f"ratio must be a number above 0 and at most 1, got {ratio!r}")
+            raise ValueError(f"ratio (strength) must be a number above 0 and at most 1, got {ratio!r}")
         image = read_picture(image)
         ids, grid = self.encode(image)
         count = max(map(len, conditions.values())) if conditions else np.size(prompts)

@@ -9,6 +9,7 @@ __all__ = ['WEIGHT_FILES', 'read_tensors', 'read_json', 'weight_variants', 'weig
 # %% ../nbs/08_weights.ipynb #977238d9
 import json
 import pickle
+import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -45,7 +46,9 @@ def read_tensors(path):
                 raise ValueError("no PyTorch file; it may be a web page or a pointer to large storage")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors and was refused: loading it could run code. "
+        kind = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f" ({kind[1]})" if kind else ""
+        raise ValueError(f"{path} holds more than tensors{what} and was refused: loading it could run code. "
                          "Get the weights as safetensors from a source you trust.") from error
     except (FileNotFoundError, PermissionError):
         raise
@@ -189,7 +192,8 @@ def match_names(expected, weights, source="the file"):
 def check_finite(tensors, source):
     """Raises ValueError if one of the named tensors holds NaN or infinity; source: their name."""
     floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    broken = [name for name, tensor in floats.items() if not tensor.isfinite().all()]
+    plain = lambda tensor: tensor.float() if tensor.element_size() == 1 else tensor  # PyTorch asks no float8
+    broken = [name for name, tensor in floats.items() if not plain(tensor).isfinite().all()]
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         raise ValueError(f"{source}: {broken[0]}{more} of {len(tensors)} tensors not finite (NaN or "

@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 
 from hub_server import serving
+from musekit.check import data_report
 from musekit.data.image_text import make_loader
 from musekit.data.packing import left_out
 from musekit.data.pre_encoded import open_encoded
 from musekit.encode import EncodeOptions, configure_encoding, encode_shards
-from musekit.stages import image_text_config
+from musekit.stages import find_shards, image_text_config, packing_options
 from musekit.train import configure, train
 from musekit.train_tokenizer import configure_tokenizer, train_tokenizer
 from test_cli import ENVIRONMENT, assert_refused, here, musekit  # noqa: F401 (a fixture)
@@ -220,7 +221,8 @@ def test_class_folders(place, zoo, kind, tmp_path):  # noqa: F811
 
 
 def test_class_folders_by_command(zoo, place, tmp_path):  # noqa: F811
-    settings = [each for each in settings_of(place, "z", CLASSES) if not each.startswith(("data=", "dataset.params.eval", "experiment.output"))]
+    without = "data=", "dataset.params.eval", "experiment.output", "experiment.eval_every"
+    settings = [each for each in settings_of(place, "z", CLASSES) if not each.startswith(without)]
     process = musekit(tmp_path, "train", f"data={zoo}/folders/train", *settings)
     assert process.returncode == 0, process.stderr
     drawn = musekit(tmp_path, "generate", "cat", "--model", "runs/small/pipeline")
@@ -248,6 +250,21 @@ def test_named_columns_and_keys(place, tmp_path):  # noqa: F811
              tmp_path / "x.parquet")
     with pytest.raises(ValueError, match="class_field needs dataset.type=classification"):
         configure(None, settings_of(place, "fields", clip(place), fields[2]))
+
+
+def test_a_named_column_of_files(place, tmp_path):  # noqa: F811
+    "dataset.params.image_field names a table's column of files, in training and in musekit check."
+    samples, rows = digits(0, 8), []
+    for number, sample in enumerate(samples):
+        sample["image"].save(tmp_path / f"{number}.png")
+        rows.append({"photo": f"{number}.png", "words": sample["text"]})
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    fields = ["dataset.params.image_field=photo", "dataset.params.caption_field=words", "dataset.params.eval_shards_path_or_url=null"]
+    config = configure(None, settings_of(place, "files", clip(place), f"data={tmp_path}", *fields))
+    reading, urls = image_text_config(config), find_shards(str(tmp_path), place / "files of a table", **packing_options(config))
+    batch = next(iter(make_loader(urls, reading, training=False)))
+    assert batch["text"] == [sample["text"] for sample in samples]
+    assert "a batch of 8" in data_report(config)[0].first
 
 
 def test_what_lies_under_transparency(place, tmp_path):  # noqa: F811

@@ -31,8 +31,8 @@ from musekit.data.metadata import (
     IMAGE_EXTENSIONS, LAYOUTS, TEXT_EXTENSIONS, MetadataFilter, Sample, clean_caption, micro_conditions, read_sample,
 )
 from musekit.data.packing import (
-    Fields, LayoutError, check_colour, find_columns, is_data, is_parquet, opened_file, opened_parquet, opened_picture, parquet_samples,
-    printable, to_rgb,
+    Fields, LayoutError, check_colour, find_columns, is_data, is_packed, is_parquet, mistaken, opened_file, opened_parquet, opened_picture,
+    parquet_samples, printable, to_rgb,
 )
 from .packing import expand_urls, pack_folder, upright_size, write_shards  # most offered here too
 
@@ -214,6 +214,10 @@ def _tar_fault(names, dots=False):
     return ""
 
 
+class _TooMany(ValueError):
+    "More samples were unusable than the configuration allows."
+
+
 class ShardReader:
     "Reads undecoded samples and decodes them, counting what had to be left out."
 
@@ -223,17 +227,19 @@ class ShardReader:
 
     def skip(self, where: str, error: Exception) -> bool:
         "Counts an unusable sample; raises when there are too many. True, so that webdataset goes on."
-        self.skipped += 1
-        self.seen += 1
-        told = error if isinstance(error, OSError) or not error.args else error.args[0]
-        self.last_problem = printable(f"{where}: {' '.join(str(told).split())}")
+        if not isinstance(error, _TooMany):  # which WebDataset brings back when it was raised from here
+            self.skipped += 1
+            self.seen += 1
+            told = error if isinstance(error, OSError) or not error.args else error.args[0]
+            told = str(told).partition(" @ <")[0]  # WebDataset's note of an open file
+            self.last_problem = printable(f"{where}: {' '.join(told.split())}")
         self.check(at_least=100)
         return True
 
     def check(self, at_least: int = 0):
         "Raises when the share of unusable samples among `at_least` or more is too large."
         if self.skipped > self.config.max_bad_share * max(self.seen, at_least):
-            raise ValueError(
+            raise _TooMany(
                 f"{self.skipped} of {self.seen} samples could not be used, more than max_bad_share="
                 f"{self.config.max_bad_share} allows; the last: {self.last_problem}"
             )
@@ -241,9 +247,9 @@ class ShardReader:
     def samples(self, url: str) -> Iterator[tuple[str, Sample]]:
         "The (key, sample) pairs of a shard that are complete and pass the filter, undecoded."
         keep = self.config.metadata_filter
-        if self.config.fields.image and not is_parquet(url):
+        if self.config.fields.image and not (is_parquet(url) or is_packed(url)):
             raise LayoutError(f"{url} is a tar, and image_field={self.config.fields.image} names a column of a Parquet file; leave it out")
-        for members in read_members(url, self.config.fields, lambda error: self.skip(url, error)):
+        for members in read_members(url, self.config.fields, lambda error: self._unreadable(url, error)):
             try:
                 if "__error__" in members:
                     raise ValueError(members["__error__"])
@@ -258,6 +264,11 @@ class ShardReader:
                 self.filtered += 1
         if _ends_early(url):
             self.skip(url, ValueError("the tar ends early; its last samples are missing"))
+
+    def _unreadable(self, url, error):
+        "Counts what is no shard at all, and says what it is where that can be seen."
+        kind = "" if isinstance(error, _TooMany) else mistaken(url)
+        return self.skip(url, ValueError(kind) if kind else error)
 
     def _examine(self, url):
         "Raises for a shard that is no good as a whole, where the first of its samples cannot be used."

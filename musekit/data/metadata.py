@@ -217,10 +217,10 @@ def _text(members):
     return decode_text(_first_member(members, TEXT_EXTENSIONS, "caption"), "the caption")
 
 
-def first_text(value) -> str | None:
-    "A text, or the first of a list of them; None for any other value."
+def first_text(value, kinds: type | tuple = str):
+    "A value of these kinds, or the first of a list of them; None for any other."
     value = value[0] if isinstance(value, list) and value else value
-    return value if isinstance(value, str) else None
+    return value if isinstance(value, kinds) else None
 
 
 def field_text(
@@ -248,6 +248,8 @@ def read_metadata(members: dict[str, bytes]) -> dict:
         metadata = json.loads(members.get("json", b"{}"))
     except UnicodeDecodeError as error:
         raise ValueError("the json member is not UTF-8; save it as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the json member is not valid JSON: {error}") from error
     except RecursionError as error:
         raise ValueError("the json member is nested too deeply") from error
     if not isinstance(metadata, dict):

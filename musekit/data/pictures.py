@@ -173,7 +173,9 @@ def open_mask(
 def _on_black(mask):
     "The brightness of a mask; where it is transparent, nothing was painted."
     if mask.mode[0] in "IF":  # 16 or 32 bits of grey
-        return np.asarray(mask)
+        if not np.isfinite(levels := np.asarray(mask)).all():
+            raise ValueError("the mask has grey levels that are not finite; save it again, black and white")
+        return levels
     if mask.has_transparency_data:
         mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask.convert("RGBA"))
     return mask.convert("L")
