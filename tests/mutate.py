@@ -55,11 +55,17 @@ GUARDS = {  # module -> test files beside its notebook, those that run in one pr
 
 @dataclass
 class Mutation:
-    "One change: the tree with it, and how to show it."
+    "One change, and how to show it; the tree with it is made when it is wanted."
 
     line: int
     change: str
-    tree: ast.Module
+    unchanged: ast.Module
+    path: tuple
+    new: ast.AST
+
+    @property
+    def tree(self) -> ast.Module:
+        return put(self.unchanged, self.path, self.new)
 
 
 COMPARISONS = {
@@ -196,7 +202,7 @@ def mutations(source):
         for new in replacements(node, assigned):
             before = first_line(node)
             change = f"{before} -> {'(left out)' if isinstance(new, ast.Pass) else first_line(new)}"
-            found.append(Mutation(line, change, put(tree, path, new)))
+            found.append(Mutation(line, change, tree, path, new))
     return sorted(found, key=lambda each: each.line)
 
 
