@@ -11,9 +11,11 @@ a mutation; one that passes everything survives, and is shown with its line. It 
     python tests/mutate.py shards.store --only 120-180    mutations in these lines alone
     python tests/mutate.py training.resume --tests tests/test_going_on.py
 
-The libraries are imported once; each mutation is a forked child in which the changed source stands as the module and the notebook's
-cells run inside of it, so that they see the changed functions and not those of the export cells, which are skipped as are cells marked
-`#| slow`. Tests that start processes of their own run the unchanged module there, and say nothing about a mutation. Functions named
+The libraries are imported once, and the notebook's test cells run inside of the module, in order; cells marked `#| slow` are skipped. What
+an export cell defines cannot be used above it, so that nothing there need be run again: when the walk through the notebook comes to an
+export cell, each of its mutations is a forked child that defines the module anew from the changed statement on and runs the test cells
+below, the nearest first, and then the test files. `--whole` runs everything for each mutation instead, for a module that cannot be defined
+twice. Tests that start processes of their own run the unchanged module there, and say nothing about a mutation. Functions named
 `plot_...` are left out (a figure is looked at), as are annotations, docstrings, and the words of errors and warnings.
 
 Mutations that change nothing, or nothing that a test could see, stand in tests/mutants.txt with the reason, a line each:
@@ -113,7 +115,7 @@ def replacements(node, assigned):
     elif isinstance(node, ast.comprehension) and node.ifs:
         for place in range(len(node.ifs)):
             yield ast.comprehension(node.target, node.iter, node.ifs[:place] + node.ifs[place + 1:], node.is_async)
-    elif isinstance(node, ast.Return) and node.value is not None:
+    elif isinstance(node, ast.Return) and not (node.value is None or is_none(node.value)):
         yield ast.Return(ast.Constant(None))
     elif isinstance(node, (ast.Break, ast.Continue)):
         yield ast.Continue() if isinstance(node, ast.Break) else ast.Break()
@@ -138,6 +140,10 @@ def other_constants(value):
 
 def is_text(node):
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def is_none(node):
+    return isinstance(node, ast.Constant) and node.value is None
 
 
 def names_in(nodes):
@@ -214,35 +220,64 @@ def first_line(node):
 # What guards a module
 
 
-def test_cells(name):
-    "The code of the notebook that exports a module, without what it exports and what is slow."
+def notebook_cells(name):
+    """The cells of the notebook that exports a module, in order: the id of a cell that exports, the code of a test cell.
+
+    What is slow is left out.
+    """
     for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
         notebook = json.loads(path.read_text(encoding="utf-8"))
-        cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
-        if any(f"#| default_exp {name}\n" in f"{cell}\n" for cell in cells):
-            unwanted = ("#| export", "#| default_exp", "#| slow", "#| eval: false", "#|export")
-            return [cell for cell in cells if not cell.lstrip().startswith(unwanted) and "nbdev_export" not in cell]
+        cells = [(cell["id"], "".join(cell["source"])) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        if any(f"#| default_exp {name}\n" in f"{code}\n" for _, code in cells):
+            unwanted = ("#| default_exp", "#| slow", "#| eval: false")
+            cells = [(number, code) for number, code in cells if not code.lstrip().startswith(unwanted) and "nbdev_export" not in code]
+            return [(number, None) if code.lstrip().startswith(("#| export", "#|export")) else (None, code) for number, code in cells]
     raise SystemExit(f"no notebook exports {name!r}")
+
+
+def by_export_cell(source, found):
+    "Mutations by the id of the cell that they come from, which nbdev writes above what it exports."
+    cell, cells = None, []
+    for line in source.splitlines():
+        cell = line.rpartition("#")[2] if line.startswith("# %%") and ".ipynb #" in line else cell
+        cells.append(cell)
+    groups = {}
+    for each in found:
+        groups.setdefault(cells[each.line - 1], []).append(each)
+    return groups
+
+
+def module_path(name):
+    return ROOT / "musekit" / f"{name.replace('.', '/')}.py"
 
 
 def stand_in(name, tree):
     "Makes a syntax tree the module of that name."
-    path = ROOT / "musekit" / f"{name.replace('.', '/')}.py"
+    path = module_path(name)
     spec = importlib.util.spec_from_file_location(f"musekit.{name}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[f"musekit.{name}"] = module
     package, _, own = f"musekit.{name}".rpartition(".")
     setattr(importlib.import_module(package), own, module)
     exec(compile(tree, str(path), "exec"), module.__dict__)
+    module.__dict__["display"] = lambda *shown, **options: None
     return module
 
 
-def check(name, tree, cells, files):
-    "Runs everything that guards a module; raises at the first failure."
-    module = stand_in(name, tree)
-    module.__dict__["display"] = lambda *shown, **options: None
-    for number, cell in enumerate(cells):
-        exec(compile(cell, f"<cell {number}>", "exec"), module.__dict__)
+def from_line(tree, line):
+    "The statements of a module from the one that holds a line on."
+    return ast.Module([statement for statement in tree.body if statement.end_lineno >= line], [])
+
+
+def run_cells(module, cells):
+    for code in cells:
+        exec(compile(code, "<cell>", "exec"), module.__dict__)
+
+
+def check(module, tree, line, cells, files):
+    "Defines a module anew from a line on and runs what guards it from there; raises at the first failure."
+    exec(compile(from_line(tree, line), module.__file__, "exec"), module.__dict__)
+    run_cells(module, cells)
     if files:
         import pytest
 
@@ -328,45 +363,77 @@ def explained():
     return {tuple(row[:3]) for row in rows}
 
 
-def run(name, options):
-    "Mutates one module; gives how many mutations there were, were killed, are explained, and the survivors."
-    source = (ROOT / "musekit" / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
-    lines, found = source.splitlines(), mutations(source)
+def wanted(name, source, options):
+    "The mutations of a module that the options ask for."
+    found = mutations(source)
     low, _, high = (options.only or "0-1000000").partition("-")
     found = [each for each in found if int(low) <= each.line <= int(high or low)]
     if options.sample and options.sample < len(found):
         chosen = set(random.Random(options.seed).sample(range(len(found)), options.sample))
         found = [each for number, each in enumerate(found) if number in chosen]
+    return found
+
+
+def stages(cells, groups, whole):
+    "Walks through a notebook: the test cells above, the mutations to be tried there, and the test cells below."
+    if whole:
+        yield [], [each for group in groups.values() for each in group], [code for _, code in cells if code]
+        return
+    above = []
+    for place, (number, code) in enumerate(cells):
+        if code:
+            above.append(code)
+        elif number in groups:
+            yield above, groups[number], [code for _, code in cells[place:] if code]
+            above = []
+
+
+def run(name, options):
+    "Mutates one module; gives how many mutations there were, were killed, are explained, and the survivors."
+    source = module_path(name).read_text(encoding="utf-8")
+    lines, found = source.splitlines(), wanted(name, source, options)
     if options.list:
         for each in found:
             print(f"{name}:{each.line}: {each.change}")
         return len(found), 0, 0, []
+    known = set() if options.all else explained()
+    left = [each for each in found if not known & {(name, change, lines[each.line - 1].strip()) for change in (each.change, "*")}]
+    excused = len(found) - len(left)
     files = [str(ROOT / "tests" / Path(file).name) for file in (options.tests if options.tests is not None else GUARDS.get(name, []))]
-    cells, known = test_cells(name), explained()
-    preload(name, files)
-    started, before = time.monotonic(), computed()
-    if not in_clean_child(lambda: check(name, ast.parse(source), cells, files), 600):
-        raise SystemExit(f"{name}: its tests fail unchanged; set MUTATE_OUTPUT=FILE to see how")
-    once = computed() - before
-    limit = options.limit or 3 * once + 5
-    print(f"{name}: {len(found)} mutations, tests compute for {once:.1f} s, limit {limit:.0f} s", flush=True)
-    killed, excused, survivors = 0, 0, []
-    for number, each in enumerate(found, 1):
-        line = lines[each.line - 1].strip()
-        if known & {(name, each.change, line), (name, "*", line)} and not options.all:
-            excused += 1
-            continue
-        if in_clean_child(lambda: check(name, each.tree, cells, files), limit):
-            survivors.append(each)
-            print(f"  survived {name}:{each.line}: {each.change}\n      {line}", flush=True)
-        else:
-            killed += 1
-            if options.verbose:
-                print(f"  killed {name}:{each.line}: {each.change}", flush=True)
-        if options.minutes and time.monotonic() - started > 60 * options.minutes:
-            print(f"  stopped after {number} of {len(found)}", flush=True)
-            return number, killed, excused, survivors
-    return len(found), killed, excused, survivors
+    tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="mutants-")
+    try:
+        preload(name, files)
+        killed, survivors = try_all(name, source, left, files, options)
+    finally:
+        shutil.rmtree(tempfile.tempdir, ignore_errors=True)
+    return excused + killed + len(survivors), killed, excused, survivors
+
+
+def try_all(name, source, left, files, options):
+    "Runs mutations, in the order of the notebook; gives how many were killed, and the survivors."
+    tree, lines, groups = ast.parse(source), source.splitlines(), by_export_cell(source, left)
+    module = stand_in(name, tree)
+    started, killed, survivors = time.monotonic(), 0, []
+    for above, group, below in stages(notebook_cells(name), groups, options.whole):
+        run_cells(module, above)
+        before, first = computed(), 0 if options.whole else group[0].line
+        if not in_clean_child(lambda: check(module, tree, first, below, files), 600):
+            raise SystemExit(f"{name}:{first}: its tests fail unchanged; set MUTATE_OUTPUT=FILE to see how, or try --whole")
+        once = computed() - before
+        limit = options.limit or 3 * once + 5
+        print(f"{name}:{first}: {len(group)} mutations, tests compute for {once:.1f} s, limit {limit:.0f} s", flush=True)
+        for each in group:
+            if in_clean_child(lambda: check(module, each.tree, 0 if options.whole else each.line, below, files), limit):
+                survivors.append(each)
+                print(f"  survived {name}:{each.line}: {each.change}\n      {lines[each.line - 1].strip()}", flush=True)
+            else:
+                killed += 1
+                if options.verbose:
+                    print(f"  killed {name}:{each.line}: {each.change}", flush=True)
+            if options.minutes and time.monotonic() - started > 60 * options.minutes:
+                print(f"  stopped after {killed + len(survivors)} of {len(left)}", flush=True)
+                return killed, survivors
+    return killed, survivors
 
 
 def main():
@@ -381,6 +448,7 @@ def main():
     add("--minutes", type=float, help="stop a module after so long")
     add("--workers", type=int, default=1, help="modules at the same time (default: %(default)s)")
     add("--list", action="store_true", help="show the mutations and run nothing")
+    add("--whole", action="store_true", help="run every test cell for every mutation")
     add("--all", action="store_true", help="run those that mutants.txt explains, too")
     add("--verbose", action="store_true", help="show what is killed, too")
     options = parser.parse_args()
