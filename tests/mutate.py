@@ -326,11 +326,21 @@ def computed():
 
 
 def in_clean_child(*arguments):
-    folder = tempfile.mkdtemp(prefix="mutant-")
+    "As `in_child`, in a folder of its own; the files that the cells above wrote are afterwards as they were."
+    folder, kept = tempfile.mkdtemp(prefix="mutant-"), f"{tempfile.tempdir}-kept"
     try:
         return in_child(*arguments, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(tempfile.tempdir)
+        shutil.copytree(kept, tempfile.tempdir, symlinks=True)
+
+
+def keep_files():
+    "Copies the temporary folder, for `in_clean_child` to put back."
+    kept = f"{tempfile.tempdir}-kept"
+    shutil.rmtree(kept, ignore_errors=True)
+    shutil.copytree(tempfile.tempdir, kept, symlinks=True)
 
 
 def preload(name, files):
@@ -406,6 +416,7 @@ def run(name, options):
         killed, survivors = try_all(name, source, left, files, options)
     finally:
         shutil.rmtree(tempfile.tempdir, ignore_errors=True)
+        shutil.rmtree(f"{tempfile.tempdir}-kept", ignore_errors=True)
     return excused + killed + len(survivors), killed, excused, survivors
 
 
@@ -416,6 +427,7 @@ def try_all(name, source, left, files, options):
     started, killed, survivors = time.monotonic(), 0, []
     for above, group, below in stages(notebook_cells(name), groups, options.whole):
         run_cells(module, above)
+        keep_files()
         before, first = computed(), 0 if options.whole else group[0].line
         if not in_clean_child(lambda: check(module, tree, first, below, files), 600):
             raise SystemExit(f"{name}:{first}: its tests fail unchanged; set MUTATE_OUTPUT=FILE to see how, or try --whole")
