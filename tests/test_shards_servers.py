@@ -92,7 +92,8 @@ def test_downloads(server, tmp_path, name):
     assert path.exists() == (expected == RIGHT)
     if expected == RIGHT:
         assert path.read_bytes() == CONTENT and sum(waits) <= 12
-        assert server.sent < 2.5 * len(CONTENT) + 9 * 70_000
+        buffers = 64e6 if name == "endless" else 0  # what the system takes of a body that nobody reads
+        assert server.sent < 2.5 * len(CONTENT) + 9 * 70_000 + buffers
     assert server.sent < 1 << 25 and len(server.asked) < 45  # what is on its way is not called back
     assert all(headers["Accept-Encoding"] == "identity" for headers in server.asked)
 

@@ -323,7 +323,7 @@ blend: {mix: {first: 0.75, second: 0.25}, shuffle: 2}
     (["--mix", "fineweb=1", "finweb-edu=2"], 1, "Did you mean 'fineweb-edu'"), (["--mix", "fineweb=1", "--from", "x"], 2, "--from is of one dataset"),
     (["fineweb", "--mix", "fineweb-edu=1"], 1, "of the catalogue"), (["--mix", "fineweb=0.123457", "fineweb-edu=0.876543"], 1, "round them"),
     (["fineweb", "--text-column", "a", "--text-template", "{b}"], 2, "give one of the two"), (["fineweb", "--text-template", "b"], 1, "names no column"),
-    (["fineweb", "--max-characters", "10"], 1, "max_characters=10: give a whole number of at least 50"), (["fineweb", "--shuffle", "x"], 2, "'x'"),
+    (["fineweb", "--max-characters", "10"], 1, "max_characters=10 is below min_characters=50"), (["fineweb", "--shuffle", "x"], 2, "'x'"),
     (["fineweb", "--layout", "gpt"], 2, "gpt"), (["fineweb", "--shard-characters", "0"], 2, "'0'"), (["--list-backups", "--shuffle", "1"], 2, "alone"),
     (["fineweb", "--text-template", "{a"], 1, "braces"), (["--restore", "--mix", "a=1"], 2, "behind --restore"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
