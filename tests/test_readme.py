@@ -261,5 +261,6 @@ def test_the_laboratory_starts(tmp_path):
         else:
             pytest.fail((tmp_path / "log").read_text())
     finally:
-        os.killpg(server.pid, 15)
-        server.wait(30)
+        if server.poll() is None:
+            os.killpg(server.pid, 15)
+            server.wait(30)

@@ -98,7 +98,8 @@ def make_environment(folder):
     packages, = (folder / "lib").glob("python*/site-packages")
     paths = [path for path in sys.path if path.endswith("site-packages")] + [ROOT]
     (packages / "shared.pth").write_text("\n".join(paths) + "\n")
-    write_script(folder / "bin" / "jupyter", f'#!/bin/sh\nexec "{folder}/bin/python" -m jupyter "$@"\n')
+    for name, module in (("jupyter", "jupyter"), ("jupyter-lab", "jupyterlab")):  # the first looks for the second beside itself
+        write_script(folder / "bin" / name, f'#!/bin/sh\nexec "{folder}/bin/python" -m {module} "$@"\n')
     (folder / ".installed").touch()
 
 
