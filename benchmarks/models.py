@@ -27,12 +27,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from musekit.generation import GenerationConfig
-from musekit.losses import masked_cross_entropy, saved_bytes
-from musekit.masking import MaskingConfig, mask_tokens
-from musekit.models.amused import uvit_from_diffusers
+from musekit.core.guidance import GenerationConfig
+from musekit.core.losses import masked_cross_entropy, saved_bytes
+from musekit.core.masking import MaskingConfig, mask_tokens
+from musekit.models.diffusers import uvit_from_diffusers
 from musekit.models.uvit import MaskGiTUViT
-from musekit.pipeline import TokenPipeline
+from musekit.inference.pipeline import TokenPipeline
 
 try:
     from diffusers import AmusedPipeline, AmusedScheduler, UVit2DModel

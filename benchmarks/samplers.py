@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 
 from musekit.data.digits import test_prompts
-from musekit.evaluation import DigitJudge, distinctness, score
-from musekit.pipeline import Pipeline
+from musekit.evaluation.digits import DigitJudge, distinctness, score
+from musekit.inference.pipeline import Pipeline
 
 SAMPLERS = {
     "confidence": {}, "entropy": {}, "random": {}, "halton": {}, "first_hitting": {},

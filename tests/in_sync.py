@@ -13,7 +13,7 @@ BIN = Path(sys.executable).parent
 
 def contents(root: Path) -> dict[str, bytes]:
     """Every notebook and module below `root`."""
-    files = [*(root / "nbs").glob("*.ipynb"), *(root / "musekit").rglob("*.py")]
+    files = [*(root / "nbs").rglob("*.ipynb"), *(root / "musekit").rglob("*.py")]
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(files)}
 
 

@@ -131,7 +131,9 @@ def run_notebook(chromium, address: str, name: str, seconds: int) -> list[str]:
     except TimeoutException:
         return [f"not done after {seconds} s"]
     cells = chromium.execute_script(OUTPUTS)
-    chromium.save_screenshot(str(SHOTS / f"{name}.png"))
+    shot = SHOTS / f"{name}.png"
+    shot.parent.mkdir(exist_ok=True)
+    chromium.save_screenshot(str(shot))
     problems = [] if said == "ran" else [said]
     problems += [f"cell {c['number']} ({c['head']!r}): {k}" for c in cells for k in c["kinds"] if ": " in k]
     problems += [f"cell {c['number']} did not run" for c in cells if not c["ran"] and c["head"].strip()]
@@ -161,7 +163,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=1200, help="longest time for a notebook (default: %(default)s)")
     parser.add_argument("--install", action="store_true", help="install Chromium and its driver with apt-get if they are missing")
     options = parser.parse_args()
-    known = sorted(path.stem for path in (ROOT / "nbs").glob("*.ipynb"))
+    notebooks = (path.relative_to(ROOT / "nbs") for path in (ROOT / "nbs").rglob("*.ipynb"))
+    known = sorted(path.with_suffix("").as_posix() for path in notebooks if ".ipynb_checkpoints" not in path.parts)
     names = options.names or known
     if unknown := set(names) - set(known):
         raise SystemExit(f"no notebook {', '.join(unknown)}; there are {', '.join(known)}")

@@ -257,6 +257,6 @@ def canvas(open_panel):
 
 
 MOVES = {
-    "73_lab.explorers": both(explorers, player), "74_lab.canvas": canvas, "75_lab.live": watch("live_training"),
-    "76_lab.browsers": browsers, "90_tutorial": watch("live_training = LiveTraining"),
+    "09_lab/03_explorers": both(explorers, player), "09_lab/04_canvas": canvas, "09_lab/05_live": watch("live_training"),
+    "09_lab/06_browsers": browsers, "00_start/01_handwriting": watch("live_training = LiveTraining"),
 }

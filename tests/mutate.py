@@ -5,7 +5,7 @@ turned, a constant changed, an operator exchanged, a condition negated, a statem
 guards the module: the test cells of its notebook, then the test files named in GUARDS. The first failure, or running out of time, kills
 a mutation; one that passes everything survives, and is shown with its line. It is not part of `make test`: a module takes minutes.
 
-    python tests/mutate.py masking                        every mutation of musekit/masking.py
+    python tests/mutate.py masking                        every mutation of musekit/core/masking.py
     python tests/mutate.py masking losses --sample 40     forty of each, drawn by --seed
     python tests/mutate.py data.metadata --list           what would be changed; nothing is run
     python tests/mutate.py shards.store --only 120-180    mutations in these lines alone

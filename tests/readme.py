@@ -14,7 +14,7 @@ def render() -> str:
     notebook = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
     notebook.cells = [cell for cell in notebook.cells if not re.match(r"#\|\s*hide", cell.source)]
     text, _ = MarkdownExporter().from_notebook_node(notebook)
-    text = re.sub(r"(\]\(|src=\")(images/|[0-9]{2}_)", r"\1nbs/\2", text)
+    text = re.sub(r"(\]\(|src=\")(images/|[0-9]{2}_\w+/)", r"\1nbs/\2", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Leaves pictures in place of widgets in the outputs of notebooks: `python tests/still.py nbs/73_lab.explorers.ipynb ...`
+"""Leaves pictures in place of widgets in the outputs of notebooks: `python tests/still.py nbs/09_lab/03_explorers.ipynb ...`
 
 A widget lives as long as its kernel; committed, it is an empty box, and its state is large. What the panels of `musekit.lab`
 show beside it stays.

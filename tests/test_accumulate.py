@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from musekit.masking import MaskedTokens
+from musekit.core.masking import MaskedTokens
 from musekit.training.trainer import MicroBatch
 from toy_training import tiny_trainer, write_data
 

@@ -10,16 +10,16 @@ from PIL import Image
 
 from conftest import ROOT
 from musekit import cli
-from musekit.check import (
+from musekit.recipes.memory import (
     Batch, activation_bytes, data_report, find_networks, peak_bytes, tokenizer_data_report, training_memory, weight_memory, without_memory,
 )
-from musekit.finetune import add_lora
-from musekit.inspection import num_parameters
-from musekit.losses import masked_cross_entropy, saved_bytes
+from musekit.recipes.finetune import add_lora
+from musekit.models.inspection import num_parameters
+from musekit.core.losses import masked_cross_entropy, saved_bytes
 from musekit.models.transformer import MaskGitTransformer
 from musekit.models.uvit import MaskGiTUViT
-from musekit.train import configure
-from musekit.train_tokenizer import configure_tokenizer
+from musekit.recipes.text_to_image import configure
+from musekit.recipes.image_tokenizer import configure_tokenizer
 
 PUBLISHED = ROOT / "tests" / "published"
 SIZES = dict(vocab_size=65, codebook_size=64, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, encoder_hidden_size=24)
@@ -99,8 +99,8 @@ def test_updates_take_gradients_and_optimizer_for_themselves_alone():
 
 STEP = """
 import json, re, torch
-from musekit.check import Batch, activation_bytes, weight_memory
-from musekit.losses import masked_cross_entropy
+from musekit.recipes.memory import Batch, activation_bytes, weight_memory
+from musekit.core.losses import masked_cross_entropy
 from musekit.models.uvit import MaskGiTUViT
 
 torch.set_num_threads(1)
@@ -143,8 +143,8 @@ def test_the_memory_of_a_process():
 
 LARGE = """
 import resource
-from musekit.check import memory_report
-from musekit.train import configure
+from musekit.recipes.memory import memory_report
+from musekit.recipes.text_to_image import configure
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 overrides = ["model.transformer.hidden_size=8192", "model.transformer.num_hidden_layers=2", "model.transformer.intermediate_size=22528"]
 report = memory_report(configure("tests/published/text_uvit.yaml", overrides))

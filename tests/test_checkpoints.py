@@ -17,9 +17,9 @@ from musekit.models.paella_vq import PaellaVQModel
 from musekit.models.transformer import MaskGitTransformer
 from musekit.models.uvit import MaskGiTUViT
 from musekit.models.vqgan import VQGANModel
-from musekit.pipeline import Pipeline
+from musekit.inference.pipeline import Pipeline
 from musekit.training.ema import EMA, load_ema, save_ema
-from musekit.weights import load_weights
+from musekit.models.weights import load_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 TINY = dict(
@@ -310,7 +310,7 @@ for action, name, options in json.loads(sys.argv[1]):
             from musekit import cli
             print("status", cli.main([name, *options]))
         elif action == "pipeline":
-            from musekit.pipeline import Pipeline
+            from musekit.inference.pipeline import Pipeline
             pipeline = Pipeline.from_pretrained(name)
             print(type(pipeline.transformer).__name__, type(pipeline.vq_model).__name__, pipeline.grid)
         else:

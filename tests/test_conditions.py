@@ -16,27 +16,27 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
 from conftest import ROOT
-import musekit.train
-from musekit.check import find_networks, memory_report, training_memory
+import musekit.recipes.text_to_image
+from musekit.recipes.memory import find_networks, memory_report, training_memory
 from musekit.cli import main
-from musekit.data.conditions import TextEncoder, train_tokenizer
+from musekit.models.text_encoders import TextEncoder, train_tokenizer
 from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples, test_prompts as held_out_prompts
 from musekit.data.encoded import BatchEncoder, encode_dataset
-from musekit.data.features import FeatureTable, collect_features
+from musekit.evaluation.features import FeatureTable, collect_features
 from musekit.data.image_text import ImageTextConfig, make_loader
 from musekit.data.packing import write_shards, write_tars
 from musekit.data.pre_encoded import open_encoded
 from musekit.data.token_shards import write_token_shards
-from musekit.metrics import DigitFeatures
+from musekit.evaluation.metrics import DigitFeatures
 from musekit.models.paella_vq import PaellaVQModel
-from musekit.pipeline import Pipeline
-from musekit.stages import find_shards
-from musekit.train import (
+from musekit.inference.pipeline import Pipeline
+from musekit.recipes.settings import find_shards
+from musekit.recipes.text_to_image import (
     Recipe, _captions, configure, encode, find_data, make_text_encoder, make_trainer, make_vq_model, show_inputs, train,
 )
-from musekit.train_tokenizer import find_images
-from musekit.training.history import read_log
-from musekit.training.resume import step_seed
+from musekit.recipes.image_tokenizer import find_images
+from musekit.training.log import read_log
+from musekit.training.checkpoint import step_seed
 
 SETTINGS = [
     "model.transformer.hidden_size=32", "model.transformer.num_hidden_layers=1", "model.transformer.intermediate_size=64",
@@ -304,8 +304,8 @@ def test_encoded_data_needs_networks_only_to_draw(place, tmp_path, capsys):
 def test_encoded_data_frees_what_it_loads_to_draw(place, monkeypatch):
     loaded = []
     for name in ("load_vq_model", "load_text_encoder"):
-        load = getattr(musekit.train, name)
-        monkeypatch.setattr(musekit.train, name, lambda *given, load=load, name=name: (loaded.append(name), load(*given))[1])
+        load = getattr(musekit.recipes.text_to_image, name)
+        monkeypatch.setattr(musekit.recipes.text_to_image, name, lambda *given, load=load, name=name: (loaded.append(name), load(*given))[1])
     codes = pre_encoded(encoded(place, "parquet", True))
     recipe = make_recipe(place, "frees", clip(place), *codes, "experiment.generate_every=4")
     assert not loaded and not {"vq_model", "text_encoder"} & set(vars(recipe)), "the data has the sizes and the empty prompt"

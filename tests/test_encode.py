@@ -20,14 +20,14 @@ from transformers.utils import logging
 
 from children import CHILDREN
 from musekit import files
-from musekit.data.conditions import ClipTrainingConfig, TextEncoder, build_clip, text_tower, train_tokenizer
+from musekit.models.text_encoders import ClipTrainingConfig, TextEncoder, build_clip, text_tower, train_tokenizer
 from musekit.data.digits import train_samples
 from musekit.data.encoded import BatchEncoder
 from musekit.data.image_text import ImageTextConfig, make_loader
 from musekit.data.packing import write_shards, write_tars
 from musekit.data.pre_encoded import MANIFEST, open_encoded
-from musekit.encode import EncodeOptions, Totals, configure_encoding, encode_shards, load_networks
-from musekit.stages import VQ_MODELS, image_text_config
+from musekit.recipes.encode import EncodeOptions, Totals, configure_encoding, encode_shards, load_networks
+from musekit.recipes.settings import VQ_MODELS, image_text_config
 
 logging.disable_progress_bar()
 SHARDS, TENSORS = 3, ("image_ids", "encoder_hidden_states", "cond_embeds", "micro_conds")

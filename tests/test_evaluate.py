@@ -7,19 +7,19 @@ import torch
 from PIL import Image
 
 from musekit.cli import main
-from musekit.data.conditions import ClassEncoder, ClipTrainingConfig, TextEncoder, build_clip, text_tower, train_tokenizer
+from musekit.models.text_encoders import ClassEncoder, ClipTrainingConfig, TextEncoder, build_clip, text_tower, train_tokenizer
 from musekit.data.digits import draw, test_prompts as held_out_prompts
 from musekit.data.encoded import EncodedDataset, encoded_loader
-from musekit.data.features import collect_features
+from musekit.evaluation.features import collect_features
 from musekit.data.packing import write_shards
-from musekit.metrics import DigitFeatures
+from musekit.evaluation.metrics import DigitFeatures
 from musekit.models.paella_vq import PaellaVQModel
 from musekit.models.transformer import MaskGitTransformer
 from musekit.models.uvit import MaskGiTUViT
-from musekit.pipeline import Pipeline
+from musekit.inference.pipeline import Pipeline
 from musekit.plots import run_figures
 from musekit.training.callbacks import Callback, drawn_by_all, evaluate, inpainting_sheet, standard_callbacks
-from musekit.training.history import read_log
+from musekit.training.log import read_log
 from toy_training import launch
 from toy_training import tiny_trainer, write_data
 

@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from musekit import cli
-from musekit.finetune import add_lora, load_lora, lora_parameters, lora_targets, merge_lora, save_lora
-from musekit.losses import masked_cross_entropy, saved_bytes
+from musekit.recipes.finetune import add_lora, load_lora, lora_parameters, lora_targets, merge_lora, save_lora
+from musekit.core.losses import masked_cross_entropy, saved_bytes
 from musekit.models.paella_vq import PaellaVQModel
 from musekit.models.transformer import MaskGitTransformer
 from musekit.models.uvit import MaskGiTUViT
-from musekit.pipeline import Pipeline
-from musekit.training.history import read_log
+from musekit.inference.pipeline import Pipeline
+from musekit.training.log import read_log
 from test_cli import TINY, make_photos
 
 SIZES = dict(vocab_size=17, codebook_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, encoder_hidden_size=12)

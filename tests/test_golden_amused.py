@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from musekit import cli
-from musekit.data.conditions import TextEncoder, train_tokenizer
-from musekit.finetune import load_lora, merge_lora
-from musekit.generation import GenerationConfig
-from musekit.models.amused import CONVERTERS, read_amused, save_diffusers, to_diffusers
+from musekit.models.text_encoders import TextEncoder, train_tokenizer
+from musekit.recipes.finetune import load_lora, merge_lora
+from musekit.core.guidance import GenerationConfig
+from musekit.models.diffusers import CONVERTERS, read_amused, save_diffusers, to_diffusers
 from musekit.models.uvit import MaskGiTUViT
 from musekit.models.vqgan import VQGANModel
-from musekit.pipeline import Pipeline
-from musekit.weights import load_weights, read_json
+from musekit.inference.pipeline import Pipeline
+from musekit.models.weights import load_weights, read_json
 
 FIXTURES = ("amused", "amused_downsample")
 
@@ -73,7 +73,7 @@ def test_files_come_back_bit_by_bit(golden, part, tmp_path):
 
 def test_a_converter_is_found_whichever_module_was_imported(golden):
     code = "\n".join([
-        "import sys", "from musekit.models.uvit import MaskGiTUViT", "assert 'musekit.models.amused' not in sys.modules",
+        "import sys", "from musekit.models.uvit import MaskGiTUViT", "assert 'musekit.models.diffusers' not in sys.modules",
         f"MaskGiTUViT.from_pretrained({str(golden / 'amused' / 'transformer')!r})", "assert 'diffusers' not in sys.modules",
     ])
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -303,8 +303,8 @@ def test_a_pipeline_of_diffusers_asks_and_answers_alike(theirs, folder):
 def test_tokens_are_the_schedulers_where_chance_has_no_say(theirs, folder, monkeypatch, steps):
     "The likeliest id in place of a drawn one, and a re-masking temperature of zero: both decode the same tokens."
     monkeypatch.setattr(torch, "multinomial", lambda probs, count, generator=None: probs.argmax(-1, keepdim=True))
-    monkeypatch.setattr("musekit.sampling.gumbel_noise", lambda shape, generator=None, device=None: torch.zeros(shape))
-    monkeypatch.setattr("musekit.sampling._invert", lambda probs, u: probs.max(-1)[::-1])
+    monkeypatch.setattr("musekit.core.sampling.gumbel_noise", lambda shape, generator=None, device=None: torch.zeros(shape))
+    monkeypatch.setattr("musekit.core.sampling._invert", lambda probs, u: probs.max(-1)[::-1])
     expected = theirs(PROMPTS, num_inference_steps=steps, temperature=(0, 0), output_type="latent").images
     found = Pipeline.from_pretrained(folder).ids(PROMPTS, steps=steps, temperature=(0.0, 0.0))
     assert torch.equal(found, expected.flatten(1)) and len(found.unique()) > 2

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from musekit.losses import masked_cross_entropy
-from musekit.models.checkpoints import PretrainedModel, load_weights
+from musekit.core.losses import masked_cross_entropy
+from musekit.models.pretrained import PretrainedModel, load_weights
 from musekit.models.uvit import MaskGiTUViT
 
 UVITS = ("uvit", "uvit_downsample")
@@ -168,8 +168,8 @@ def test_a_truncated_file_is_named(tmp_path):
 
 SAVE_AND_DIE = """
 import os, sys
-import musekit.weights
-import musekit.models.checkpoints as checkpoints
+import musekit.models.weights
+import musekit.models.pretrained as checkpoints
 
 class Marker(checkpoints.PretrainedModel):
     def __init__(self, width=2):
@@ -180,7 +180,7 @@ def dies(tensors, path, metadata=None):
     open(path, "wb").write(b"half a file")
     os._exit(9)
 
-musekit.weights.save_file = dies
+musekit.models.weights.save_file = dies
 Marker().save_pretrained(sys.argv[1])
 """
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from musekit.models.checkpoints import load_weights
+from musekit.models.pretrained import load_weights
 from musekit.models.maskgit_vqgan import MaskGitVQGAN
 from musekit.models.movq import MOVQ
 from musekit.models.paella_vq import PaellaVQModel

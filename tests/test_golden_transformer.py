@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from musekit.losses import masked_cross_entropy
-from musekit.models.checkpoints import load_weights
+from musekit.core.losses import masked_cross_entropy
+from musekit.models.pretrained import load_weights
 from musekit.models.transformer import MaskGitTransformer
-from musekit.pipeline import TokenPipeline
+from musekit.inference.pipeline import TokenPipeline
 
 NAMES = ("transformer_class", "transformer_text")
 

@@ -1,4 +1,4 @@
-"""The order of the rooms: what may import what, and what an import costs."""
+"""The rooms: what may import what, and what an import costs."""
 import ast
 import re
 import subprocess
@@ -8,19 +8,27 @@ import pytest
 
 from conftest import ROOT
 
-NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9][0-9]_*/[0-9][0-9]_*.ipynb"))  # in the order of the book
 PACKAGE = ROOT / "musekit"
 
 
+ROOMS = ["utils", "core", "models", "data", "training", "inference", "evaluation", "shards", "recipes", "plots", "lab", "commands", "cli"]  # the ground first
+
+
 def exported_from() -> dict[str, int]:
-    """Module name -> place of its notebook, in file-name order."""
+    """Module name -> place of its notebook in the book, in the order of folders and numbers."""
+    names = [notebook.relative_to(ROOT / "nbs").as_posix() for notebook in NOTEBOOKS]
     places = {}
     for path in PACKAGE.rglob("*.py"):
         found = re.search(r"File to edit: \S*nbs/(\S+\.ipynb)", path.read_text(encoding="utf-8"))
         if found:
             module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-            places[module] = [notebook.name for notebook in NOTEBOOKS].index(found[1])
+            places[module] = names.index(found[1])
     return places
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1]
 
 
 def imports_of(module: str) -> set[str]:
@@ -45,14 +53,27 @@ def test_every_exporting_notebook_has_its_module():
     assert set(PLACES.values()) == exporting and len(PLACES) == len(exporting)
 
 
+def test_every_module_is_in_a_room():
+    assert {room_of(module) for module in PLACES} == set(ROOMS)
+
+
 @pytest.mark.parametrize("module", PLACES)
-def test_a_module_imports_only_from_lower_notebooks(module):
-    higher = {name for name in imports_of(module) & PLACES.keys() if PLACES[name] >= PLACES[module]}
-    assert not higher, f"{module} imports {higher}, which come later in the book"
+def test_a_module_imports_only_downward(module):
+    """From rooms below, and within its room from notebooks before its own."""
+    for name in imports_of(module) & PLACES.keys():
+        if room_of(name) == room_of(module):
+            assert PLACES[name] < PLACES[module], f"{module} imports {name}, whose notebook comes later"
+        else:
+            assert ROOMS.index(room_of(name)) < ROOMS.index(room_of(module)), f"{module} imports {name}, from a room above"
+
+
+@pytest.mark.parametrize("module", [module for module in PLACES if room_of(module) == "shards"])
+def test_the_converter_stands_on_the_utilities_alone(module):
+    assert {room_of(name) for name in imports_of(module) & PLACES.keys()} <= {"shards", "utils"}
 
 
 def test_no_two_notebooks_share_a_number():
-    numbers = [path.name[:2] for path in NOTEBOOKS]
+    numbers = [(path.parent.name[:2], path.name[:2]) for path in NOTEBOOKS]
     assert len(set(numbers)) == len(numbers), numbers
 
 

@@ -9,16 +9,16 @@ from PIL import Image
 
 from conftest import ROOT
 from key_tests import DRAWS, KEY_TESTS, LOG, READS, WEIGHTS
-from musekit.check import Batch
-from musekit.data.conditions import TextEncoder, train_tokenizer
-from musekit.losses import saved_bytes
+from musekit.recipes.memory import Batch
+from musekit.models.text_encoders import TextEncoder, train_tokenizer
+from musekit.core.losses import saved_bytes
 from musekit.models.paella_vq import PaellaVQModel
-from musekit.stages import generation_config, image_text_config, make_transformer
-from musekit.train import Recipe, configure, encode, make_text_encoder, make_vq_model
+from musekit.recipes.settings import generation_config, image_text_config, make_transformer
+from musekit.recipes.text_to_image import Recipe, configure, encode, make_text_encoder, make_vq_model
 from musekit.training.callbacks import Evaluate, sample_prompts, standard_callbacks
 from musekit.training.config import known_keys, load_config
-from musekit.training.history import Log, read_log
-from musekit.training.resume import checkpoints
+from musekit.training.log import Log, read_log
+from musekit.training.checkpoint import checkpoints
 from musekit.training.schema import Config
 from musekit.training.trainer import make_accelerator
 from toy_training import tiny_trainer, write_data

@@ -14,7 +14,7 @@ from toy_training import tiny_trainer, write_data
 
 
 def run_lab(path, *options):
-    return subprocess.run([sys.executable, "tests/lab.py", "01_masking", *options], cwd=ROOT, env={**os.environ, "PATH": str(path)},
+    return subprocess.run([sys.executable, "tests/lab.py", "01_core/02_masking", *options], cwd=ROOT, env={**os.environ, "PATH": str(path)},
                           capture_output=True, text=True)
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from conftest import ROOT
-from musekit.data.conditions import TextEncoder, train_tokenizer
+from musekit.models.text_encoders import TextEncoder, train_tokenizer
 from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples
 from musekit.data.packing import write_shards
 from musekit.models.paella_vq import PaellaVQModel
-from musekit.train import MEASURED, configure, measurement, train
-from musekit.training.history import read_log
+from musekit.recipes.text_to_image import MEASURED, configure, measurement, train
+from musekit.training.log import read_log
 from toy_training import free_port
 
 

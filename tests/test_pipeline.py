@@ -11,16 +11,16 @@ from safetensors.torch import load_file, save_file
 
 from musekit import inspection
 from musekit.cli import main
-from musekit.data.conditions import TextEncoder, train_tokenizer
+from musekit.models.text_encoders import TextEncoder, train_tokenizer
 from musekit.data.pictures import token_mask
-from musekit.finetune import add_lora, lora_parameters, save_lora
-from musekit.generation import GenerationConfig
+from musekit.recipes.finetune import add_lora, lora_parameters, save_lora
+from musekit.core.guidance import GenerationConfig
 from musekit.models.transformer import MaskGitTransformer
 from musekit.models.uvit import MaskGiTUViT
 from musekit.models.vqgan import VQGANModel
-from musekit.pipeline import OUTPUT_TYPES, ImagePipeline, Pipeline, find_model_class
-from musekit.sampling import sampler_names
-from musekit.sheets import Task, draw_again, draw_sheet, read_task, write_sheet
+from musekit.inference.pipeline import OUTPUT_TYPES, ImagePipeline, Pipeline, find_model_class
+from musekit.core.sampling import sampler_names
+from musekit.inference.sheets import Task, draw_again, draw_sheet, read_task, write_sheet
 
 PROMPTS = ["a red three on white paper", "two"]
 UVIT = dict(hidden_size=16, in_channels=8, block_out_channels=(8,), block_num_heads=2, num_res_blocks=1, num_hidden_layers=1,

@@ -7,11 +7,11 @@ import torch
 from omegaconf import OmegaConf
 
 from conftest import ROOT
-from musekit.check import find_networks
+from musekit.recipes.memory import find_networks
 from musekit.data.packing import expand_urls
-from musekit.models.checkpoints import find_model_class
-from musekit.train import configure
-from musekit.weights import load_weights
+from musekit.models.pretrained import find_model_class
+from musekit.recipes.text_to_image import configure
+from musekit.models.weights import load_weights
 
 PUBLISHED = ROOT / "tests" / "published"
 RUNS = sorted(path.stem for path in PUBLISHED.glob("*.yaml") if path.stem != "joined_shards")

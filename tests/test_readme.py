@@ -19,11 +19,11 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 import hub_server
 from conftest import ROOT
-from musekit.data.conditions import TextEncoder
-from musekit.data.features import InceptionFeatures
+from musekit.models.text_encoders import TextEncoder
+from musekit.evaluation.features import InceptionFeatures
 from musekit.models.uvit import MaskGiTUViT
 from musekit.models.vqgan import VQGANModel
-from musekit.pipeline import Pipeline
+from musekit.inference.pipeline import Pipeline
 from musekit.shards.catalog import CATALOG
 from musekit.training.reconstruction import VGGFeatures
 from test_cli import make_photos, some_digits

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from children import CHILDREN
 import musekit.training.callbacks as callbacks_module
-import musekit.training.resume as resume_module
+import musekit.training.checkpoint as resume_module
 from musekit.training.callbacks import Callback, Checkpoint, Log, read_log
-from musekit.files import PARTIAL
-from musekit.training.resume import checkpoints
+from musekit.utils.files import PARTIAL
+from musekit.training.checkpoint import checkpoints
 from toy_training import SAVE_EVERY, STEPS, DieAt, die, tiny_trainer, write_data
 
 

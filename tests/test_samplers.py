@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from musekit import sampling
-from musekit.generation import GenerationConfig
-from musekit.sampling import (
+from musekit.core.guidance import GenerationConfig
+from musekit.core.sampling import (
     exact_noise, generate_ids, get_sampler, gumbel_noise, halton_ranks, hide_lowest, register_sampler, sample_tokens, sampler_names,
 )
 

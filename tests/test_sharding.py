@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from musekit.models.uvit import MaskGiTUViT
 from musekit.training.callbacks import Checkpoint, Evaluate, Log, SampleImages, gradient_norms, read_log, token_diagnostics
 from musekit.training.ema import evaluating, gathered
-from musekit.training.resume import checkpoints
+from musekit.training.checkpoint import checkpoints
 from toy_training import STEPS, launch, tiny_trainer, write_data
 
 

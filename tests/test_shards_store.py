@@ -17,7 +17,7 @@ from musekit.shards import store
 from musekit.shards.command import backups_table
 from musekit.shards.rechunk import Layout, rechunk
 from musekit.shards.plan import list_shards, verify_shards
-from musekit.files import exchange_folders, lock, need_space
+from musekit.utils.files import exchange_folders, lock, need_space
 from musekit.shards.store import Cache, back_up, damaged_shard, list_backups, new_set, recover, restore
 
 LAYOUT = Layout(rows_per_shard=20, rows_per_group=5, num_shards=3)
@@ -52,7 +52,7 @@ def set_in_place(folder, sets):
 
 EXCHANGES = """
 import itertools, shutil, sys
-from musekit.files import exchange_folders
+from musekit.utils.files import exchange_folders
 from musekit.shards.store import Cache, new_set
 cache, how, sets = Cache(sys.argv[1]), sys.argv[2], sys.argv[3:]
 exchange = exchange_folders if how == "one step" else lambda one, other: False
@@ -206,7 +206,7 @@ def test_a_tokenizer_is_restored_beside_equal_shards(cache, sets, monkeypatch, s
 
 
 def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
-    program = "import sys, time; from musekit.files import lock\nwith lock(sys.argv[1]): print(1, flush=True); time.sleep(60)"
+    program = "import sys, time; from musekit.utils.files import lock\nwith lock(sys.argv[1]): print(1, flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         with pytest.raises(ValueError, match=f"process {process.pid}"), lock(tmp_path):

@@ -3,9 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from musekit.losses import masked_cross_entropy, saved_bytes
+from musekit.core.losses import masked_cross_entropy, saved_bytes
 from musekit.models.uvit import MaskGiTUViT
-from musekit.pipeline import TokenPipeline
+from musekit.inference.pipeline import TokenPipeline
 
 SETTINGS = dict(
     vocab_size=33, codebook_size=32, hidden_size=32, in_channels=24, block_out_channels=(24,), num_res_blocks=2,

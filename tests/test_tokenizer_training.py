@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from children import CHILDREN
 from musekit.data.digits import train_samples
 from musekit.models.vqgan import VQGANModel
-from musekit.train_tokenizer import VQ_MODELS
+from musekit.recipes.image_tokenizer import VQ_MODELS
 from musekit.training.callbacks import Callback, Checkpoint, Evaluate, Log, read_log
 from musekit.training.config import load_config
-from musekit.training.resume import checkpoints
+from musekit.training.checkpoint import checkpoints
 from musekit.training.tokenizer import VQConfig, VQTrainer
 from test_cli import TINY, assert_refused, here, make_photos, musekit, some_digits  # noqa: F401, a fixture among them
 from test_cli import launch as launch_command
@@ -239,7 +239,7 @@ def test_interrupted_command_goes_on(place, here, monkeypatch):
             if trainer.step == 5:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    import musekit.train_tokenizer as room
+    import musekit.recipes.image_tokenizer as room
 
     command = ["train-tokenizer", "data=photos", *SMALL, "experiment.output_dir=runs/stopped"]
     usual = room._callbacks

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from musekit.training.callbacks import standard_callbacks
-from musekit.training.history import check_trackers, read_log
+from musekit.training.log import check_trackers, read_log
 from musekit.training.trainer import make_accelerator
 from toy_training import tiny_trainer, write_data
 
