@@ -12,7 +12,6 @@ import math
 import re
 import warnings
 from collections import Counter
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -21,12 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..utils.files import write_aside
+from ..utils.validation import is_number, nearest_name
 from ..models.inspection import num_parameters
 from ..models.diffusers import MODEL_INDEX, UVIT_NAMES, read_amused, rename
 from ..models.pretrained import ModelConfig, check_weights, convert
 from ..models.uvit import MaskGiTUViT
 from ..inference.pipeline import SETTINGS_FILE
-from ..core.schedules import is_number
 from ..training.schema import Model
 from ..models.weights import check_finite, find_folder, read_json, read_tensors
 
@@ -46,7 +45,7 @@ def lora_targets(
     ends = sorted({name.rpartition(".")[2] for name in names})
     found = {end: [name for name in names if f".{name}".endswith(f".{end}")] for end in target}
     for end in [end for end in found if not found[end]]:
-        near = (get_close_matches(end, ends, 1, 0) or ["nothing"])[0]
+        near = nearest_name(end, ends, 0) or "nothing"
         raise ValueError(f"no linear layer of this {type(model).__name__} ends in {end!r}; the nearest is "
                          f"{near!r}. There are: {', '.join(ends)}.")
     return [name for name in names if any(name in matches for matches in found.values())]
