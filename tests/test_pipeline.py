@@ -9,7 +9,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
-from musekit import inspection
+from musekit.models import inspection
 from musekit.cli import main
 from musekit.models.text_encoders import TextEncoder, train_tokenizer
 from musekit.data.pictures import token_mask
