@@ -5,11 +5,11 @@ turned, a constant changed, an operator exchanged, a condition negated, a statem
 guards the module: the test cells of its notebook, then the test files named in GUARDS. The first failure, or running out of time, kills
 a mutation; one that passes everything survives, and is shown with its line. It is not part of `make test`: a module takes minutes.
 
-    python tests/mutate.py masking                        every mutation of musekit/core/masking.py
-    python tests/mutate.py masking losses --sample 40     forty of each, drawn by --seed
-    python tests/mutate.py data.metadata --list           what would be changed; nothing is run
-    python tests/mutate.py shards.store --only 120-180    mutations in these lines alone
-    python tests/mutate.py training.resume --tests tests/test_going_on.py
+    python tests/mutate.py core.masking                           every mutation of musekit/core/masking.py
+    python tests/mutate.py core.masking core.losses --sample 40   forty of each, drawn by --seed
+    python tests/mutate.py data.samples --list                    what would be changed; nothing is run
+    python tests/mutate.py shards.store --only 120-180            mutations in these lines alone
+    python tests/mutate.py training.checkpoint --tests tests/test_going_on.py
 
 The libraries are imported once, and the notebook's test cells run inside of the module, in order; cells marked `#| slow` are skipped. What
 an export cell defines cannot be used above it, so that nothing there need be run again: when the walk through the notebook comes to an
@@ -43,10 +43,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 EXPLAINED = ROOT / "tests" / "mutants.txt"
 GUARDS = {  # module -> test files beside its notebook, those that run in one process
-    "sampling": ["test_samplers.py"],
-    "generation": ["test_samplers.py"],
-    "models.checkpoints": ["test_checkpoints.py"],
-    "training.resume": ["test_going_on.py"],
+    "core.sampling": ["test_samplers.py"],
+    "core.guidance": ["test_samplers.py"],
+    "models.pretrained": ["test_checkpoints.py"],
+    "training.checkpoint": ["test_going_on.py"],
     "shards.rechunk": ["test_shards_rechunk.py"],
     "shards.store": ["test_shards_store.py"],
 }
@@ -221,7 +221,7 @@ def first_line(node):
 
 
 def notebook_cells(name):
-    """The cells of the notebook that exports a module, in order: the id of a cell that exports, the code of a test cell.
+    """The notebook that exports a module, and its cells in order: the id of a cell that exports, the code of a test cell.
 
     What is slow is left out.
     """
@@ -231,7 +231,7 @@ def notebook_cells(name):
         if any(f"#| default_exp {name}\n" in f"{code}\n" for _, code in cells):
             unwanted = ("#| default_exp", "#| slow", "#| eval: false")
             cells = [(number, code) for number, code in cells if not code.lstrip().startswith(unwanted) and "nbdev_export" not in code]
-            return [(number, None) if code.lstrip().startswith(("#| export", "#|export")) else (None, code) for number, code in cells]
+            return path, [(number, None) if code.lstrip().startswith(("#| export", "#|export")) else (None, code) for number, code in cells]
     raise SystemExit(f"no notebook exports {name!r}")
 
 
@@ -425,7 +425,9 @@ def try_all(name, source, left, files, options):
     tree, lines, groups = ast.parse(source), source.splitlines(), by_export_cell(source, left)
     module = stand_in(name, tree)
     started, killed, survivors = time.monotonic(), 0, []
-    for above, group, below in stages(notebook_cells(name), groups, options.whole):
+    notebook, cells = notebook_cells(name)
+    os.chdir(notebook.parent)  # where its cells run
+    for above, group, below in stages(cells, groups, options.whole):
         run_cells(module, above)
         keep_files()
         before, first = computed(), 0 if options.whole else group[0].line
@@ -451,7 +453,7 @@ def try_all(name, source, left, files, options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("modules", nargs="+", help="such as masking or data.metadata")
+    add("modules", nargs="+", help="such as core.masking or data.samples")
     add("--tests", nargs="*", help="test files instead of those in GUARDS")
     add("--sample", type=int, help="so many mutations of each module, drawn by chance")
     add("--seed", type=int, default=0, help="of that drawing (default: %(default)s)")
@@ -466,7 +468,6 @@ def main():
     options = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", MPLBACKEND="Agg", HF_HUB_OFFLINE="1")
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    os.chdir(ROOT / "nbs")
     waiting, running, failed = list(options.modules), {}, False
     while waiting or running:  # a process for each module: what one imports is nothing to the next
         while waiting and len(running) < options.workers:

@@ -13,7 +13,7 @@ from musekit import cli
 from musekit.recipes.memory import (
     Batch, activation_bytes, data_report, find_networks, peak_bytes, tokenizer_data_report, training_memory, weight_memory, without_memory,
 )
-from musekit.recipes.finetune import add_lora
+from musekit.models.lora import add_lora
 from musekit.models.inspection import num_parameters
 from musekit.core.losses import masked_cross_entropy, saved_bytes
 from musekit.models.transformer import MaskGitTransformer

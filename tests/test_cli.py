@@ -17,7 +17,8 @@ import yaml
 from PIL import Image
 from torch import distributed
 
-from musekit import cli, inspection
+from musekit import cli
+from musekit.models import inspection
 from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples
 from musekit.data.packing import write_shards
 from musekit.models.transformer import MaskGitTransformer

@@ -19,7 +19,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from children import CHILDREN
-from musekit import files
+from musekit.utils import files
 from musekit.models.text_encoders import ClipTrainingConfig, TextEncoder, build_clip, text_tower, train_tokenizer
 from musekit.data.digits import train_samples
 from musekit.data.encoded import BatchEncoder

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from musekit import cli
-from musekit.recipes.finetune import add_lora, load_lora, lora_parameters, lora_targets, merge_lora, save_lora
+from musekit.models.lora import add_lora, load_lora, lora_parameters, lora_targets, merge_lora, save_lora
 from musekit.core.losses import masked_cross_entropy, saved_bytes
 from musekit.models.paella_vq import PaellaVQModel
 from musekit.models.transformer import MaskGitTransformer

@@ -12,7 +12,7 @@ from torch import nn
 
 from musekit import cli
 from musekit.models.text_encoders import TextEncoder, train_tokenizer
-from musekit.recipes.finetune import load_lora, merge_lora
+from musekit.models.lora import load_lora, merge_lora
 from musekit.core.guidance import GenerationConfig
 from musekit.models.diffusers import CONVERTERS, read_amused, save_diffusers, to_diffusers
 from musekit.models.uvit import MaskGiTUViT

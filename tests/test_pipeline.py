@@ -9,11 +9,11 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
-from musekit import inspection
+from musekit.models import inspection
 from musekit.cli import main
 from musekit.models.text_encoders import TextEncoder, train_tokenizer
 from musekit.data.pictures import token_mask
-from musekit.recipes.finetune import add_lora, lora_parameters, save_lora
+from musekit.models.lora import add_lora, lora_parameters, save_lora
 from musekit.core.guidance import GenerationConfig
 from musekit.models.transformer import MaskGitTransformer
 from musekit.models.uvit import MaskGiTUViT

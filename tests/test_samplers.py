@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from musekit import sampling
+from musekit.core import sampling
 from musekit.core.guidance import GenerationConfig
 from musekit.core.sampling import (
     exact_noise, generate_ids, get_sampler, gumbel_noise, halton_ranks, hide_lowest, register_sampler, sample_tokens, sampler_names,

@@ -21,7 +21,7 @@ from .. import __version__
 from ..data.packing import DRAWN
 from ..data.pictures import fade_tokens, image_grid, read_mask, token_mask
 from ..utils.files import write_aside
-from ..recipes.finetune import load_lora, merge_lora
+from ..models.lora import load_lora, merge_lora
 from ..core.guidance import our_names, prompt_list, refuse_unknown, settle_seed
 from .pipeline import ImagePipeline, Pipeline
 from ..utils.validation import is_number, whole_numbers

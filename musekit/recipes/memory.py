@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from ..data.image_text import ImageTextConfig, ShardReader, make_loader
 from ..data.packing import REPORT, is_image, left_out, locate_pictures, pack_folder
 from ..data.pre_encoded import first_batch, open_encoded
-from .finetune import add_lora
+from ..models.lora import add_lora
 from ..models.inspection import num_parameters
 from ..core.losses import _CrossEntropy, saved_bytes
 from musekit.recipes.settings import (
