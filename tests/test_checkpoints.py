@@ -96,7 +96,7 @@ def test_a_pickle_among_shards_does_not_run(tmp_path, saved):
     torch.save({"extra": Payload(tmp_path / "ran")}, saved / "two.bin")
     index = {"weight_map": dict.fromkeys(weights, "one.bin") | {"extra": "two.bin"}}
     (saved / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"two.bin holds more than tensors \(io.open\) and was refused"):
+    with pytest.raises(ValueError, match=r"two.bin holds more than tensors \(_?io.open\) and was refused"):
         MaskGiTUViT.from_pretrained(saved)
     assert not (tmp_path / "ran").exists()
 

@@ -306,7 +306,7 @@ def test_memory_grows_neither_with_the_source_nor_with_its_row_groups(tmp_path):
     for name, (times, group) in sizes.items():
         pq.write_table(pa.concat_tables([part] * times), tmp_path / f"{name}.parquet", row_group_size=group)
     peaks = {name: peak_of(tmp_path / f"{name}.parquet", tmp_path / name) for name in sizes}
-    assert peaks["large"] < peaks["small"] + 20 and peaks["giant"] < peaks["small"] + 20, peaks
+    assert max(peaks["large"], peaks["giant"]) < peaks["small"] + 50, peaks  # MB; the source has grown by 110
     assert contents(tmp_path / "large") == contents(tmp_path / "giant")
 
 
