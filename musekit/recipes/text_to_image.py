@@ -55,8 +55,10 @@ from ..training.ema import evaluating
 from ..training.log import check_trackers
 from ..training.optim import check_library, check_optimization
 from musekit.training.checkpoint import (
-    find_checkpoint, keep_seed, latest_checkpoint, on_main_process, refuse_other_run, settle_run_seed, step_of, step_seed,
+    find_checkpoint, keep_seed, latest_checkpoint, on_main_process, refuse_other_run, settle_run_seed,
+    step_of,
 )
+from ..utils.seeds import step_seed
 from ..training.tokenizer import train_vq_model
 from ..training.trainer import Trainer, make_accelerator
 
