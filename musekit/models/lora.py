@@ -12,7 +12,6 @@ import math
 import re
 import warnings
 from collections import Counter
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -20,12 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core.schedules import is_number
 from .diffusers import UVIT_NAMES, rename
 from .pretrained import check_weights
 from .uvit import MaskGiTUViT
 from .weights import check_finite, find_folder, read_json, read_tensors
 from ..utils.files import write_aside
+from ..utils.validation import is_number, nearest_name
 
 # %% ../../nbs/02_models/16_lora.ipynb #093719f8
 TARGETS = ("query", "key", "value", "out", "wi_0", "wi_1", "wo")
@@ -43,7 +42,7 @@ def lora_targets(
     ends = sorted({name.rpartition(".")[2] for name in names})
     found = {end: [name for name in names if f".{name}".endswith(f".{end}")] for end in target}
     for end in [end for end in found if not found[end]]:
-        near = (get_close_matches(end, ends, 1, 0) or ["nothing"])[0]
+        near = nearest_name(end, ends, 0) or "nothing"
         raise ValueError(f"no linear layer of this {type(model).__name__} ends in {end!r}; the nearest is "
                          f"{near!r}. There are: {', '.join(ends)}.")
     return [name for name in names if any(name in matches for matches in found.values())]

@@ -14,7 +14,6 @@ import pkgutil
 import tempfile
 import warnings
 from contextlib import ExitStack
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from torch import nn
 
 from .. import models
 from ..utils.files import write_aside
+from ..utils.validation import nearest_name
 from .card import push
 from musekit.models.weights import (
     check_finite, find_folder, load_weights, match_names, read_json, remove_others, unwrap_names,
@@ -220,7 +220,7 @@ class PretrainedModel(nn.Module):
         settings = {key: value for key, value in config.items() if key in known}
         for key in config:
             if not (key in known or key in cls.ignored_config or key in cls.fixed_config or key.startswith("_")):
-                nearest = get_close_matches(key, known, 1, 0)[0]
+                nearest = nearest_name(key, known, 0)
                 raise ValueError(f"{cls.__name__} has no setting {key!r}; the nearest is {nearest!r}. "
                                  f"It has: {', '.join(known)}.")
         cls.check_fixed(config)

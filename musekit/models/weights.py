@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..utils.validation import one_line
+
 # %% ../../nbs/02_models/04_weights.ipynb #71438abc
 _TABLES = (
     "ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "params_ema", "ema", "state_dict",
@@ -260,7 +262,7 @@ def find_folder(path, *, subfolder=None, revision=None, whole=False, variant=Non
             folder = _fetch(str(path), subfolder, revision, whole, variant)
         except (OSError, ValueError) as error:
             told = _HUB_ERRORS.get(type(error).__name__, "").format(revision=revision)
-            told = f"cannot be fetched from the hub: {told or ' '.join(str(error).split())}"
+            told = f"cannot be fetched from the hub: {told or one_line(error)}"
             raise FileNotFoundError(f"{path} is no folder here ({folder.absolute()}) and {told}.") from error
     folder = folder / subfolder if subfolder else folder
     if not folder.is_dir():
@@ -290,7 +292,7 @@ def push_folder(folder, repository, *, private=None, revision=None, message="Upl
         options = {"revision": revision, "commit_message": message, "allow_patterns": _UPLOADED, "ignore_patterns": _NOT_UPLOADED}
         return str(api.upload_folder(repo_id=repository, folder_path=folder, **options))
     except Exception as error:  # names, tokens and networks fail in every way
-        told = " ".join(str(error).split())
+        told = one_line(error)
         raise ValueError(f"{repository} was not uploaded: {told} Log in with `hf auth login`.") from error
 
 # %% ../../nbs/02_models/04_weights.ipynb #595134ac

@@ -35,6 +35,7 @@ from ..training.checkpoint import keep_seed, on_main_process, refuse_other_run, 
 from ..training.schema import Section, setting
 from ..training.tokenizer import VQConfig, VQTrainer
 from ..training.trainer import make_accelerator
+from ..utils.validation import first_line
 
 # %% ../../nbs/07_recipes/05_image_tokenizer.ipynb #427d2911
 @dataclass
@@ -232,7 +233,7 @@ def _fresh(config):
     try:
         return VQ_MODELS[config.model.type].from_config(config.model.params)
     except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
-        raise ValueError(f"model.params describes no network: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"model.params describes no network: {first_line(error)}") from error
 
 
 def _check_side(config, model):
