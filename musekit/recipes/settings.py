@@ -21,7 +21,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from ..models.text_encoders import ClassEncoder, ClipTrainingConfig, NoEncoder, TextEncoder
+from ..models.text_encoders import ClassEncoder, NoEncoder, TextEncoder
+from .clip import ClipTrainingConfig
 from ..data.digits import make_digits
 from ..data.image_text import ImageTextConfig
 from ..data.samples import MetadataFilter

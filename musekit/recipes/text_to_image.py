@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from ..models.text_encoders import train_clip
+from .clip import train_clip
 from ..data.encoded import BatchEncoder, encode_dataset, token_grid
 from ..evaluation.features import FeatureTable, collect_features
 from ..data.image_text import make_loader
