@@ -28,7 +28,7 @@ from .features import ClipFeatures, FeatureTable, InceptionFeatures, collect_fea
 from .metrics import DigitFeatures, compare_features, inception_score
 from ..inference.pipeline import Pipeline
 from ..training.callbacks import read_prompts
-from ..training.checkpoint import step_seed
+from ..utils.seeds import step_seed
 from ..utils.progress import watched
 
 # %% ../../nbs/06_evaluation/04_evaluate.ipynb #0a6f4381

@@ -27,7 +27,8 @@ from musekit.training.reconstruction import (
     PatchDiscriminator, PerceptualLoss, VGGFeatures, adaptive_weight, codebook_report, discriminator_loss,
     generator_loss, last_layer, pixel_loss, read_channel_weights,
 )
-from .checkpoint import Loop, new_accelerator, step_seed
+from .checkpoint import Loop, new_accelerator
+from ..utils.seeds import step_seed
 from musekit.training.schema import (
     LRScheduler, Optimizer, OptimizerParams, Run, SchedulerParams, Section, Steps, WandB, setting,
 )
