@@ -18,7 +18,7 @@ from PIL import Image
 from torch import distributed
 
 from musekit import cli
-from musekit.models import inspection
+from musekit.utils import progress
 from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples
 from musekit.data.packing import write_shards
 from musekit.models.transformer import MaskGitTransformer
@@ -240,7 +240,7 @@ class Terminal(io.StringIO):
 
 def test_a_log_gets_lines(place, trained, here, monkeypatch):
     """Every half minute in truth: here after every step."""
-    monkeypatch.setattr(inspection, "LINE_EVERY", 0)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0)
     given = ["experiment.output_dir=runs/lines", "model.vq_model.pretrained=null", "training.max_grad_norm=null"]
     process = here(place, "train", "data=photos", *TINY, *given)
     lines = process.stderr.splitlines()
@@ -259,7 +259,7 @@ def test_a_log_gets_lines(place, trained, here, monkeypatch):
 
 def test_a_terminal_gets_a_bar(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
-    list(inspection.watched(range(3)))
+    list(progress.watched(range(3)))
     assert "100%|" in sys.stderr.getvalue() and "\r" in sys.stderr.getvalue()
 
 

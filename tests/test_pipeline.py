@@ -9,7 +9,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
-from musekit.models import inspection
+from musekit.utils import progress
 from musekit.cli import main
 from musekit.models.text_encoders import TextEncoder, train_tokenizer
 from musekit.data.pictures import token_mask
@@ -369,7 +369,7 @@ def test_a_type_that_overflows_is_named(folder):
 
 def test_long_work_is_seen_and_a_far_too_large_picture_told(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(inspection, "LINE_EVERY", 0)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0)
     for side, warned in (32, False), (33, True):  # the model's pictures have 16 x 16 pixels
         Image.new("RGB", (side, side), "red").save("image.png")
         Image.new("L", (side, side), "white").save("mask.png")

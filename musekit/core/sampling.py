@@ -11,7 +11,6 @@ __all__ = ['exact_noise', 'gumbel_noise', 'sample_tokens', 'remaining_counts', '
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import partial
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from .masking import MaskingConfig, hide_tokens
 from .schedules import check_params, get_schedule
+from ..utils.validation import did_you_mean
 
 # %% ../../nbs/01_core/04_sampling.ipynb #f83b95cd
 def exact_noise(shape: tuple[int, ...],  # of the result
@@ -148,9 +148,8 @@ def get_sampler(name: str | Callable,  # one of `sampler_names()`; a callable is
     if callable(name):
         return partial(name, **options) if options else name
     if name not in _samplers:
-        near = get_close_matches(str(name), _samplers, 1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown sampler {name!r}{hint}; known are {sampler_names()}")
+        hint = did_you_mean(name, _samplers)
+        raise ValueError(f"unknown sampler {name!r}{hint and ', '}{hint}; known are {sampler_names()}")
     check_params(f"sampler {name!r}", _samplers[name], options)
     return partial(_samplers[name], **options)
 

@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['SMALLEST_RATIO', 'cosine', 'arccos', 'linear', 'power', 'sigmoid', 'schedule_names', 'register_schedule', 'Schedule',
-           'is_number', 'check_params', 'get_schedule', 'plot_schedules']
+           'check_params', 'get_schedule', 'plot_schedules']
 
 # %% ../../nbs/01_core/01_schedules.ipynb #12e5fd11
-import difflib
 import inspect
 import math
 import re
-from numbers import Real
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Callable
 
 import torch
 from torch import Tensor
+
+from ..utils.validation import did_you_mean, is_number
 
 # %% ../../nbs/01_core/01_schedules.ipynb #b15da22c
 def cosine(t: Tensor  # time in [0, 1], any shape
@@ -104,11 +104,6 @@ class Schedule:
         return self.function(t, **self.params).clamp(0, 1)
 
 
-def is_number(value) -> bool:
-    "Whether a value is a real number; True and False are none."
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
 def check_params(owner: str,  # how messages call the function
                  function: Callable,  # f(first, **params)
                  params: dict
@@ -135,14 +130,10 @@ def get_schedule(name: str | Callable,  # one of `schedule_names()`; a callable 
     else:
         function = _registered.get(name) or _BUILT_IN.get(name)
     if function is None:
-        raise ValueError(f"unknown mask schedule {name!r}{_suggest(name)}; known are {schedule_names()}")
+        hint = did_you_mean(name, schedule_names(), 0.5)
+        raise ValueError(f"unknown mask schedule {name!r}{hint and ', '}{hint}; known are {schedule_names()}")
     check_params(f"mask schedule {name!r}", function, params)
     return Schedule(name, function, params)
-
-
-def _suggest(name: str) -> str:
-    close = difflib.get_close_matches(name, schedule_names(), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 # %% ../../nbs/01_core/01_schedules.ipynb #a172dad5
 def plot_schedules(schedules: list[Callable | str],  # names, or callables as `get_schedule` returns them

@@ -43,9 +43,10 @@ from omegaconf import OmegaConf
 from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from musekit.data.samples import (
-    IMAGE_EXTENSIONS, TEXT_EXTENSIONS, class_number, decode_text, field_text, field_value, first_text, is_unicode,
+    IMAGE_EXTENSIONS, TEXT_EXTENSIONS, class_number, decode_text, field_text, field_value, first_text,
 )
 from ..utils.files import NOTE, make_once, write_aside
+from ..utils.validation import is_unicode, one_line
 
 # %% ../../nbs/03_data/02_packing.ipynb #94fe0638
 FORMATS = {  # of Pillow, with the extension of their files; MPO is a phone's JPEG
@@ -76,7 +77,7 @@ def opened_picture(
     except UnidentifiedImageError as error:
         raise ValueError(f"a file of none of the kinds {', '.join(readable)}") from error
     except _BROKEN as error:
-        raise ValueError(f"a picture that cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise ValueError(f"a picture that cannot be read: {one_line(error)}") from error
 
 
 def upright_size(
@@ -336,7 +337,7 @@ def read_table(path: Path) -> Iterator[dict]:
             if line.strip():
                 yield _table_row(line, number)
     except (ValueError, csv.Error, OSError, RecursionError, pa.ArrowException) as error:
-        told = " ".join(str(error).split())
+        told = one_line(error)
         raise ValueError(told if told.startswith(str(path)) else f"{path} cannot be read as a table: {told}") from error
 
 
@@ -453,7 +454,7 @@ class Album:
         try:
             told = json.loads(decode_text(beside.read_bytes(), self.name(beside)))
         except (json.JSONDecodeError, RecursionError, OSError) as error:
-            raise _Unusable("unreadable", f"{self.name(beside)} ({' '.join(str(error).split())})") from error
+            raise _Unusable("unreadable", f"{self.name(beside)} ({one_line(error)})") from error
         except ValueError as error:
             raise _Unusable("not_utf8", self.name(beside)) from error
         return {**self.rows.get(path, {}), **told} if isinstance(told, dict) else self.rows.get(path, {})
@@ -699,7 +700,7 @@ def opened_file(url: str) -> Iterator:
     except (OSError, ValueError, pa.ArrowException):
         raise
     except Exception as error:
-        raise OSError(f"{url} cannot be read: {' '.join(str(error).split())}") from error
+        raise OSError(f"{url} cannot be read: {one_line(error)}") from error
 
 
 @dataclass
@@ -887,7 +888,7 @@ def hub_files(
     try:
         names = system.glob(url) if glob.has_magic(url) else system.find(url)
     except Exception as error:  # the hub's own, those of its HTTP library, and OSError
-        told = " ".join(str(error).split())[:200] or type(error).__name__
+        told = one_line(error, 200)
         raise FileNotFoundError(f"{url} cannot be listed: {told}") from error
     names = [f"hf://{name}" for name in sorted(names) if not is_hidden(name)]
     tars, columns = (list(filter(is_such, names)) for is_such in (is_tar, is_parquet))

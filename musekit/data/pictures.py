@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from .samples import is_unicode
+from ..utils.validation import is_unicode
 from .packing import is_hidden, is_image, open_picture, opened_picture, to_rgb
 
 # %% ../../nbs/03_data/07_pictures.ipynb #57cad4d5

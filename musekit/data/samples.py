@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AESTHETIC_KEYS', 'WATERMARK_KEYS', 'PERSON_WORDS', 'IMAGE_EXTENSIONS', 'TEXT_EXTENSIONS', 'LAYOUTS', 'field_value',
            'present_numbers', 'aesthetic_score', 'micro_conditions', 'MetadataFilter', 'filter_report',
-           'plot_filter_report', 'clean_caption', 'decode_text', 'Sample', 'first_text', 'field_text', 'is_unicode',
-           'read_metadata', 'class_number', 'read_sample', 'load_class_names']
+           'plot_filter_report', 'clean_caption', 'decode_text', 'Sample', 'first_text', 'field_text', 'read_metadata',
+           'class_number', 'read_sample', 'load_class_names']
 
 # %% ../../nbs/03_data/01_samples.ipynb #4acf3dd5
 import json
@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+
+from ..utils.validation import is_unicode
 
 # %% ../../nbs/03_data/01_samples.ipynb #a56d060b
 def field_value(metadata: dict, path: str):
@@ -235,11 +237,6 @@ def field_text(
     if not is_unicode(value):
         raise ValueError(f"the caption under {path!r} cannot be written as UTF-8")
     return value
-
-
-def is_unicode(text: str) -> bool:
-    "Whether a text can be written as UTF-8; an argument or an escape in JSON may hold halves of characters."
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def read_metadata(members: dict[str, bytes]) -> dict:

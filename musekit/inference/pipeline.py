@@ -24,14 +24,14 @@ from ..data.pictures import fade_tokens, read_mask, read_picture, to_images, to_
 from ..utils.files import folder_aside
 from musekit.core.guidance import (
     DIFFUSERS_NAMES, GenerationConfig, generate_guided, negative_conditions, our_names, prompt_conditions,
-    refuse_unknown, settle_seed, start_ids, whole_numbers,
+    refuse_unknown, settle_seed, start_ids,
 )
 from ..models.card import write_card
 from ..core.masking import random_mask
 from ..models.diffusers import MODEL_INDEX, read_amused, save_amused
 from ..models.pretrained import find_dtype, find_model_class
 from ..models.quantizers import ImageTokenizer
-from ..core.schedules import is_number
+from ..utils.validation import is_number, whole_numbers
 from ..training.checkpoint import step_seed
 from ..models.weights import check_finite, find_folder, read_json, weight_variants
 

@@ -22,9 +22,9 @@ from ..data.packing import DRAWN
 from ..data.pictures import fade_tokens, image_grid, read_mask, token_mask
 from ..utils.files import write_aside
 from ..models.lora import load_lora, merge_lora
-from ..core.guidance import our_names, prompt_list, refuse_unknown, settle_seed, whole_numbers
+from ..core.guidance import our_names, prompt_list, refuse_unknown, settle_seed
 from .pipeline import ImagePipeline, Pipeline
-from ..core.schedules import is_number
+from ..utils.validation import is_number, whole_numbers
 
 # %% ../../nbs/05_inference/02_sheets.ipynb #a7b483c1
 @dataclass

@@ -25,8 +25,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..data.samples import is_unicode
 from ..utils.progress import watched
+from ..utils.validation import is_unicode, one_line
 from .weights import check_finite, find_folder, load_weights, match_names, unwrap_names
 
 # %% ../../nbs/02_models/14_text_encoders.ipynb #5438106b
@@ -99,7 +99,7 @@ def load_transformers_model(
                 weights = match_names(model.state_dict(), weights, folder)
                 model, report = cls.from_pretrained(None, state_dict=weights, **options)
     except RuntimeError as error:
-        told = " ".join(str(error).split())[:300]
+        told = one_line(error, 300)
         raise ValueError(f"{folder} does not fit its config.json: {told}") from error
     missing = sorted(report["missing_keys"])
     if missing:

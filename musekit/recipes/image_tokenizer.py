@@ -36,6 +36,7 @@ from ..training.distributed import on_main_process
 from ..training.schema import Section, setting
 from ..training.tokenizer import VQConfig, VQTrainer
 from ..training.distributed import make_accelerator
+from ..utils.validation import first_line
 
 # %% ../../nbs/07_recipes/05_image_tokenizer.ipynb #427d2911
 @dataclass
@@ -233,7 +234,7 @@ def _fresh(config):
     try:
         return VQ_MODELS[config.model.type].from_config(config.model.params)
     except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
-        raise ValueError(f"model.params describes no network: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"model.params describes no network: {first_line(error)}") from error
 
 
 def _check_side(config, model):

@@ -14,7 +14,6 @@ import inspect
 import os
 import warnings
 from dataclasses import asdict, fields
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -44,6 +43,7 @@ from musekit.training.config import (
 )
 from ..training.tokenizer import VQTrainingConfig
 from ..models.weights import read_json
+from ..utils.validation import first_line, nearest_name
 
 # %% ../../nbs/07_recipes/02_settings.ipynb #baf2b0c6
 def find_shards(
@@ -147,12 +147,12 @@ def _typed(cls, given: dict, path: str):
     known = [field.name for field in fields(cls)]
     for name in given:
         if name not in known:
-            nearest = get_close_matches(name, known, 1, 0)[0]
+            nearest = nearest_name(name, known, 0)
             raise ValueError(f"Unknown key '{path}.{name}'; the nearest known key is '{path}.{nearest}'.")
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), given))
     except OmegaConfBaseException as error:
-        raise ValueError(f"{path}.{error.full_key}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path}.{error.full_key}: {first_line(error)}") from error
 
 
 def vq_training(config: Config) -> VQTrainingConfig:
@@ -340,7 +340,7 @@ def _try(path, build, *arguments):
     try:
         return build(*arguments)
     except _IMPOSSIBLE as error:
-        raise ValueError(f"{path} describes no network: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} describes no network: {first_line(error)}") from error
 
 
 def check_networks(config: Config):

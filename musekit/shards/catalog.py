@@ -8,7 +8,6 @@ __all__ = ['ENDPOINT', 'ORIGINAL', 'CATALOG', 'is_remote', 'is_address', 'shown'
            'dataset_of', 'read_number']
 
 # %% ../../nbs/08_shards/01_catalog.ipynb #679eecec
-import difflib
 import glob
 import hashlib
 import math
@@ -22,6 +21,8 @@ from urllib.parse import quote, unquote
 
 import yaml
 from braceexpand import braceexpand
+
+from ..utils.validation import nearest_name
 
 # %% ../../nbs/08_shards/01_catalog.ipynb #e07b5d14
 ENDPOINT = "https://huggingface.co"
@@ -260,8 +261,8 @@ def find_dataset(name: str, own: str | Path | None = None) -> Dataset:
         raise ValueError(f"{name!r} is a dataset of the catalogue; give yours in {own} another name.")
     if name in known:
         return _read_entry(own, name, entries) if name in entries else CATALOG[name]
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
+    nearest = nearest_name(name, known)
+    hint = f"Did you mean {nearest!r}? " if nearest else ""
     raise ValueError(f"unknown dataset {name!r}. {hint}Known are: {', '.join(known)}.")
 
 

@@ -23,12 +23,13 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..utils.files import lock, need_space
+from ..utils.validation import check_whole
 from .catalog import Dataset, find_dataset, is_address, is_remote, shown
 from .download import Connection, Source, download_all, file_names, list_files
 from .plan import make_plan, run_plan, verify_shards
 from .rechunk import Layout, Mix, rechunk
 from .remote import RemoteFile
-from .sources import BadSource, Selection, Stream, check_source, check_whole, shuffle
+from .sources import BadSource, Selection, Stream, check_source, shuffle
 from .store import MANIFEST, Cache, keep_present, new_set, recover
 
 # %% ../../nbs/08_shards/08_convert.ipynb #dc8b74b5

@@ -32,7 +32,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..utils.files import write_aside
-from .sources import Selection, Stream, Tally, check_source, check_whole, plot_tally, read_sources, read_texts, streams_of
+from ..utils.validation import check_whole
+from .sources import Selection, Stream, Tally, check_source, plot_tally, read_sources, read_texts, streams_of
 
 # %% ../../nbs/08_shards/05_rechunk.ipynb #7a548b54
 VALIDATION_SHARD = "shard_06542.parquet"  # the one file that autoresearch never trains on

@@ -26,6 +26,7 @@ import requests
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from .catalog import file_format, hub_address, redact, shown
+from ..utils.validation import one_line, shorten
 
 # %% ../../nbs/08_shards/02_remote.ipynb #6b3dc0d8
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
@@ -94,8 +95,7 @@ def refusal(url: str, response: requests.Response, endpoint: str | None = None) 
 
 
 def _short(text):
-    line = redact(" ".join((text or "").split())).rstrip(".")
-    return line if len(line) <= 200 else f"{line[:200]}..."
+    return shorten(redact(one_line(text or "")).rstrip("."), 200)
 
 
 def _advice(url, response, endpoint):

@@ -8,7 +8,6 @@ __all__ = ['MANIFEST', 'JOURNAL', 'usual_folder', 'Cache', 'read_manifest', 'Bac
            'damaged_shard']
 
 # %% ../../nbs/08_shards/07_store.ipynb #8e8ac55c
-import difflib
 import filecmp
 import json
 import os
@@ -27,6 +26,7 @@ from ..utils.files import PARTIAL, exchange_folders, folder_aside, need_space
 from .catalog import ORIGINAL
 from .plan import list_shards
 from .rechunk import file_sha256
+from ..utils.validation import nearest_name
 
 # %% ../../nbs/08_shards/07_store.ipynb #8aa1976a
 MANIFEST = "manifest.json"
@@ -322,8 +322,8 @@ def find_backup(backups: list[Backup], name: str | None = None) -> Backup:
                 raise ValueError(f"backup {name!r} cannot be restored: {backup.problem}.")
             return backup
     known = [backup.name for backup in backups]
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
+    nearest = nearest_name(name, known)
+    hint = f"Did you mean {nearest!r}? " if nearest else ""
     told = f"{hint}Known are: {', '.join(known)}" if known else "There are none"
     raise ValueError(f"there is no backup {name!r}. {told}.")
 

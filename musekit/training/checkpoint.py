@@ -24,6 +24,7 @@ from accelerate.utils import DistributedType
 from safetensors import SafetensorError, safe_open
 
 from ..utils.files import PARTIAL
+from ..utils.validation import first_line, one_line, shorten
 from .config import flatten, load_config, save_config
 from .ema import evaluating, load_ema, save_ema, save_model
 from .optim import fits_state
@@ -93,7 +94,7 @@ def fault_of(path: Path) -> str | None:
         if path.suffix in (".bin", ".pkl", ".pt"):
             zipfile.ZipFile(path).close()
     except (OSError, ValueError, TypeError, KeyError, AttributeError, zipfile.BadZipFile) as error:
-        return "it is empty" if path.is_file() and not path.stat().st_size else f"it is broken ({str(error)[:60]})"
+        return "it is empty" if path.is_file() and not path.stat().st_size else f"it is broken ({one_line(error, 60)})"
 
 
 def _first_fault(checkpoint):
@@ -184,7 +185,7 @@ def _listed(changes, room=60):
 
 def _short(value, room=60):
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return text if len(text) <= room else f"{text[:room - 3]}..."
+    return shorten(text, room)
 
 
 def refuse_changes(checkpoint: Path, config: Section):
@@ -269,7 +270,7 @@ def failing_clearly(path: Path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        aside, told = path.with_name(PARTIAL + path.name), str(error).splitlines()[0]
+        aside, told = path.with_name(PARTIAL + path.name), first_line(error)
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(
             f"{path} could not be written: {told} ({shutil.disk_usage(path.parent).free / 1e9:.2f} GB free). "
@@ -299,8 +300,8 @@ def load_run(
         fresh = _load(trainer, folder, changes)
         trainer.load_state_dict(state)
     except _DAMAGE as error:
-        told = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{folder} could not be loaded: {told[:200]}. You can {_way_back(folder)}.") from error
+        told = shorten(first_line(error), 200)
+        raise ValueError(f"{folder} could not be loaded: {told}. You can {_way_back(folder)}.") from error
     if not trainer.same_data or any(name.startswith(trainer.config.SAME_DATA) for name in changes):
         trainer.batches_seen = 0
         fresh.append("the data starts from its beginning")

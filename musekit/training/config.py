@@ -10,7 +10,6 @@ __all__ = ['OLD_KEYS', 'REHEARSED', 'LAYOUT_KEYS', 'Unused', 'known_keys', 'is_r
 
 # %% ../../nbs/04_training/02_config.ipynb #d192f6f2
 import dataclasses
-import difflib
 import json
 import os
 import warnings
@@ -23,6 +22,7 @@ from yaml import YAMLError
 
 from ..data.samples import load_class_names
 from ..utils.files import write_aside
+from ..utils.validation import first_line, nearest_name, one_line
 from .schema import Config, Model, Section, TextEncoder, VQModel
 from ..models.weights import read_json
 
@@ -40,7 +40,7 @@ def known_keys(section=Config, path: str = "") -> list[str]:
 def _nearest(path, schema=Config):
     names = known_keys(schema)
     same_name = [name for name in names if name.split(".")[-1] == path.split(".")[-1]]
-    return (same_name or difflib.get_close_matches(path, names, n=1, cutoff=0.0))[0]
+    return same_name[0] if same_name else nearest_name(path, names, 0)
 
 
 def _refuse_unknown(given, schema=Config, section=None, path=""):
@@ -166,12 +166,12 @@ def load_config(
     try:
         config = _merge(schema, *map(_read_yaml, paths), _read_overrides(overrides))
     except (YAMLError, UnicodeDecodeError) as error:
-        told = " ".join(str(error).split())
+        told = one_line(error)
         names = " or ".join(map(str, paths)) or "an override"
         raise ValueError(f"{names} is no valid YAML: {told}") from error
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
-        told = str(error).splitlines()[0]
+        told = first_line(error)
         told = "give a list, such as [one] or [one,two]" if "is not a ListConfig" in told else told
         raise ValueError(f"{key}: {told}") from error
     if is_rehearsal():

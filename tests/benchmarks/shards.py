@@ -1,8 +1,8 @@
 """How fast, and in how much memory, text is cut into shards: the kit beside a plain loop, DuckDB, Polars and the codecs alone.
 
-    python benchmarks/shards.py            # 280,000 documents, 5 rounds; the made sources stay in --folder
-    python benchmarks/shards.py --short    # half of them, 3 rounds: about eight minutes on two cores
-    python benchmarks/shards.py --quick    # a tenth of them, 1 round: does it still run?
+    python tests/benchmarks/shards.py            # 280,000 documents, 5 rounds; the made sources stay in --folder
+    python tests/benchmarks/shards.py --short    # half of them, 3 rounds: about eight minutes on two cores
+    python tests/benchmarks/shards.py --quick    # a tenth of them, 1 round: does it still run?
 
 Every run is a process of its own, and begins when the disk has nothing left to write. In each round all contenders run once, in turn,
 so that whatever else the machine is doing meets all of them; shares are of the plain loop in the same round. Medians of the rounds
@@ -283,7 +283,7 @@ def far(source, folder, num_shards, rows_per_shard=ROWS):
     from musekit.shards.rechunk import Layout, rechunk
     from musekit.shards.sources import Selection
 
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    sys.path.insert(0, str(Path(__file__).parent.parent))
     from moody_server import serving
 
     layout = Layout(rows_per_shard, GROUP, num_shards=num_shards)
