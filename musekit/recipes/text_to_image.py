@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from ..models.text_encoders import train_clip
+from .clip import train_clip
 from ..data.encoded import BatchEncoder, encode_dataset, token_grid
 from ..evaluation.features import FeatureTable, collect_features
 from ..data.image_text import make_loader
@@ -55,8 +55,9 @@ from ..training.ema import evaluating
 from ..training.log import check_trackers
 from ..training.optim import check_library, check_optimization
 from musekit.training.checkpoint import (
-    find_checkpoint, keep_seed, latest_checkpoint, refuse_other_run, settle_run_seed, step_of, step_seed,
+    find_checkpoint, keep_seed, latest_checkpoint, refuse_other_run, settle_run_seed, step_of,
 )
+from ..utils.seeds import step_seed
 from ..training.distributed import on_main_process
 from ..training.tokenizer import train_vq_model
 from ..training.trainer import Trainer

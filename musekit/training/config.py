@@ -23,7 +23,7 @@ from yaml import YAMLError
 from ..data.samples import load_class_names
 from ..utils.files import write_aside
 from ..utils.validation import first_line, nearest_name, one_line
-from .schema import Config, Model, Section, TextEncoder, VQModel
+from .schema import Config, Model, Section, TextEncoderSection, VQModel
 from ..models.weights import read_json
 
 # %% ../../nbs/04_training/02_config.ipynb #01795371
@@ -348,7 +348,7 @@ def check_conditions(config: Config):
         num_classes(config)
 
 # %% ../../nbs/04_training/02_config.ipynb #b71cffd7
-def check_network(key: str, section: VQModel | TextEncoder, pre_encode: bool, drawn: bool = True):
+def check_network(key: str, section: VQModel | TextEncoderSection, pre_encode: bool, drawn: bool = True):
     "A frozen network must be given or made, and the one that data was encoded with must be given."
     if drawn or not pre_encode:  # encoded data needs the networks themselves only to draw
         check_folder(f"{key}.pretrained", section.pretrained)

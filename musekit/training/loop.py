@@ -19,7 +19,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .checkpoint import find_checkpoint, latest_checkpoint, load_run, step_seed
+from .checkpoint import find_checkpoint, latest_checkpoint, load_run
+from ..utils.seeds import step_seed
 from .distributed import make_current
 from .schema import Section
 

@@ -27,7 +27,7 @@ from musekit.training.reconstruction import (
     PatchDiscriminator, PerceptualLoss, VGGFeatures, adaptive_weight, codebook_report, discriminator_loss,
     generator_loss, last_layer, pixel_loss, read_channel_weights,
 )
-from .checkpoint import step_seed
+from ..utils.seeds import step_seed
 from .distributed import new_accelerator
 from .loop import Loop
 from musekit.training.schema import (
