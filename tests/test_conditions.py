@@ -37,7 +37,7 @@ from musekit.recipes.text_to_image import (
 )
 from musekit.recipes.image_tokenizer import find_images
 from musekit.training.log import read_log
-from musekit.training.checkpoint import step_seed
+from musekit.utils.seeds import step_seed
 
 SETTINGS = [
     "model.transformer.hidden_size=32", "model.transformer.num_hidden_layers=1", "model.transformer.intermediate_size=64",

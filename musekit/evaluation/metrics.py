@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..data.digits import test_prompts
 from .features import ClipFeatures, FeatureTable, InceptionFeatures, collect_features, extractor_name
 from .digits import CLAIMS, DigitJudge, unmix
-from ..training.checkpoint import step_seed
+from ..utils.seeds import step_seed
 
 # %% ../../nbs/06_evaluation/03_metrics.ipynb #be4cbb95
 def _root(covariance):

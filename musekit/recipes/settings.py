@@ -27,7 +27,7 @@ from ..data.digits import make_digits
 from ..data.image_text import ImageTextConfig
 from ..data.samples import MetadataFilter
 from musekit.data.packing import (
-    Fields, digest, expand_urls, file_facts, folder_classes, is_parquet, locate, locate_pictures, pack_once, parquet_classes,
+    Fields, expand_urls, file_facts, folder_classes, is_parquet, locate, locate_pictures, pack_once, parquet_classes,
 )
 from ..data.pre_encoded import MANIFEST
 from .finetune import load_pretrained
@@ -44,6 +44,7 @@ from musekit.training.config import (
 )
 from ..training.tokenizer import VQTrainingConfig
 from ..models.weights import read_json
+from ..utils.hashing import file_digest
 from ..utils.validation import first_line, nearest_name
 
 # %% ../../nbs/07_recipes/02_settings.ipynb #baf2b0c6
@@ -393,7 +394,7 @@ def _shard_facts(urls):
 
 
 def _shard_fact(path):
-    return [path.name, *digest(path)]
+    return [path.name, *file_digest(path)]
 
 
 def _network_facts(section, made):

@@ -55,10 +55,13 @@ from ..training.ema import evaluating
 from ..training.log import check_trackers
 from ..training.optim import check_library, check_optimization
 from musekit.training.checkpoint import (
-    find_checkpoint, keep_seed, latest_checkpoint, on_main_process, refuse_other_run, settle_run_seed, step_of, step_seed,
+    find_checkpoint, keep_seed, latest_checkpoint, refuse_other_run, settle_run_seed, step_of,
 )
+from ..utils.seeds import step_seed
+from ..training.distributed import on_main_process
 from ..training.tokenizer import train_vq_model
-from ..training.trainer import Trainer, make_accelerator
+from ..training.trainer import Trainer
+from ..training.distributed import make_accelerator
 
 # %% ../../nbs/07_recipes/03_text_to_image.ipynb #b2bb3387
 def draws(config: Config) -> bool:
