@@ -31,7 +31,7 @@ from musekit.data.packing import (
 from ..data.pre_encoded import MANIFEST
 from .finetune import load_pretrained
 from ..core.guidance import GenerationConfig
-from ..models.pretrained import convert
+from ..models.pretrained import convert_checkpoint
 from ..models.maskgit_vqgan import MaskGitVQGAN
 from ..models.movq import MOVQ
 from ..models.paella_vq import PaellaVQModel
@@ -177,7 +177,7 @@ def stored_config(path: str | Path) -> dict | None:
         return None
     if not isinstance(found, (str, Path)) or not Path(found).is_file():
         return None
-    return convert(read_json(Path(found)), {})[0]
+    return convert_checkpoint(read_json(Path(found)), {})[0]
 
 
 def describe_vq_model(config: Config) -> nn.Module | None:
