@@ -118,7 +118,8 @@ def bare(source, out):
     """The kit's two threads and its cutting, and nothing else: no reasons, no UTF-8 check, no SHA-256, no waiting for the disk."""
     from itertools import chain, islice
 
-    from musekit.shards.rechunk import CODECS, SCHEMA, Layout, read_ahead, regroup
+    from musekit.shards.rechunk import CODECS, SCHEMA, Layout, regroup
+    from musekit.utils.workers import read_ahead
 
     def kept():
         parquet = pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False)
@@ -146,7 +147,8 @@ def musekit_polars(source, out):
 
     import polars as pl
 
-    from musekit.shards.rechunk import Layout, read_ahead, regroup, shard_name, write_texts
+    from musekit.shards.rechunk import Layout, regroup, shard_name, write_texts
+    from musekit.utils.workers import read_ahead
 
     kept = pl.scan_parquet(source).filter((pl.col("int_score") >= 3) & (pl.col("text").str.len_chars() >= 50)).select("text")
     frames = kept.collect_batches(chunk_size=GROUP, maintain_order=True)
