@@ -17,7 +17,7 @@ from torch import nn
 
 from ..evaluation.features import FeatureTable, collect_features
 from ..data.image_text import ImageTextConfig, make_loader
-from ..data.packing import Fields
+from ..data.samples import Fields
 from ..utils.progress import watched
 from ..evaluation.metrics import MetricsConfig, choose_prompts, evaluate, find_judge, make_extractor, on_device
 from ..inference.pipeline import Pipeline

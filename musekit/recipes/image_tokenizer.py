@@ -22,8 +22,9 @@ from torch import nn
 
 from ..data.digits import make_digits
 from ..data.image_text import ImageTextConfig, ShardReader, make_loader
-from ..data.samples import IMAGE_EXTENSIONS, Sample
-from ..data.packing import Fields, check_colour, is_image, locate
+from ..data.samples import IMAGE_EXTENSIONS, Fields, Sample, is_image
+from ..data.locate import locate
+from ..data.pictures import check_colour
 from ..models.inspection import num_parameters
 from .settings import VQ_MODELS
 from ..training.callbacks import Checkpoint, Evaluate, SampleImages

@@ -25,10 +25,10 @@ from ..models.text_encoders import ClassEncoder, NoEncoder, TextEncoder
 from .clip import ClipTrainingConfig
 from ..data.digits import make_digits
 from ..data.image_text import ImageTextConfig
-from ..data.samples import MetadataFilter
-from musekit.data.packing import (
-    Fields, expand_urls, file_facts, folder_classes, is_parquet, locate, locate_pictures, pack_once, parquet_classes,
-)
+from ..data.samples import Fields, MetadataFilter
+from ..data.packing import file_facts, folder_classes, pack_once
+from ..data.locate import expand_urls, locate, locate_pictures
+from ..data.columns import is_parquet, parquet_classes
 from ..data.pre_encoded import MANIFEST
 from .finetune import load_pretrained
 from ..core.guidance import GenerationConfig

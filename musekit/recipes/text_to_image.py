@@ -28,10 +28,10 @@ from torch import nn
 from .clip import train_clip
 from ..data.encoded import BatchEncoder, encode_dataset, token_grid
 from ..evaluation.features import FeatureTable, collect_features
-from ..data.image_text import make_loader
+from ..data.image_text import SamplePool, make_loader
 from ..data.packing import file_facts, left_out
 from ..data.pre_encoded import EncodedSource, first_batch, open_encoded
-from ..data.pictures import SamplePool, to_images
+from ..data.pictures import to_images
 from ..utils.files import TAKEN, folder_aside, make_once, read_note, take_for
 from .finetune import adopt_pipeline
 from ..models.card import write_card
