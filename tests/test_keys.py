@@ -21,7 +21,7 @@ from musekit.training.config import known_keys, load_config
 from musekit.training.log import Log, read_log
 from musekit.training.checkpoint import checkpoints
 from musekit.training.schema import Config
-from musekit.training.trainer import make_accelerator
+from musekit.training.distributed import make_accelerator
 from toy_training import tiny_trainer, write_data
 
 

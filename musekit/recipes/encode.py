@@ -38,7 +38,8 @@ from ..data.token_shards import member_name, token_members, write_unconditional
 from ..utils.files import write_aside
 from ..utils.progress import watched
 from ..utils.workers import map_ahead, worker_pool
-from .settings import MOST_CODES, find_shards, image_text_config, load_text_encoder, load_vq_model, packing_options
+from .settings import MOST_CODES, image_text_config, load_text_encoder, load_vq_model, packing_options
+from ..data.sources import find_shards
 from .text_to_image import configure
 from ..training.config import Config, check_conditions, check_folder, condition_of
 
