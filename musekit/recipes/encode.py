@@ -27,7 +27,9 @@ from transformers.utils import logging
 from ..models.text_encoders import TextEncoder
 from ..data.encoded import BatchEncoder, encode_dataset
 from ..data.image_text import ImageTextConfig, ShardReader
-from ..data.packing import Fields, Located, left_out, locate_pictures
+from ..data.packing import left_out
+from ..data.locate import Located, locate_pictures
+from ..data.samples import Fields
 from musekit.data.pre_encoded import (
     Counts, Totals, clear_parts, facts_digest, finished_record, network_digest, refuse_other_codes,
     shard_names, source_fact, text_probe, write_manifest,
@@ -36,7 +38,8 @@ from ..data.token_shards import member_name, token_members, write_unconditional
 from ..utils.files import write_aside
 from ..utils.progress import watched
 from ..utils.workers import map_ahead, worker_pool
-from .settings import MOST_CODES, find_shards, image_text_config, load_text_encoder, load_vq_model, packing_options
+from .settings import MOST_CODES, image_text_config, load_text_encoder, load_vq_model, packing_options
+from ..data.sources import find_shards
 from .text_to_image import configure
 from ..training.config import Config, check_conditions, check_folder, condition_of
 

@@ -28,22 +28,25 @@ from torch import nn
 from .clip import train_clip
 from ..data.encoded import BatchEncoder, encode_dataset, token_grid
 from ..evaluation.features import FeatureTable, collect_features
-from ..data.image_text import make_loader
+from ..data.image_text import SamplePool, make_loader
 from ..data.packing import file_facts, left_out
 from ..data.pre_encoded import EncodedSource, first_batch, open_encoded
-from ..data.pictures import SamplePool, to_images
+from ..data.pictures import to_images
 from ..utils.files import TAKEN, folder_aside, make_once, read_note, take_for
 from .finetune import adopt_pipeline
 from ..models.card import write_card
 from ..utils.progress import watched
 from ..core.masking import IGNORE_INDEX
-from ..evaluation.metrics import MetricsConfig, choose_prompts, draw_images, evaluate, find_judge, make_extractor, on_device
+from musekit.evaluation.evaluate import (
+    MetricsConfig, choose_prompts, draw_images, evaluate, find_judge, make_extractor, on_device,
+)
 from ..inference.pipeline import Pipeline
 from musekit.recipes.settings import (
     TRANSFORMERS, VQ_MODELS, check_networks, clip_training, condition_sizes, data_classes, describe_vq_model,
-    drop_unread, find_shards, fit_transformer, generation_config, image_text_config, load_text_encoder, load_vq_model,
+    drop_unread, fit_transformer, generation_config, image_text_config, load_text_encoder, load_vq_model,
     only_read, packing_options, stage_facts, vq_training,
 )
+from ..data.sources import find_shards
 from musekit.training.callbacks import (
     drawn_by_all, input_sheet, inpainting_sheet, prompt_sheet, sample_prompts, standard_callbacks,
 )
@@ -58,10 +61,9 @@ from musekit.training.checkpoint import (
     find_checkpoint, keep_seed, latest_checkpoint, refuse_other_run, settle_run_seed, step_of,
 )
 from ..utils.seeds import step_seed
-from ..training.distributed import on_main_process
+from ..training.distributed import make_accelerator, on_main_process
 from ..training.tokenizer import train_vq_model
 from ..training.trainer import Trainer
-from ..training.distributed import make_accelerator
 
 # %% ../../nbs/07_recipes/03_text_to_image.ipynb #b2bb3387
 def draws(config: Config) -> bool:
