@@ -308,8 +308,8 @@ def add_inpaint(commands):
 
 # %% ../nbs/10_commands/02_commands.ipynb #85f9030d
 def _evaluate(options):
-    from musekit.recipes.evaluate import QualityConfig, describe_quality, evaluate_pipeline
-    from musekit.training.config import is_rehearsal
+    from musekit.evaluation.evaluate import QualityConfig, describe_quality, evaluate_pipeline
+    from musekit.utils.validation import is_rehearsal
 
     quiet()
     if is_rehearsal():

@@ -175,7 +175,7 @@ def main() -> int:
     failed = {}
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "project"
-        for part in ("nbs", "musekit", "tests", "benchmarks"):
+        for part in ("nbs", "musekit", "tests"):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("runs", "__pycache__"))
         shutil.copy(ROOT / "settings.ini", copy)
         with jupyter(copy / "nbs") as address, browser() as chromium:

@@ -47,6 +47,7 @@ GUARDS = {  # module -> test files beside its notebook, those that run in one pr
     "core.guidance": ["test_samplers.py"],
     "models.pretrained": ["test_checkpoints.py"],
     "training.checkpoint": ["test_going_on.py"],
+    "training.loop": ["test_going_on.py"],
     "shards.rechunk": ["test_shards_rechunk.py"],
     "shards.store": ["test_shards_store.py"],
 }

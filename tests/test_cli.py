@@ -23,7 +23,8 @@ from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples
 from musekit.data.packing import write_shards
 from musekit.models.transformer import MaskGitTransformer
 from musekit.training.log import read_log
-from musekit.training.checkpoint import checkpoints, on_main_process
+from musekit.training.checkpoint import checkpoints
+from musekit.training.distributed import on_main_process
 from toy_training import free_port
 
 TINY = [

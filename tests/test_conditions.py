@@ -19,7 +19,8 @@ from conftest import ROOT
 import musekit.recipes.text_to_image
 from musekit.recipes.memory import find_networks, memory_report, training_memory
 from musekit.cli import main
-from musekit.models.text_encoders import TextEncoder, train_tokenizer
+from musekit.models.text_encoders import TextEncoder
+from musekit.recipes.clip import train_bpe
 from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples, test_prompts as held_out_prompts
 from musekit.data.encoded import BatchEncoder, encode_dataset
 from musekit.evaluation.features import FeatureTable, collect_features
@@ -30,14 +31,14 @@ from musekit.data.token_shards import write_token_shards
 from musekit.evaluation.metrics import DigitFeatures
 from musekit.models.paella_vq import PaellaVQModel
 from musekit.inference.pipeline import Pipeline
-from musekit.recipes.settings import find_shards
+from musekit.data.sources import find_shards
 from musekit.recipes.text_to_image import (
     Recipe, _captions, encode, find_data, make_text_encoder, make_trainer, make_vq_model, show_inputs, train,
 )
 from musekit.recipes.configure import configure
 from musekit.recipes.image_tokenizer import find_images
 from musekit.training.log import read_log
-from musekit.training.checkpoint import step_seed
+from musekit.utils.seeds import step_seed
 
 SETTINGS = [
     "model.transformer.hidden_size=32", "model.transformer.num_hidden_layers=1", "model.transformer.intermediate_size=64",
@@ -87,7 +88,7 @@ def place(tmp_path_factory):
     (folder / "names.json").write_text(json.dumps([f"the digit {number}" for number in range(10)]))
     words = [sample["text"] for sample in digits(0, 40)]
     PaellaVQModel(levels=2, c_hidden=16, c_latent=4, bottleneck_blocks=1, codebook_size=32, scale_factor=1.0).save_pretrained(folder / "vq")
-    tokenizer = train_tokenizer(words, 600, 20)
+    tokenizer = train_bpe(words, 600, 20)
     special = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     clip = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=24, intermediate_size=48, projection_dim=16, num_hidden_layers=2,
                           num_attention_heads=2, max_position_embeddings=20, **special)

@@ -20,7 +20,8 @@ from transformers.utils import logging
 
 from children import CHILDREN
 from musekit.utils import files
-from musekit.models.text_encoders import ClipTrainingConfig, TextEncoder, build_clip, text_tower, train_tokenizer
+from musekit.models.text_encoders import TextEncoder
+from musekit.recipes.clip import ClipTrainingConfig, build_clip, text_tower, train_bpe
 from musekit.data.digits import train_samples
 from musekit.data.encoded import BatchEncoder
 from musekit.data.image_text import ImageTextConfig, make_loader
@@ -47,7 +48,7 @@ def place(tmp_path_factory):
     "Three shards of digits, one of them with two broken samples, and two networks that were never trained."
     folder = tmp_path_factory.mktemp("encode")
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(["a red three on blue paper", "a green seven"], 600, 12)
+    tokenizer = train_bpe(["a red three on blue paper", "a green seven"], 600, 12)
     sizes = ClipTrainingConfig(hidden_size=16, layers=1, projection_dim=16, max_seq_length=12)
     TextEncoder(text_tower(build_clip(tokenizer, 32, sizes)), tokenizer, use_pooled=True).save_pretrained(folder / "clip")
     params = dict(levels=2, c_hidden=16, c_latent=4, bottleneck_blocks=1, codebook_size=64, scale_factor=1.0)

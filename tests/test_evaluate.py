@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from musekit.cli import main
-from musekit.models.text_encoders import ClassEncoder, ClipTrainingConfig, TextEncoder, build_clip, text_tower, train_tokenizer
+from musekit.models.text_encoders import ClassEncoder, TextEncoder
+from musekit.recipes.clip import ClipTrainingConfig, build_clip, text_tower, train_bpe
 from musekit.data.digits import draw, test_prompts as held_out_prompts
 from musekit.data.encoded import EncodedDataset, encoded_loader
 from musekit.evaluation.features import collect_features
@@ -29,7 +30,7 @@ DIAGNOSTICS = ["grad_norm", "pixel_entropy", "image_entropy", "cross_entropy", "
 def pipeline_of(captions, levels=2):
     "An untrained pipeline of 32 x 32 pixels, and its whole CLIP and tokenizer."
     torch.manual_seed(0)
-    words = train_tokenizer(captions, 600, 16)
+    words = train_bpe(captions, 600, 16)
     config = ClipTrainingConfig(hidden_size=32, layers=1, patch_size=8, projection_dim=16, max_seq_length=16)
     clip = build_clip(words, 32, config)
     side = 32 >> levels

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from musekit import cli
-from musekit.models.text_encoders import TextEncoder, train_tokenizer
+from musekit.models.text_encoders import TextEncoder
+from musekit.recipes.clip import train_bpe
 from musekit.models.lora import load_lora, merge_lora
 from musekit.core.guidance import GenerationConfig
 from musekit.models.diffusers import CONVERTERS, read_amused, save_diffusers, to_diffusers
@@ -234,7 +235,7 @@ PROMPTS = ["a red three on white paper", "two"]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(PROMPTS * 4, vocab_size=530, max_seq_length=12)
+    return train_bpe(PROMPTS * 4, vocab_size=530, max_seq_length=12)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ from musekit.data.image_text import make_loader
 from musekit.data.packing import left_out
 from musekit.data.pre_encoded import open_encoded
 from musekit.recipes.encode import EncodeOptions, configure_encoding, encode_shards
-from musekit.recipes.settings import find_shards, image_text_config, packing_options
+from musekit.recipes.settings import image_text_config, packing_options
+from musekit.data.sources import find_shards
 from musekit.recipes.text_to_image import train
 from musekit.recipes.configure import configure
 from musekit.recipes.image_tokenizer import configure_tokenizer, train_tokenizer
@@ -151,7 +152,8 @@ def test_workers_and_ranks_share_every_layout(layouts, place, name):  # noqa: F8
 
 
 def train_urls(config, work):
-    from musekit.recipes.settings import find_shards, packing_options
+    from musekit.recipes.settings import packing_options
+    from musekit.data.sources import find_shards
 
     return find_shards(config.dataset.params.train_shards_path_or_url, work, **packing_options(config))
 
@@ -377,7 +379,7 @@ def test_numbers_that_are_not_finite(place, tmp_path):  # noqa: F811
 
 
 def test_evaluation_of_every_layout(place, zoo, layouts, tmp_path):  # noqa: F811
-    from musekit.recipes.evaluate import QualityConfig, read_real
+    from musekit.evaluation.evaluate import QualityConfig, read_real
 
     features = lambda pixels: pixels.mean((2, 3))
     features.name = "means"

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from musekit.utils import progress
 from musekit.cli import main
-from musekit.models.text_encoders import TextEncoder, train_tokenizer
+from musekit.models.text_encoders import TextEncoder
+from musekit.recipes.clip import train_bpe
 from musekit.data.pictures import token_mask
 from musekit.models.lora import add_lora, lora_parameters, save_lora
 from musekit.core.guidance import GenerationConfig
@@ -33,7 +34,7 @@ def folder(tmp_path_factory):
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
-    words = train_tokenizer(PROMPTS * 4, vocab_size=530, max_seq_length=12)
+    words = train_bpe(PROMPTS * 4, vocab_size=530, max_seq_length=12)
     special = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     clip = CLIPTextConfig(vocab_size=len(words), max_position_embeddings=12, hidden_size=16, intermediate_size=32,
                           num_attention_heads=2, num_hidden_layers=2, projection_dim=12, **special)

@@ -9,7 +9,8 @@ from musekit.data.encoded import EncodedDataset, encoded_loader
 from musekit.core.diagnostics import bucket_sums, image_entropy, mask_bucket, token_probability_histogram
 from musekit.core.masking import MaskedTokens
 from musekit.training.callbacks import Callback, Checkpoint, Evaluate, Log, read_log, token_diagnostics
-from musekit.training.checkpoint import checkpoints, latest_checkpoint, step_seed
+from musekit.training.checkpoint import checkpoints, latest_checkpoint
+from musekit.utils.seeds import step_seed
 from musekit.training.trainer import MicroBatch
 from toy_training import STEPS, all_weights, launch, tiny_trainer, write_data
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from musekit.models.uvit import MaskGiTUViT
 from musekit.training.callbacks import Checkpoint, Evaluate, Log, SampleImages, gradient_norms, read_log, token_diagnostics
-from musekit.training.ema import evaluating, gathered
+from musekit.training.ema import evaluating
+from musekit.training.distributed import gathered
 from musekit.training.checkpoint import checkpoints
 from toy_training import STEPS, launch, tiny_trainer, write_data
 

@@ -17,7 +17,8 @@ import pytest
 from moody_server import serving
 from musekit.shards.catalog import read_number
 from musekit.shards.plan import make_plan, run_plan, tasks_of, write_shard
-from musekit.shards.rechunk import VALIDATION_SHARD, Layout, file_sha256, rechunk, shard_bounds
+from musekit.shards.rechunk import VALIDATION_SHARD, Layout, rechunk, shard_bounds
+from musekit.utils.hashing import file_hash
 from musekit.shards.remote import chunk_ranges
 from musekit.shards.sources import Selection, check_source, read_texts
 
@@ -88,7 +89,7 @@ def test_rows_are_those_of_the_loop_over_rows(sources, tmp_path, layout):
         assert chunk.compression == layout.codec.upper() and "RLE_DICTIONARY" not in chunk.encodings
         assert metadata.schema.to_arrow_schema().equals(pa.schema([("text", pa.string())]))
         assert (shard.rows, shard.bytes) == (metadata.num_rows, (tmp_path / "out" / shard.name).stat().st_size)
-        assert shard.sha256 == file_sha256(tmp_path / "out" / shard.name)
+        assert shard.sha256 == file_hash(tmp_path / "out" / shard.name)
     assert run_plan(make_plan(sources, GOOD, layout), tmp_path / "planned") == report
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from musekit.training.callbacks import standard_callbacks
 from musekit.training.log import check_trackers, read_log
-from musekit.training.trainer import make_accelerator
+from musekit.training.distributed import make_accelerator
 from toy_training import tiny_trainer, write_data
 
 os.environ.setdefault("TRACKIO_DIR", tempfile.mkdtemp())  # trackio looks at it when it is imported, which no module here does

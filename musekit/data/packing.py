@@ -9,13 +9,11 @@ __all__ = ['FORMATS', 'SYSTEM_FOLDERS', 'TABLES', 'TEXT_FIELDS', 'SPLITS', 'CLAS
            'scan_folder', 'read_table', 'PackReport', 'printable', 'Album', 'pack_folder', 'folder_classes',
            'class_list', 'LayoutError', 'is_tar', 'is_parquet', 'mistaken', 'opened_parquet', 'opened_file', 'Columns',
            'find_columns', 'parquet_samples', 'parquet_classes', 'expand_urls', 'training_part', 'hub_files', 'Located',
-           'is_data', 'locate', 'locate_pictures', 'digest', 'file_facts', 'album_facts', 'pack_once', 'is_packed',
-           'left_out']
+           'is_data', 'locate', 'locate_pictures', 'file_facts', 'album_facts', 'pack_once', 'is_packed', 'left_out']
 
 # %% ../../nbs/03_data/02_packing.ipynb #ddfb39bf
 import csv
 import glob
-import hashlib
 import io
 import json
 import os
@@ -46,6 +44,7 @@ from musekit.data.samples import (
     IMAGE_EXTENSIONS, TEXT_EXTENSIONS, class_number, decode_text, field_text, field_value, first_text,
 )
 from ..utils.files import NOTE, make_once, write_aside
+from ..utils.hashing import file_digest
 from ..utils.validation import is_unicode, one_line
 
 # %% ../../nbs/03_data/02_packing.ipynb #94fe0638
@@ -974,21 +973,10 @@ def locate_pictures(spec, base_dir: str | Path | None = None) -> Located:
     return found
 
 # %% ../../nbs/03_data/02_packing.ipynb #991729cc
-def digest(path: Path, pieces: int = 16, width: int = 1 << 16) -> tuple[int, str]:
-    "Size of a file and a digest of pieces spread over it, which are the whole of a small one."
-    size, seen = path.stat().st_size, hashlib.blake2b(digest_size=16)
-    step = max(width, (size - width) // (pieces - 1))
-    with open(path, "rb") as file:
-        for piece in range(pieces):
-            file.seek(piece * step)
-            seen.update(file.read(width))
-    return size, seen.hexdigest()
-
-
 def file_facts(folder: Path, extensions: tuple[str, ...]) -> list[list]:
     "Names and digests of a folder's files of some kinds."
     files = [path for path in sorted(folder.rglob("*")) if path.suffix[1:].lower() in extensions]
-    return [[str(path.relative_to(folder)), *digest(path)] for path in files]
+    return [[str(path.relative_to(folder)), *file_digest(path)] for path in files]
 
 
 REPORT = "packed.json"
@@ -1003,7 +991,7 @@ def album_facts(
     kinds = (*TEXT_EXTENSIONS, *["json"] * bool(fields.caption or fields.label))
     beside = [path for found in files.beside.values() for extension, path in found.items() if extension in kinds]
     read = sorted([*files.pictures, *beside, *files.tables])
-    return [[str(path.relative_to(folder)), *digest(path)] for path in read]
+    return [[str(path.relative_to(folder)), *file_digest(path)] for path in read]
 
 
 def pack_once(

@@ -31,6 +31,7 @@ from .image_text import ImageTextConfig, make_loader
 from .packing import locate
 from .token_shards import UNCONDITIONAL, TokenReader, member_name, read_unconditional
 from ..utils.files import write_aside
+from ..utils.hashing import file_digest, text_digest
 
 # %% ../../nbs/03_data/08_pre_encoded.ipynb #1eef52fb
 def network_digest(model: nn.Module) -> str:
@@ -89,7 +90,7 @@ def _flat(facts, path=""):
 def facts_digest(facts: dict) -> str:
     "A digest of what the codes depend on."
     told = json.dumps(sorted(_flat({**facts, "text_encoder": facts["text_encoder"] or {}})))
-    return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+    return text_digest(told)
 
 
 def refuse_other_codes(folder: Path, facts: dict) -> dict | None:
@@ -128,7 +129,7 @@ def shard_names(urls: list[str]) -> dict[str, str]:  # url by name
     names = {}
     for url in urls:
         found = re.findall(r"([^/\s]+?)\.(?:tar|tgz|parquet)", url)
-        name = found[-1] if found else hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
+        name = found[-1] if found else text_digest(url, 8)
         if names.setdefault(name, url) != url or name == MANIFEST.partition(".")[0]:
             told = f"{url} and {names[name]} would both be called {name}"
             raise ValueError(f"{told}; encode them into two folders")
@@ -139,12 +140,8 @@ def source_fact(url: str) -> dict:
     "Name, size and a digest of both ends of a local shard; of another one the address."
     if not os.path.isfile(url):
         return {"name": url}
-    size, digest = os.path.getsize(url), hashlib.blake2b(digest_size=16)
-    with open(url, "rb") as file:
-        for place in (0, max(0, size - (1 << 20))):
-            file.seek(place)
-            digest.update(file.read(1 << 20))
-    return {"name": os.path.basename(url), "size": size, "digest": digest.hexdigest()}
+    size, digest = file_digest(url, pieces=2, width=1 << 20)
+    return {"name": os.path.basename(url), "size": size, "digest": digest}
 
 
 def finished_record(folder: Path, name: str, url: str, facts_digest: str) -> dict | None:

@@ -32,7 +32,7 @@ from ..models.diffusers import MODEL_INDEX, read_amused, save_amused
 from ..models.pretrained import find_dtype, find_model_class
 from ..models.quantizers import ImageTokenizer
 from ..utils.validation import is_number, whole_numbers
-from ..training.checkpoint import step_seed
+from ..utils.seeds import step_seed
 from ..models.weights import check_finite, find_folder, read_json, weight_variants
 
 # %% ../../nbs/05_inference/01_pipeline.ipynb #abb62c8d

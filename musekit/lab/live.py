@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .panel import Closing, still, to_png
 from ..training.log import Callback, read_log, smooth
-from ..training.checkpoint import Loop
+from ..training.loop import Loop
 
 # %% ../../nbs/09_lab/05_live.ipynb #ba3d19b5
 class LossCurve:

@@ -192,7 +192,7 @@ class TransformerLayer(nn.Module):
     post_norm: makes the norm behind an attention (NormFormer, Shleifer et al. 2021), by default none
 
     x: (B, N, dim); text: (B, L, text_dim), or its key and value, each (B, L, dim), see `Attention`
-    text_mask: see `key_mask`; modulations: three of (B, 2 * dim), see `modulations`; returns (B, N, dim)
+    text_mask: see `key_mask`; modulations: three of (B, 2 * dim), see `read`; returns (B, N, dim)
     """
 
     def __init__(self, dim, num_heads, ffn, norm, *, text_dim=None, cond_dim=None, post_norm=nn.Identity,
@@ -211,10 +211,10 @@ class TransformerLayer(nn.Module):
             self.cross_attn_adaLN_modulation = AdaLNModulation(cond_dim, dim, use_bias) if cond_dim else None
         self.ffn = ffn
 
-    def modulations(self, cond):
-        """What the condition (B, cond_dim) makes of the norms before attention, text and feed-forward layer."""
+    def read(self, cond, text):
+        """Of a condition (B, cond_dim) and a text, what `forward` takes: three modulations, a key and a value."""
         maps = self.self_attn_adaLN_modulation, self.cross_attn_adaLN_modulation, self.ffn.adaLN_modulation
-        return [modulation(cond) for modulation in maps]
+        return [modulation(cond) for modulation in maps] + self.crossattention.keys_values(text)
 
     def forward(self, x, text=None, text_mask=None, modulations=(None, None, None)):
         at_self, at_text, at_ffn = modulations

@@ -247,8 +247,7 @@ class MaskGiTUViT(PretrainedModel):
         text = self.encoder_proj_layer_norm(self.encoder_proj(encoder_hidden_states.to(self.dtype)))
         cond = self.condition(cond_embeds, micro_conds)
         outer = [self.down_blocks[0].read(cond, text), self.up_blocks[0].read(cond, text)]
-        layers = self.transformer_layers
-        return *outer, [layer.modulations(cond) + layer.crossattention.keys_values(text) for layer in layers]
+        return *outer, [layer.read(cond, text) for layer in self.transformer_layers]
 
     def precompute(self, encoder_hidden_states, cond_embeds=None, micro_conds=None,
                    encoder_attention_mask=None):

@@ -22,7 +22,7 @@ from musekit.training.config import (
 )
 from ..training.log import check_trackers
 from ..training.optim import check_optimization
-from ..training.schema import TextEncoder, VQModel
+from ..training.schema import TextEncoderSection, VQModel
 
 # %% ../../nbs/07_recipes/04_configure.ipynb #159a0d4a
 def _check_conditions(config: Config):
@@ -47,7 +47,7 @@ def _check_conditions(config: Config):
         num_classes(config)
 
 # %% ../../nbs/07_recipes/04_configure.ipynb #b71cffd7
-def _check_network(key: str, section: VQModel | TextEncoder, pre_encode: bool, drawn: bool = True):
+def _check_network(key: str, section: VQModel | TextEncoderSection, pre_encode: bool, drawn: bool = True):
     "A frozen network must be given or made, and the one that data was encoded with must be given."
     if drawn or not pre_encode:  # encoded data needs the networks themselves only to draw
         _check_folder(f"{key}.pretrained", section.pretrained)

@@ -19,10 +19,10 @@ from ..data.pictures import image_grid, plot_decoding
 from ..evaluation.digits import DigitJudge, distinctness, format_score, novelty, plot_confusion, score
 from ..models.card import write_card
 from ..inference.pipeline import Pipeline
-from .text_to_image import plot_stages
-from .text_to_image import Recipe, train
 from .configure import configure
-from ..training.config import Config, is_rehearsal
+from .text_to_image import Recipe, plot_stages, train
+from ..training.config import Config
+from ..utils.validation import is_rehearsal
 from ..training.log import plot_run
 from ..training.checkpoint import latest_checkpoint
 from ..training.reconstruction import codebook_report

@@ -8,18 +8,15 @@ __all__ = ['FORMATS', 'configure_encoding', 'EncodeOptions', 'load_networks', 'e
 
 # %% ../../nbs/07_recipes/05_encode.ipynb #04b4a7e3
 import json
-import multiprocessing.connection
 import os
 import random
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from collections.abc import Iterator
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -38,7 +35,9 @@ from musekit.data.pre_encoded import (
 from ..data.token_shards import member_name, token_members, write_unconditional
 from ..utils.files import write_aside
 from ..utils.progress import watched
-from .settings import find_shards, image_text_config, packing_options
+from ..utils.workers import map_ahead, worker_pool
+from ..data.sources import find_shards
+from .settings import image_text_config, packing_options
 from .networks import MOST_CODES, load_text_encoder, load_vq_model
 from .configure import configure, validate_encoding
 from ..training.config import Config, condition_of
@@ -109,20 +108,6 @@ def encoding_facts(config: Config, options: EncodeOptions, networks: tuple) -> d
     return json.loads(json.dumps(facts))
 
 # %% ../../nbs/07_recipes/05_encode.ipynb #9f6a53cc
-def _ahead(function: Callable, items: Iterable, threads: int, depth: int) -> Iterator:
-    "`function` of every item, in order, computed by `threads` up to `depth` items ahead."
-    if not threads:
-        yield from map(function, items)
-        return
-    waiting = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > depth:
-                yield waiting.popleft().result()
-        yield from (each.result() for each in waiting)
-
-
 class _Reader(ShardReader):
     "Never gives up because of bad samples; but a shard from elsewhere that breaks off is an error."
 
@@ -144,7 +129,7 @@ def read_shard(url: str, reading: ImageTextConfig, counts: Counts) -> Iterator[d
         return one.decode(*item, random.Random(item[0]), training=False) or one.last_problem
 
     def usable():
-        for finished in _ahead(decode, reader.samples(url), reading.num_workers, 2 * reading.batch_size):
+        for finished in map_ahead(decode, reader.samples(url), reading.num_workers, 2 * reading.batch_size):
             if isinstance(finished, str):
                 counts.skipped, counts.last_problem = counts.skipped + 1, finished
             else:
@@ -216,16 +201,7 @@ def _device(number):
     return f"cuda:{number % torch.cuda.device_count()}"
 
 
-def _end_with_parent():
-    "A worker whose parent was killed ends, instead of waiting for it."
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
-
 def _start_worker(counter, first, threads, *job):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends the workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     logging.disable_progress_bar()
     with counter.get_lock():
@@ -239,21 +215,15 @@ def _work(*shard):
 
 def _records(todo, workers, first, *job):
     "The records of the shards, as they are finished; worker processes end with this generator."
-    context, before = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
-    given = context.Value("i", 0), first, max(1, torch.get_num_threads() // workers), *job
-    pool = ProcessPoolExecutor(workers, context, _start_worker, given)
+    counter = get_context("spawn").Value("i", 0)
+    threads = max(1, torch.get_num_threads() // workers)
     try:
-        for done in as_completed([pool.submit(_work, *shard) for shard in todo.items()]):
-            yield done.result()
+        with worker_pool(workers, _start_worker, counter, first, threads, *job) as pool:
+            for done in as_completed([pool.submit(_work, *shard) for shard in todo.items()]):
+                yield done.result()
     except BrokenProcessPool as error:
         raise OSError("a worker process was killed, perhaps for want of memory; the same command goes on "
                       "from here, with fewer workers if it happens again") from error
-    except BaseException:
-        for process in set(multiprocessing.active_children()) - before:
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/07_recipes/05_encode.ipynb #fc5ab264
 def encode_shards(

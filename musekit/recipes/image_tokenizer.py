@@ -31,10 +31,12 @@ from ..training.config import Unused, describe, flatten, load_config, unused_ste
 from ..training.ema import evaluating
 from ..training.log import Log, read_log
 from ..training.reconstruction import PatchDiscriminator, reconstruction_sheet
-from ..training.checkpoint import keep_seed, on_main_process, refuse_other_run, settle_run_seed, step_seed
+from ..training.checkpoint import keep_seed, refuse_other_run, settle_run_seed
+from ..utils.seeds import step_seed
+from ..training.distributed import on_main_process
 from ..training.schema import Section, setting
 from ..training.tokenizer import VQConfig, VQTrainer
-from ..training.trainer import make_accelerator
+from ..training.distributed import make_accelerator
 from ..utils.validation import first_line
 
 # %% ../../nbs/07_recipes/08_image_tokenizer.ipynb #427d2911

@@ -18,7 +18,7 @@ from torch import nn
 from ..models.maskgit_vqgan import MaskGitVQGAN
 from ..models.movq import MOVQ
 from ..models.paella_vq import PaellaVQModel
-from ..models.pretrained import convert
+from ..models.pretrained import convert_checkpoint
 from ..models.text_encoders import ClassEncoder, NoEncoder, TextEncoder
 from ..models.transformer import MaskGitTransformer
 from ..models.uvit import MaskGiTUViT
@@ -46,7 +46,7 @@ def stored_config(path: str | Path) -> dict | None:
         return None
     if not isinstance(found, (str, Path)) or not Path(found).is_file():
         return None
-    return convert(read_json(Path(found)), {})[0]
+    return convert_checkpoint(read_json(Path(found)), {})[0]
 
 
 def describe_vq_model(config: Config) -> nn.Module | None:

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from ..models.text_encoders import train_clip
+from .clip import train_clip
 from ..data.encoded import BatchEncoder, encode_dataset, token_grid
 from ..evaluation.features import FeatureTable, collect_features
 from ..data.image_text import make_loader
@@ -33,15 +33,18 @@ from ..utils.files import TAKEN, folder_aside, make_once, read_note, take_for
 from ..models.card import write_card
 from ..utils.progress import watched
 from ..core.masking import IGNORE_INDEX
-from ..evaluation.metrics import MetricsConfig, choose_prompts, draw_images, evaluate, find_judge, make_extractor, on_device
+from musekit.evaluation.evaluate import (
+    MetricsConfig, choose_prompts, draw_images, evaluate, find_judge, make_extractor, on_device,
+)
 from ..inference.pipeline import Pipeline
 from .configure import validate
 from musekit.recipes.networks import (
     VQ_MODELS, condition_sizes, describe_vq_model, load_text_encoder, load_vq_model, make_transformer, only_read,
 )
 from musekit.recipes.settings import (
-    clip_training, draws, find_shards, generation_config, image_text_config, packing_options, stage_facts, vq_training,
+    clip_training, draws, generation_config, image_text_config, packing_options, stage_facts, vq_training,
 )
+from ..data.sources import find_shards
 from musekit.training.callbacks import (
     drawn_by_all, input_sheet, inpainting_sheet, prompt_sheet, sample_prompts, standard_callbacks,
 )
@@ -49,10 +52,13 @@ from ..training.config import Config, condition_of
 from ..training.ema import evaluating
 from ..training.optim import check_library
 from musekit.training.checkpoint import (
-    find_checkpoint, keep_seed, latest_checkpoint, on_main_process, refuse_other_run, settle_run_seed, step_of, step_seed,
+    find_checkpoint, keep_seed, latest_checkpoint, refuse_other_run, settle_run_seed, step_of,
 )
+from ..utils.seeds import step_seed
+from ..training.distributed import on_main_process
 from ..training.tokenizer import train_vq_model
-from ..training.trainer import Trainer, make_accelerator
+from ..training.trainer import Trainer
+from ..training.distributed import make_accelerator
 
 # %% ../../nbs/07_recipes/06_text_to_image.ipynb #f20474c5
 TEXT_STATES = ("encoder_hidden_states", "cond_embeds")

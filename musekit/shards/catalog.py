@@ -9,7 +9,6 @@ __all__ = ['ENDPOINT', 'ORIGINAL', 'CATALOG', 'is_remote', 'is_address', 'shown'
 
 # %% ../../nbs/08_shards/01_catalog.ipynb #679eecec
 import glob
-import hashlib
 import math
 import os
 import re
@@ -22,6 +21,7 @@ from urllib.parse import quote, unquote
 import yaml
 from braceexpand import braceexpand
 
+from ..utils.hashing import text_sha256
 from ..utils.validation import nearest_name
 
 # %% ../../nbs/08_shards/01_catalog.ipynb #e07b5d14
@@ -74,7 +74,7 @@ def encode_revision(url: str, endpoint: str) -> str:
 
 def address_key(url: str) -> str:
     "The SHA-256 of an address, to know it again where its query must not be written down."
-    return hashlib.sha256(url.encode()).hexdigest()
+    return text_sha256(url)
 
 # %% ../../nbs/08_shards/01_catalog.ipynb #65f3a52b
 _MAGIC = {b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\xff\xff\xff\xff": "Arrow stream",

@@ -7,7 +7,6 @@ __all__ = ['Connection', 'Source', 'fetch', 'file_names', 'download_all', 'list_
 
 # %% ../../nbs/08_shards/03_download.ipynb #9c246720
 import base64
-import hashlib
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from ..utils.files import write_aside
+from ..utils.hashing import file_hash
 from .catalog import ENDPOINT, Dataset, address_key, file_format, hub_address, shown
 from .remote import ATTEMPTS, LONGEST_WAIT, Passing, Patience, ask, authorization, content_range
 from .remote import hub_token, is_encoded, pieces, range_size, refusal, wrong_content
@@ -116,18 +116,10 @@ def _fault(path, facts):
             pa.ipc.open_file(str(path))
     except (pa.ArrowException, OSError) as error:
         return f"it is not whole {kind} ({error})"
-    given = {"sha256": bytes.fromhex(facts["sha256"] or ""), "md5": base64.b64decode(facts["md5"] or "")}
+    given = {"sha256": facts["sha256"], "md5": base64.b64decode(facts["md5"] or "").hex()}
     for name, digest in given.items():
-        if digest and digest != _digest(path, name):
+        if digest and digest != file_hash(path, name):
             return f"its {name} is not the one that the server gave"
-
-
-def _digest(path, algorithm):
-    digest = hashlib.new(algorithm)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.digest()
 
 # %% ../../nbs/08_shards/03_download.ipynb #c6cc7dac
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ __all__ = ['Count', 'PLAN_FILE', 'count_groups', 'measure_groups', 'Plan', 'make
 
 # %% ../../nbs/08_shards/06_plan.ipynb #f16d401d
 import bisect
-import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -25,7 +24,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..utils.files import write_aside
-from .rechunk import SCHEMA, Cutter, Layout, Mix, Report, Shard, bounds_of, file_sha256
+from ..utils.hashing import file_hash, text_sha256
+from .rechunk import SCHEMA, Cutter, Layout, Mix, Report, Shard, bounds_of
 from .rechunk import new_folder, regroup, report_of, rows_between, trim_counts, write_texts
 from .sources import Selection, Stream, Tally, check_source, read_texts, streams_of
 
@@ -291,7 +291,7 @@ def _read_shard(path, layout):
                 raise ValueError(f"it goes on after {layout.shard_characters:,} characters")
     except (pa.ArrowException, ValueError, OSError) as error:
         raise ValueError(f"{path} is not a good shard: {error}.") from error
-    shard = Shard(path.name, sum(sizes), path.stat().st_size, file_sha256(path))
+    shard = Shard(path.name, sum(sizes), path.stat().st_size, file_hash(path))
     return shard, layout.is_full(shard.rows, sum(characters))
 
 
@@ -337,7 +337,7 @@ def run_plan(
 
 
 def _claim(plan, folder):
-    note, digest = Path(folder) / PLAN_FILE, hashlib.sha256(plan.to_json().encode()).hexdigest()
+    note, digest = Path(folder) / PLAN_FILE, text_sha256(plan.to_json())
     if not note.is_file() or note.read_text() != digest:
         new_folder(folder)
         with write_aside(note) as aside:

@@ -4,17 +4,13 @@
 
 # %% auto #0
 __all__ = ['VALIDATION_SHARD', 'CODECS', 'LAYOUTS', 'SCHEMA', 'shard_name', 'Layout', 'layout_for', 'shard_bounds', 'regroup',
-           'Cutter', 'mix_pattern', 'Mix', 'Shard', 'write_texts', 'file_sha256', 'read_ahead', 'Report', 'rechunk',
-           'new_folder', 'trim_counts', 'report_of', 'bounds_of', 'rows_between', 'plot_report', 'record',
-           'plot_timeline']
+           'Cutter', 'mix_pattern', 'Mix', 'Shard', 'write_texts', 'Report', 'rechunk', 'new_folder', 'trim_counts',
+           'report_of', 'bounds_of', 'rows_between', 'plot_report', 'record', 'plot_timeline']
 
 # %% ../../nbs/08_shards/05_rechunk.ipynb #208cb3da
 import bisect
-import hashlib
 import math
 import os
-import queue
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +28,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..utils.files import write_aside
+from ..utils.hashing import file_hash
 from ..utils.validation import check_whole
+from ..utils.workers import read_ahead
 from .sources import Selection, Stream, Tally, check_source, plot_tally, read_sources, read_texts, streams_of
 
 # %% ../../nbs/08_shards/05_rechunk.ipynb #7a548b54
@@ -298,46 +296,7 @@ def _write(path, texts, layout):
 def _seal(path, rows):
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-    return Shard(path.name, rows, path.stat().st_size, file_sha256(path))
-
-
-def file_sha256(path: str | Path) -> str:
-    "SHA-256 of a file's bytes."
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
-    with open(path, "rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            digest.update(buffer[:size])
-    return digest.hexdigest()
-
-# %% ../../nbs/08_shards/05_rechunk.ipynb #dd8fe039
-def read_ahead(items: Iterator, depth: int = 4) -> Iterator:
-    "Runs an iterator in a thread of its own, at most `depth` items ahead; closing it ends the thread."
-    ready, room, stop = queue.SimpleQueue(), threading.Semaphore(depth), threading.Event()
-
-    def run():
-        try:
-            with closing(items):
-                for item in items:
-                    room.acquire()
-                    if stop.is_set():
-                        return
-                    ready.put((item, None))
-            ready.put((None, StopIteration()))
-        except BaseException as error:
-            ready.put((None, error))
-
-    thread = threading.Thread(target=run, name="reader", daemon=True)
-    thread.start()
-    try:
-        while not isinstance((got := ready.get())[1], StopIteration):
-            if got[1] is not None:
-                raise got[1]
-            room.release()
-            yield got[0]
-    finally:
-        stop.set()
-        room.release()
-        thread.join()
+    return Shard(path.name, rows, path.stat().st_size, file_hash(path))
 
 # %% ../../nbs/08_shards/05_rechunk.ipynb #357c0ca1
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ __all__ = ['BLOCK', 'REASONS', 'SHUFFLE_FILE', 'parse_template', 'Selection', 'B
            'plot_tally', 'row_keys', 'Stream', 'streams_of', 'shuffle', 'scatter']
 
 # %% ../../nbs/08_shards/04_sources.ipynb #2344b98e
-import hashlib
 import io
 import json
 import math
@@ -33,6 +32,7 @@ import pyarrow.parquet as pq
 from ..utils.files import write_aside
 from .catalog import file_format, is_remote, shown
 from .remote import RemoteFile, chunk_ranges, wrong_content
+from ..utils.hashing import text_sha256
 from ..utils.validation import check_whole, is_number, one_line
 
 # %% ../../nbs/08_shards/04_sources.ipynb #97ff91a9
@@ -895,7 +895,7 @@ def row_keys(seed: int, source: int, group: int, start: int, count: int):
     "Random keys (uint64) of `count` kept rows of a part, the first of them its `start`-th."
     import numpy as np
 
-    digest = hashlib.sha256(f"{seed} {source} {group}".encode()).digest()
+    digest = bytes.fromhex(text_sha256(f"{seed} {source} {group}"))
     key = np.arange(start + 1, start + count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     key += np.uint64(int.from_bytes(digest[:8], "little"))
     key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

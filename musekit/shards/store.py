@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from ..utils.files import PARTIAL, exchange_folders, folder_aside, need_space
 from .catalog import ORIGINAL
 from .plan import list_shards
-from .rechunk import file_sha256
+from ..utils.hashing import file_hash
 from ..utils.validation import nearest_name
 
 # %% ../../nbs/08_shards/07_store.ipynb #8aa1976a
@@ -357,7 +357,7 @@ def _check_backup(backup):
         try:
             if shard not in known:
                 _read_all(folder / shard)
-            elif file_sha256(folder / shard) != known[shard]:
+            elif file_hash(folder / shard) != known[shard]:
                 raise ValueError("it is not the shard that was kept")
         except (pa.ArrowException, OSError, ValueError) as error:
             told = f"{folder / shard}: {error}".rstrip(".")

@@ -31,8 +31,9 @@ from .config import Config, condition_of, num_classes, save_config
 from .ema import evaluating, save_model
 from .log import Callback, Log, read_log
 from musekit.training.checkpoint import (
-    Loop, checkpoint_folders, failing_clearly, keep_newest, latest_checkpoint, save_run, step_of,
+    checkpoint_folders, failing_clearly, keep_newest, latest_checkpoint, save_run, step_of,
 )
+from .loop import Loop
 from .trainer import Trainer
 
 # %% ../../nbs/04_training/10_callbacks.ipynb #bc95cef8

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['is_number', 'whole_numbers', 'check_whole', 'is_unicode', 'nearest_name', 'did_you_mean', 'shorten', 'one_line',
-           'first_line']
+           'first_line', 'is_rehearsal']
 
 # %% ../../nbs/11_utils/01_validation.ipynb #225b7875
 import difflib
 import operator
+import os
 from collections.abc import Iterable
 from numbers import Integral, Real
 
@@ -81,3 +82,8 @@ def one_line(
 def first_line(error: Exception) -> str:
     "The first line of what an error says; for an error without words its type."
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+# %% ../../nbs/11_utils/01_validation.ipynb #33e535e3
+def is_rehearsal() -> bool:
+    "Whether MUSEKIT_REHEARSAL in the environment asks for short runs."
+    return os.environ.get("MUSEKIT_REHEARSAL", "").lower() not in ("", "0", "false", "no")

@@ -1,8 +1,8 @@
 """How fast pictures and tokens are read: the kit's loader beside WebDataset with torchvision's transforms, Parquet beside tars.
 
-    python benchmarks/data.py              # 1,024 JPEGs of 512 x 512 to 256, 9 rounds; made once, in --folder
-    python benchmarks/data.py --quick      # 3 rounds of fewer batches
-    python benchmarks/data.py --size 1600 1200      # other pictures
+    python tests/benchmarks/data.py              # 1,024 JPEGs of 512 x 512 to 256, 9 rounds; made once, in --folder
+    python tests/benchmarks/data.py --quick      # 3 rounds of fewer batches
+    python tests/benchmarks/data.py --size 1600 1200      # other pictures
 
 All contenders live in one process and take turns, a few batches each, so that whatever else the machine is doing meets all of
 them; a ratio is taken within a round, and the median of the rounds is printed with the smallest and the largest. "core" counts the

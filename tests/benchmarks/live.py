@@ -1,6 +1,6 @@
 """How much slower training is while it is watched live in a notebook.
 
-    python benchmarks/live.py [--blocks 10] [--seconds 10] [--share 0.01]
+    python tests/benchmarks/live.py [--blocks 10] [--seconds 10] [--share 0.01]
 
 Starts a notebook kernel and trains in it, in blocks of some seconds that are watched and not watched by turns, so that whatever
 else the machine does meets both alike. Reports the ratio of a step's time and of its processor time, watched to not watched, of neighbouring blocks:

@@ -1,11 +1,11 @@
 """How fast the U-ViT trains and draws, and in how much memory, beside diffusers' UVit2DModel and AmusedPipeline.
 
-    python benchmarks/models.py                  # the CPU, hidden 384, 6 layers, 256 tokens, batch 8
-    python benchmarks/models.py --quick          # a small model, few repetitions: does everything run?
-    python benchmarks/models.py --compile        # ours through torch.compile as well
-    python benchmarks/models.py --device cuda --bf16 --size amused --batch 32
-    python benchmarks/models.py --profile        # and where the time goes, operator by operator
-    python benchmarks/models.py --threads 1 --cpu-time   # on a machine that is busy with other things
+    python tests/benchmarks/models.py                  # the CPU, hidden 384, 6 layers, 256 tokens, batch 8
+    python tests/benchmarks/models.py --quick          # a small model, few repetitions: does everything run?
+    python tests/benchmarks/models.py --compile        # ours through torch.compile as well
+    python tests/benchmarks/models.py --device cuda --bf16 --size amused --batch 32
+    python tests/benchmarks/models.py --profile        # and where the time goes, operator by operator
+    python tests/benchmarks/models.py --threads 1 --cpu-time   # on a machine that is busy with other things
 
 Both models have the same weights, are checked to give the same logits, and run in turn in one process, so that whatever
 else the machine is doing meets both. A ratio is theirs / ours of one pair; median and 10-90 % of the pairs are printed. The

@@ -1,8 +1,8 @@
 """How fast, and in how much memory, text is cut into shards: the kit beside a plain loop, DuckDB, Polars and the codecs alone.
 
-    python benchmarks/shards.py            # 280,000 documents, 5 rounds; the made sources stay in --folder
-    python benchmarks/shards.py --short    # half of them, 3 rounds: about eight minutes on two cores
-    python benchmarks/shards.py --quick    # a tenth of them, 1 round: does it still run?
+    python tests/benchmarks/shards.py            # 280,000 documents, 5 rounds; the made sources stay in --folder
+    python tests/benchmarks/shards.py --short    # half of them, 3 rounds: about eight minutes on two cores
+    python tests/benchmarks/shards.py --quick    # a tenth of them, 1 round: does it still run?
 
 Every run is a process of its own, and begins when the disk has nothing left to write. In each round all contenders run once, in turn,
 so that whatever else the machine is doing meets all of them; shares are of the plain loop in the same round. Medians of the rounds
@@ -118,7 +118,8 @@ def bare(source, out):
     """The kit's two threads and its cutting, and nothing else: no reasons, no UTF-8 check, no SHA-256, no waiting for the disk."""
     from itertools import chain, islice
 
-    from musekit.shards.rechunk import CODECS, SCHEMA, Layout, read_ahead, regroup
+    from musekit.shards.rechunk import CODECS, SCHEMA, Layout, regroup
+    from musekit.utils.workers import read_ahead
 
     def kept():
         parquet = pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False)
@@ -146,7 +147,8 @@ def musekit_polars(source, out):
 
     import polars as pl
 
-    from musekit.shards.rechunk import Layout, read_ahead, regroup, shard_name, write_texts
+    from musekit.shards.rechunk import Layout, regroup, shard_name, write_texts
+    from musekit.utils.workers import read_ahead
 
     kept = pl.scan_parquet(source).filter((pl.col("int_score") >= 3) & (pl.col("text").str.len_chars() >= 50)).select("text")
     frames = kept.collect_batches(chunk_size=GROUP, maintain_order=True)
@@ -283,7 +285,7 @@ def far(source, folder, num_shards, rows_per_shard=ROWS):
     from musekit.shards.rechunk import Layout, rechunk
     from musekit.shards.sources import Selection
 
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    sys.path.insert(0, str(Path(__file__).parent.parent))
     from moody_server import serving
 
     layout = Layout(rows_per_shard, GROUP, num_shards=num_shards)

@@ -1,7 +1,7 @@
 """Every sampler on the demo's model: how often pictures show what was asked for, and how much shapes of a digit differ.
 
     musekit demo --out runs/demo
-    python benchmarks/samplers.py runs/demo/pipeline benchmarks/samplers.json
+    python tests/benchmarks/samplers.py runs/demo/pipeline tests/benchmarks/samplers.json
 
 Draws 400 held-out prompts for each sampler, number of steps and seed. About forty minutes on one core with two seeds.
 """
