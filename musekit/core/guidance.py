@@ -81,8 +81,8 @@ def our_names(options: dict, **ours) -> dict:  # `ours`: arguments under their n
             continue
         same = own is None or own is value or isinstance(own, (int, float, str, list)) and own == value
         if not same:
-            told = f"{theirs}={value!r:.60} and {name}={own!r:.60}"
-            raise ValueError(f"{told} are two values of one setting; give one of them")
+            raise ValueError(f"{theirs}={value!r:.60} and {name}={own!r:.60} are two values of one setting; "
+                             "give one of them")
         merged[name] = draw_seed(value) if theirs == "generator" else value
     return merged
 

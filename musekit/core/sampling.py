@@ -30,13 +30,14 @@ def exact_noise(shape: tuple[int, ...],  # of the result
     if isinstance(generator, list):
         counts = [1] * len(generator) if counts is None else counts
         if len(counts) != len(generator) or sum(counts) != shape[0]:
-            told = f"{len(generator)} generators draw {counts} rows"
-            raise ValueError(f"{told}, but there are {shape[0]}; give one a row")
+            raise ValueError(f"{len(generator)} generators draw {counts} rows, but there are {shape[0]}; "
+                             "give one a row")
         parts = [exact_noise((count, *shape[1:]), one, device) for one, count in zip(generator, counts)]
         return torch.cat(parts)
     home = torch.device(device or "cpu") if generator is None else generator.device
-    precision = torch.float32 if "mps" in (home.type, torch.device(device or home).type) else torch.float64
-    return torch.rand(shape, dtype=precision, generator=generator, device=home).to(device or home)
+    target = torch.device(device or home)
+    precision = torch.float32 if "mps" in (home.type, target.type) else torch.float64
+    return torch.rand(shape, dtype=precision, generator=generator, device=home).to(target)
 
 
 def gumbel_noise(shape: tuple[int, ...],  # of the result
@@ -237,7 +238,7 @@ def remasking(moment: Moment,
         raise ValueError("remasking needs eta in [0, 1], kind 'cap' or 'rescale', 0 <= begin < end <= 1; "
                          f"got eta={eta}, kind={kind!r}, interval={interval}")
     before, after = moment.ratios()
-    most = min(1.0, after / max(1 - before, after))
+    most = after / max(1 - before, after)
     again = (min(eta, most) if kind == "cap" else eta * most) * (begin <= moment.step / moment.steps < end)
     stays = (after - again * (1 - before)) / before
     chance = exact_noise(moment.hidden.shape, moment.generator, moment.hidden.device)
