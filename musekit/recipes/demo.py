@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from ..data.digits import test_prompts
-from ..data.pictures import image_grid, plot_decoding
+from ..data.grids import image_grid, plot_decoding
 from ..evaluation.digits import DigitJudge, distinctness, format_score, novelty, plot_confusion, score
 from ..models.card import write_card
 from ..inference.pipeline import Pipeline

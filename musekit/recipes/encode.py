@@ -27,7 +27,9 @@ from transformers.utils import logging
 from ..models.text_encoders import TextEncoder
 from ..data.encoded import BatchEncoder, encode_dataset
 from ..data.image_text import ImageTextConfig, ShardReader
-from ..data.packing import Fields, Located, left_out, locate_pictures
+from ..data.packing import left_out
+from ..data.locate import Located, locate_pictures
+from ..data.samples import Fields
 from musekit.data.pre_encoded import (
     Counts, Totals, clear_parts, facts_digest, finished_record, network_digest, refuse_other_codes,
     shard_names, source_fact, text_probe, write_manifest,

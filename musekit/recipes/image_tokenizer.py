@@ -22,8 +22,9 @@ from torch import nn
 
 from ..data.digits import make_digits
 from ..data.image_text import ImageTextConfig, ShardReader, make_loader
-from ..data.samples import IMAGE_EXTENSIONS, Sample
-from ..data.packing import Fields, check_colour, is_image, locate
+from ..data.samples import IMAGE_EXTENSIONS, Fields, Sample, is_image
+from ..data.locate import locate
+from ..data.pictures import check_colour
 from ..models.inspection import num_parameters
 from .networks import VQ_MODELS
 from ..training.callbacks import Checkpoint, Evaluate, SampleImages
@@ -33,10 +34,9 @@ from ..training.log import Log, read_log
 from ..training.reconstruction import PatchDiscriminator, reconstruction_sheet
 from ..training.checkpoint import keep_seed, refuse_other_run, settle_run_seed
 from ..utils.seeds import step_seed
-from ..training.distributed import on_main_process
+from ..training.distributed import make_accelerator, on_main_process
 from ..training.schema import Section, setting
 from ..training.tokenizer import VQConfig, VQTrainer
-from ..training.distributed import make_accelerator
 from ..utils.validation import first_line
 
 # %% ../../nbs/07_recipes/08_image_tokenizer.ipynb #427d2911

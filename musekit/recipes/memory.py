@@ -24,7 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..data.image_text import ImageTextConfig, ShardReader, make_loader
-from ..data.packing import REPORT, is_image, left_out, locate_pictures, pack_folder
+from ..data.packing import REPORT, left_out, pack_folder
+from ..data.locate import locate_pictures
+from ..data.samples import is_image
 from ..data.pre_encoded import first_batch, open_encoded
 from ..models.lora import add_lora
 from ..models.inspection import num_parameters

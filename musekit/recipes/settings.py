@@ -16,10 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .clip import ClipTrainingConfig
 from ..data.image_text import ImageTextConfig
-from ..data.samples import MetadataFilter
-from musekit.data.packing import (
-    Fields, file_facts, folder_classes, is_parquet, locate, parquet_classes,
-)
+from ..data.samples import Fields, MetadataFilter
+from ..data.packing import file_facts, folder_classes
+from ..data.locate import locate
+from ..data.columns import is_parquet, parquet_classes
 from ..data.pre_encoded import MANIFEST
 from ..core.guidance import GenerationConfig
 from musekit.training.config import (

@@ -25,10 +25,10 @@ from torch import nn
 from .clip import train_clip
 from ..data.encoded import BatchEncoder, encode_dataset, token_grid
 from ..evaluation.features import FeatureTable, collect_features
-from ..data.image_text import make_loader
+from ..data.image_text import SamplePool, make_loader
 from ..data.packing import file_facts, left_out
 from ..data.pre_encoded import EncodedSource, first_batch, open_encoded
-from ..data.pictures import SamplePool, to_images
+from ..data.pictures import to_images
 from ..utils.files import TAKEN, folder_aside, make_once, read_note, take_for
 from ..models.card import write_card
 from ..utils.progress import watched
@@ -55,10 +55,9 @@ from musekit.training.checkpoint import (
     find_checkpoint, keep_seed, latest_checkpoint, refuse_other_run, settle_run_seed, step_of,
 )
 from ..utils.seeds import step_seed
-from ..training.distributed import on_main_process
+from ..training.distributed import make_accelerator, on_main_process
 from ..training.tokenizer import train_vq_model
 from ..training.trainer import Trainer
-from ..training.distributed import make_accelerator
 
 # %% ../../nbs/07_recipes/06_text_to_image.ipynb #f20474c5
 TEXT_STATES = ("encoder_hidden_states", "cond_embeds")
