@@ -3,7 +3,8 @@ __version__ = "0.1.0"
 
 _MODULES = {  # what each module puts into the face of the package; it is imported when a name of it is first used
     "inference.pipeline": ["Pipeline", "ImagePipeline", "TokenPipeline"],
-    "recipes.text_to_image": ["train", "configure"],
+    "recipes.configure": ["configure"],
+    "recipes.text_to_image": ["train"],
     "training.config": ["load_config"],
     "training.trainer": ["Trainer"],
     "evaluation.evaluate": ["evaluate_pipeline"],
