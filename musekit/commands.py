@@ -270,8 +270,8 @@ def _open_pictures(image, mask):
     for path in (image, mask):
         if not os.path.isfile(path):
             raise FileNotFoundError(f"there is no picture {path}")
-    from musekit.data.packing import open_picture
-    from musekit.data.pictures import open_mask
+    from musekit.data.pictures import open_picture
+    from musekit.data.masks import open_mask
 
     return _readable(open_picture, image), _readable(open_mask, mask)
 
@@ -308,8 +308,8 @@ def add_inpaint(commands):
 
 # %% ../nbs/10_commands/02_commands.ipynb #85f9030d
 def _evaluate(options):
-    from musekit.recipes.evaluate import QualityConfig, describe_quality, evaluate_pipeline
-    from musekit.training.config import is_rehearsal
+    from musekit.evaluation.evaluate import QualityConfig, describe_quality, evaluate_pipeline
+    from musekit.utils.validation import is_rehearsal
 
     quiet()
     if is_rehearsal():

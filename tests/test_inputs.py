@@ -21,8 +21,10 @@ from musekit.data.image_text import make_loader
 from musekit.data.packing import left_out
 from musekit.data.pre_encoded import open_encoded
 from musekit.recipes.encode import EncodeOptions, configure_encoding, encode_shards
-from musekit.recipes.settings import find_shards, image_text_config, packing_options
-from musekit.recipes.text_to_image import configure, train
+from musekit.recipes.settings import image_text_config, packing_options
+from musekit.data.sources import find_shards
+from musekit.recipes.text_to_image import train
+from musekit.recipes.configure import configure
 from musekit.recipes.image_tokenizer import configure_tokenizer, train_tokenizer
 from test_cli import ENVIRONMENT, assert_refused, here, musekit  # noqa: F401 (a fixture)
 from test_conditions import CLASSES, clip, digits, place, run_and_resume, settings_of  # noqa: F401 (a fixture)
@@ -150,7 +152,8 @@ def test_workers_and_ranks_share_every_layout(layouts, place, name):  # noqa: F8
 
 
 def train_urls(config, work):
-    from musekit.recipes.settings import find_shards, packing_options
+    from musekit.recipes.settings import packing_options
+    from musekit.data.sources import find_shards
 
     return find_shards(config.dataset.params.train_shards_path_or_url, work, **packing_options(config))
 
@@ -312,7 +315,8 @@ def test_a_dataset_of_the_hub(place, layouts, tmp_path):  # noqa: F811
 
 STRIP = """
 import resource, sys, time
-from musekit.recipes.text_to_image import configure, train
+from musekit.recipes.text_to_image import train
+from musekit.recipes.configure import configure
 start = time.perf_counter()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 recipe = train(configure(None, sys.argv[1:]), progress=False)
@@ -375,7 +379,7 @@ def test_numbers_that_are_not_finite(place, tmp_path):  # noqa: F811
 
 
 def test_evaluation_of_every_layout(place, zoo, layouts, tmp_path):  # noqa: F811
-    from musekit.recipes.evaluate import QualityConfig, read_real
+    from musekit.evaluation.evaluate import QualityConfig, read_real
 
     features = lambda pixels: pixels.mean((2, 3))
     features.name = "means"

@@ -438,6 +438,31 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, status,
     assert_one_line(capsys, told)
 
 
+@pytest.mark.parametrize("more, told", [
+    (["--remote"], "note        --remote has no effect: all files are on this machine"),
+    (["--workers", "8"], "note        --workers has no effect: all files are on this machine"),
+    (["--workers", "8", "--download-dir", "raw"], "note        --workers and --download-dir have no effect: all files are on this machine"),
+    ([], ""),
+], ids=str)
+@pytest.mark.parametrize("way", [[], ["--dry-run"], ["--quiet"]], ids=str)
+def test_options_for_servers_say_so_where_all_files_are_here(cache, tmp_path, monkeypatch, capsys, more, told, way):
+    monkeypatch.chdir(tmp_path)
+    source = write_source(tmp_path / "source.parquet", texts("here", 900))
+    assert main(["--from", str(source), "--cache-dir", str(cache.folder), *more, *way]) == 0
+    said = capsys.readouterr().out
+    assert [line for line in said.splitlines() if "no effect" in line] == ([told] if told and way != ["--quiet"] else [])
+    assert not (tmp_path / "raw").exists()
+    assert not list(cache.folder.glob("raw_*"))
+
+
+def test_options_for_servers_are_not_called_useless_where_one_file_is_on_a_server(tmp_path, capsys):
+    source = write_source(tmp_path / "source.parquet", texts("here", 900))
+    files = ["--from", str(source), "https://a/b.parquet", "--workers", "8"]
+    for which in (files, ["fineweb", "--remote"]):
+        assert main([*which, "--dry-run", "--cache-dir", str(tmp_path / "cache")]) == 0
+        assert "no effect" not in capsys.readouterr().out
+
+
 def test_no_name_is_help_and_exit_2(capsys):
     assert main([]) == 2
     said = capsys.readouterr().out

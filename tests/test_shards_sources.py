@@ -232,10 +232,19 @@ def test_the_hub_lists_page_by_page_and_no_other_host_is_asked(server, tmp_path)
 def test_what_the_hub_does_not_have_is_one_line(server, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     for pattern, told in (("jsonl/*.parquet", "no file of me/words matches 'jsonl/*.parquet'; in that folder there is jsonl/README.md"),
-                          ("nothing/*.jsonl", "404"), ("jsonl/*.jsonl?x=1", "question mark")):
+                          ("nothing/*.jsonl", "404"), ("jsonl/*.jsonl?x=1", "question mark"), ("jsonl/part-??.jsonl", "matches")):
         assert main(["--repo", "me/words", "--pattern", pattern, "--cache-dir", str(tmp_path / "cache"), "--quiet"]) == 1
         said = capsys.readouterr().err
         assert told in said and said.count("\n") == 1, said
+
+
+def test_a_question_mark_stands_for_one_letter_on_the_hub_as_it_does_here(server, tmp_path):
+    hub = Connection(server.url, sleep=lambda seconds: None)
+    names = list_files(Dataset("words", "me/words", pattern="jsonl/part-?.jsonl"), hub).paths
+    for name in [*names, "jsonl/part-10.jsonl"]:
+        (tmp_path / Path(name).name).touch()
+    assert names == ["jsonl/part-0.jsonl", "jsonl/part-1.jsonl"]
+    assert [f"jsonl/{Path(path).name}" for path in dataset_of(str(tmp_path / "part-?.jsonl")).files] == names
 
 
 def test_a_dry_run_lists_what_stars_stand_for(server, tmp_path, capsys):
@@ -243,6 +252,7 @@ def test_a_dry_run_lists_what_stars_stand_for(server, tmp_path, capsys):
     assert main([*arguments, "--text-column", "meta.title", "--shuffle", "3"]) == 0
     said = capsys.readouterr().out
     assert "3 of 3 files" in said and "jsonl/part-1.jsonl" in said and "texts: column meta.title, shuffled with seed 3" in said
+    assert "shuffling: at most" in said and "on the disk until the shards are written" in said
     assert not (tmp_path / "cache").exists()
 
 

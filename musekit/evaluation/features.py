@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, CLIPModel
 
 from ..models.text_encoders import load_transformers_model
 from ..utils.files import write_aside
-from ..models.pretrained import check_weights
+from ..models.pretrained import check_state_dict
 from ..models.weights import find_folder, read_json, read_tensors
 
 # %% ../../nbs/06_evaluation/01_features.ipynb #b744cba9
@@ -239,7 +239,7 @@ class InceptionFeatures(nn.Module):
         weights = {name: value for name, value in weights.items()
                    if not name.startswith(("fc.", "AuxLogits.")) and not name.endswith(batches)}
         wanted = {name: value for name, value in network.state_dict().items() if not name.endswith(batches)}
-        check_weights(wanted, weights, advice="Fetch pt_inception-2015-12-05-6726825d.pth")
+        check_state_dict(wanted, weights, advice="Fetch pt_inception-2015-12-05-6726825d.pth")
         network.load_state_dict(weights, strict=False)
         network.class_weights = class_weights
         return network.eval().requires_grad_(False)

@@ -4,27 +4,19 @@
 
 # %% auto #0
 __all__ = ['gaussian_distance', 'frechet_distance', 'kernel_distance', 'plot_bias', 'precision_recall', 'inception_score',
-           'compare_features', 'plot_toy', 'DigitFeatures', 'plot_degradation', 'make_extractor', 'on_device',
-           'choose_prompts', 'find_judge', 'MetricsConfig', 'draw_images', 'evaluate']
+           'compare_features', 'plot_toy', 'DigitFeatures', 'plot_degradation']
 
 # %% ../../nbs/06_evaluation/03_metrics.ipynb #2cb8f56d
-import random
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import cycle, islice
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image
 from sklearn.linear_model import LogisticRegression
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..data.digits import test_prompts
-from .features import ClipFeatures, FeatureTable, InceptionFeatures, collect_features, extractor_name
+from .features import FeatureTable
 from .digits import CLAIMS, DigitJudge, unmix
-from ..utils.seeds import step_seed
 
 # %% ../../nbs/06_evaluation/03_metrics.ipynb #be4cbb95
 def _root(covariance):
@@ -234,146 +226,3 @@ def plot_degradation(curves: dict[str, tuple[list, list[dict]]]):
     axes[-1, 0].legend(fontsize=8, loc="lower left")
     plt.close(figure)
     return figure
-
-# %% ../../nbs/06_evaluation/03_metrics.ipynb #0a6f4381
-def make_extractor(name: str):
-    "The features called `digits`, `inception=FILE` or `clip=FOLDER`."
-    kind, _, path = name.partition("=")
-    if kind == "digits" and not path:
-        return DigitFeatures()
-    if kind == "inception" and path:
-        return InceptionFeatures.from_file(path)
-    if kind == "clip" and path:
-        return ClipFeatures.from_pretrained(path)
-    raise ValueError(f"features {name!r} must be digits, inception=FILE (the weights of published distances) "
-                     "or clip=FOLDER (or a hub id)")
-
-
-def on_device(extractor, device):
-    "An extractor that is a network, on a device."
-    return extractor.to(device) if isinstance(extractor, nn.Module) else extractor
-
-
-def choose_prompts(
-    texts: list[str] | None,  # captions of real images, or the lines of a file; None: those no digit was trained with
-    encoder: nn.Module | None,  # of the pipeline
-    digits: bool = False,  # whether the classes are digits
-    seed: int = 0,
-) -> list:
-    "What is drawn, in mixed order; with what a judge of digits must know."
-    kind = encoder.settings["kind"] if encoder else "none"
-    if kind == "none":
-        return [""]
-    prompts = test_prompts() if texts is None else list(texts)
-    if kind == "class":
-        numbers = [str(prompt["digit"]) for prompt in prompts] if texts is None else prompts
-        prompts = [_class_prompt(encoder, text, digits) for text in numbers]
-    return random.Random(seed).sample(prompts, len(prompts))
-
-
-def _class_prompt(encoder, text, digits):
-    "What is drawn for the number or name of a class, and of `digits` which one that is."
-    number, names = encoder.find(text), list(encoder.names.values())
-    name = encoder.names.get(number, "")
-    known = {"digit": number} if digits and number < 10 else {}
-    return {"text": name if names.count(name) == 1 else str(number), **known}
-
-
-def find_judge(judge, prompts: list) -> Callable | None:
-    "The agreement of images with these prompts, where the judge can read them."
-    if isinstance(judge, DigitFeatures):
-        reads = all(isinstance(prompt, dict) and "digit" in prompt for prompt in prompts)
-    else:  # it reads texts, but no numbers of classes
-        texts = [prompt["text"] if isinstance(prompt, dict) else prompt for prompt in prompts]
-        reads = all(text and not text.isdecimal() for text in texts)
-    return getattr(judge, "agreement", None) if reads else None
-
-# %% ../../nbs/06_evaluation/03_metrics.ipynb #fcf187a0
-@dataclass
-class MetricsConfig:
-    "How a generator is evaluated."
-
-    samples: int = 1000  # images to generate
-    neighbours: int = 3  # of `precision_recall`
-    blocks: int = 10  # of `kernel_distance`
-    keep: int = 10_000  # rows of features for these two
-    seed: int = 0
-    options: dict = field(default_factory=dict)  # of the pipeline's call: steps, batch_size, ...
-
-    def __post_init__(self):
-        least = max(2 * self.blocks, self.neighbours + 1)
-        if self.blocks < 2 or self.neighbours < 1 or min(self.samples, self.keep) < least:
-            raise ValueError(f"samples={self.samples} and keep={self.keep} must be at least {least}, for "
-                             f"blocks={self.blocks} (2 or more) and neighbours={self.neighbours} (1 or more)")
-
-
-_AT_ONCE = 256  # images that are held as pixels
-
-
-def draw_images(
-    pipeline: Callable[..., list[Image.Image]],  # as `evaluate` takes it
-    prompts: list[str | dict],
-    config: MetricsConfig,
-) -> Iterator[tuple[list, Tensor]]:  # (prompts, pixels (B, 3, H, W))
-    "Images for the prompts, over and over, until there are enough."
-    endless, number = cycle(prompts), 0
-    for first in range(0, config.samples, _AT_ONCE):
-        some = list(islice(endless, min(_AT_ONCE, config.samples - first)))
-        texts = [prompt if isinstance(prompt, str) else prompt["text"] for prompt in some]
-        images = pipeline(texts, seed=step_seed(config.seed, first, "evaluate"), **config.options)
-        pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
-        yield some, torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
-
-
-def _doubts(real, fake):
-    "Why the numbers should be taken with care."
-    width, few = len(real.mean), min(real.count, fake.count)
-    doubts = []
-    if few < 2 * width:
-        doubts.append(f"{few} images for {width} features: the Fréchet distance is biased far upwards")
-    if real.count != fake.count:
-        doubts.append(f"{real.count} real and {fake.count} generated images: precision and recall compare "
-                      "only between evaluations with the same counts")
-    return doubts
-
-
-def _own_classifier(extractor):
-    "What an extractor takes images for; None where it cannot say, as an Inception without its last layer."
-    cannot = getattr(extractor, "class_weights", ()) is None
-    return None if cannot else getattr(extractor, "probabilities", None)
-
-
-def evaluate(
-    pipeline: Callable[..., list[Image.Image]],  # (texts, seed=..., **options) -> an image per text
-    real: FeatureTable | Iterable[Tensor | dict],  # or batches, as `collect_features` takes them
-    prompts: list[str | dict],  # texts, or dictionaries with a `text` and what else the judge needs
-    extractor: Callable[[Tensor], Tensor],  # pixels -> (B, D)
-    judge: Callable[[Tensor, list], Tensor] | None = None,  # (pixels, prompts) -> (B,), such as `agreement`
-    config: MetricsConfig | None = None,
-    classifier: Callable[[Tensor], Tensor] | None = None,  # pixels -> (B, classes); None: the extractor's, if it is one
-) -> dict:  # JSON types: of `compare_features`, "doubts"; with a judge "agreement", with a classifier "inception_score"
-    "Draws images for prompts and compares them with real ones."
-    config = config or MetricsConfig()
-    if not prompts:
-        raise ValueError("no prompt to draw; give a list of texts")
-    if not isinstance(real, FeatureTable):
-        real = collect_features(real, extractor, keep=config.keep, seed=config.seed)
-    classifier = classifier or _own_classifier(extractor)
-    scores, answers = [], []
-
-    def batches():
-        for some, pixels in draw_images(pipeline, prompts, config):
-            if judge:
-                scores.extend(judge(pixels, some).tolist())
-            if classifier:
-                answers.append(classifier(pixels).cpu())
-            yield pixels
-
-    fake = collect_features(batches(), extractor, keep=config.keep, seed=config.seed)
-    told = compare_features(real, fake, config.neighbours, config.blocks)
-    if judge:
-        error = float(np.std(scores) / len(scores) ** 0.5)
-        told |= {"agreement": float(np.mean(scores)), "agreement_error": error}
-    if classifier:
-        told["inception_score"] = inception_score(torch.cat(answers))
-    return {"extractor": extractor_name(extractor), **told, "doubts": _doubts(real, fake)}

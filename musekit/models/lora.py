@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .diffusers import UVIT_NAMES, rename
-from .pretrained import check_weights
+from .pretrained import check_state_dict
 from .uvit import MaskGiTUViT
-from .weights import check_finite, find_folder, read_json, read_tensors
+from .weights import check_finite, common_prefix, find_folder, read_json, read_tensors
 from ..utils.files import write_aside
 from ..utils.validation import is_number, nearest_name
 
@@ -213,12 +213,9 @@ def _layer_names(model):
 
 def _fit_updates(model, updates, path):
     "The updates by the model's own layers; those of a text encoder are left out with a warning."
-    names, counts, fitting = _layer_names(model), Counter(), {}
+    names, fitting, strangers = _layer_names(model), {}, []
     plain = {re.sub(r"^lora_(unet|transformer)_", "", layer): parts for layer, parts in updates.items()}
-    for pieces in (layer.split(".") for layer in plain):
-        counts.update(".".join(pieces[:cut]) for cut in range(len(pieces)) if ".".join(pieces[cut:]) in names)
-    prefix = f"{max(counts, key=counts.get)}." if counts and not counts[""] else ""
-    strangers = []
+    prefix = common_prefix(names, plain)
     for layer, parts in plain.items():
         layers = names.get(layer.removeprefix(prefix), []) if layer.startswith(prefix) else []
         cut = parts["B"].chunk(len(layers)) if layers else []
@@ -301,7 +298,7 @@ def load_lora(
     stored = {f"{layer}.lora_{role}.weight": parts[role] for layer, parts in fitting.items() for role in "AB"}
     try:
         advice = f"Load {path} into the model that it was trained with"
-        check_weights(_peft().get_peft_model_state_dict(model), stored, advice=advice)
+        check_state_dict(_peft().get_peft_model_state_dict(model), stored, advice=advice)
     except ValueError:
         merge_lora(model)  # nothing was learned yet, so that this is the model of before
         raise

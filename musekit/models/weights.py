@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHT_FILES', 'read_tensors', 'read_json', 'weight_variants', 'weight_paths', 'load_weights', 'unwrap_names',
-           'match_names', 'check_finite', 'find_folder', 'push_folder', 'write_weights', 'remove_others', 'plot_file']
+           'common_prefix', 'match_names', 'check_finite', 'find_folder', 'push_folder', 'write_weights',
+           'remove_others', 'plot_file']
 
 # %% ../../nbs/02_models/04_weights.ipynb #977238d9
 import json
@@ -157,13 +158,13 @@ def unwrap_names(table):
         return dict(table)
     return {short: table[name] for short, name in unwrapped.items()}
 
-def _common_prefix(expected, names):
-    """What stands before most of the expected names, with its dot; "" unless it makes half of them match."""
+def common_prefix(expected, names, at_least=1):
+    """What stands before most of the expected names, with its dot; "" unless it makes `at_least` of them match."""
     counts = Counter()
     for parts in (name.split(".") for name in names):
         counts.update(".".join(parts[:cut]) for cut in range(len(parts)) if ".".join(parts[cut:]) in expected)
     most = max(counts.values(), default=0)
-    if counts[""] == most or 2 * most < len(expected):
+    if counts[""] == most or most < at_least:
         return ""
     best = [prefix for prefix in counts if counts[prefix] == most]
     chosen = min(best, key=lambda prefix: ("ema" not in prefix.lower(), len(prefix)))
@@ -181,7 +182,7 @@ def match_names(expected, weights, source="the file"):
     if all(name in weights for name in expected):
         return weights
     plain, unwrapped = unwrap_names({name: name for name in expected}), unwrap_names(weights)
-    prefix = _common_prefix(plain, unwrapped)
+    prefix = common_prefix(plain, unwrapped, at_least=len(plain) / 2)
     inside = [name for name in unwrapped if name.startswith(prefix)]
     beside = [name for name in unwrapped if not name.startswith(prefix)]
     inner = {name.removeprefix(prefix): unwrapped[name] for name in inside}

@@ -98,7 +98,7 @@ class Dataset:
     name: str
     repo: str = ""  # owner/name on the hub; empty where the files are named one by one
     revision: str = ""  # of the repository; empty for main
-    pattern: str = ""  # paths in the repository, with braces or stars: part-{00..12}.parquet, data/*.jsonl.gz
+    pattern: str = ""  # paths in the repository, with braces, stars or question marks: part-{00..12}.parquet, data/*.jsonl.gz
     text_column: str = "text"
     score_column: str | None = None  # rows are kept whose score is at least `min_score`
     min_score: float | None = None
@@ -110,7 +110,7 @@ class Dataset:
     skip_bad_utf8: bool = False  # drop rows that are not UTF-8, instead of stopping
     shuffle: int | None = None  # seed of the order of the rows; None: as they are
     mix: tuple[tuple["Dataset", Real], ...] = ()  # other datasets and their weights, instead of files
-    listed: tuple[str, ...] = ()  # what the hub says that a pattern with stars stands for
+    listed: tuple[str, ...] = ()  # what the hub says that a pattern with stars or question marks stands for
 
     def __post_init__(self):
         for fault in [*_wrong_types(self)] or _wrong_values(self):
@@ -121,14 +121,14 @@ class Dataset:
         "Paths of all files: as they were named, or inside the repository."
         if self.mix:
             return [path for part, _ in self.mix for path in part.paths]
-        if self.has_stars and not self.listed:
+        if self.has_wildcards and not self.listed:
             raise ValueError(f"dataset {self.name!r}: the files of {self.pattern!r} are not known yet; list_files asks the hub.")
         return list(self.files or self.listed or braceexpand(self.pattern))
 
     @property
-    def has_stars(self) -> bool:
-        "Whether only the hub knows which files there are."
-        return "*" in self.pattern
+    def has_wildcards(self) -> bool:
+        "Whether only the hub knows which files the pattern stands for."
+        return "*" in self.pattern or "?" in self.pattern
 
     @property
     def parts(self) -> list[tuple["Dataset", Real]]:
@@ -192,8 +192,8 @@ def _wrong_values(dataset):
             not re.fullmatch(r"[\w.-]+", dataset.name),
         f"pattern={dataset.pattern!r} has a brace that is not closed; use braces: {{0..9}}.parquet":
             not dataset.mix and not _is_balanced(dataset.pattern),
-        f"pattern={dataset.pattern!r} has a star and a question mark; a star stands for any letters, braces for alternatives":
-            "*" in dataset.pattern and "?" in dataset.pattern,
+        f"pattern={dataset.pattern!r} ends like the query of an address; a question mark stands for one letter of a name":
+            re.search(r"\?[\w.-]+=[^/]*$", dataset.pattern),
         "it needs both a score column (score_column) and a least score (min_score)":
             (dataset.score_column is None) != (dataset.min_score is None),
         f"text_column={dataset.text_column!r} and text_template exclude each other":

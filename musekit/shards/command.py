@@ -24,7 +24,7 @@ from ..utils.files import lock
 from ..utils.workers import worker_pool
 from .catalog import CATALOG, Dataset, dataset_of, find_dataset, is_remote, mix_of, read_number
 from .catalog import redact, shown
-from .convert import FETCHED_TWICE, FULL, Options, convert, parts_of, readable_size
+from .convert import FETCHED_TWICE, FULL, Options, convert, parts_of, readable_size, shuffle_room
 from .download import Connection, list_files
 from .plan import list_shards
 from .rechunk import CODECS, LAYOUTS, Layout, Mix, layout_for
@@ -170,7 +170,7 @@ def _plural(count, noun):
 def dry_run(dataset: Dataset, options: Options = Options(), layout: Layout = Layout()) -> str:
     """The files, and the estimated sizes of the download and of the shards, at most; rows are known of local files.
 
-    Needs no network but for a pattern with stars, whose files only the hub can name.
+    Needs no network but for a pattern with stars or question marks, whose files only the hub can name.
     """
     parts, counts, lines = parts_of(dataset, options), [], []
     for part in parts:
@@ -193,14 +193,21 @@ def _part_of_dry_run(part, options):
     urls = dataset.urls(options.num_source, connection.endpoint)
     local = [url for url in urls if not is_remote(url)]
     here, far = [Path(path).stat().st_size for path in local], len(urls) - len(local)
-    rows = [check_source(path, part.selection).num_rows for path in local] + [None] * far
+    contents = [check_source(path, part.selection) for path in local]
+    rows = [each.num_rows for each in contents] + [None] * far
     size = f"about {dataset.gigabytes * far:.2f} GB" if dataset.gigabytes else "unknown size"
     download = f"download of {size}" + (" at most, read in place" if options.remote else "")
     words = [f"{len(urls)} of {len(dataset.paths)} files", download if far else "nothing to download"]
     words += [f"{readable_size(sum(here))} are read here"] if here else []
     texts = described(part.selection, part.seed)
     lines = [f"dataset {dataset.name}, {', '.join(words)}:", *(f"  {shown(url)}" for url in urls)]
-    return lines + ([f"  texts: {texts}"] if texts else []), None if None in rows else sum(rows)
+    lines += [f"  texts: {texts}"] if texts else []
+    if part.seed is not None:
+        room = sum(sum(each.bytes) for each in contents) + 1e9 * (dataset.gigabytes or 0) * far
+        size = f"{'at most' if far else 'about'} {readable_size(shuffle_room(room))}"
+        size = "unknown size" if far and not dataset.gigabytes else size
+        lines.append(f"  shuffling: {size} on the disk until the shards are written")
+    return lines, None if None in rows else sum(rows)
 
 
 def _shards_at_most(rows, layout):
@@ -295,7 +302,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="rows held out: the last shard's, or the first's, which stay the same for any N (default: last)")
     _add_rows(parser.add_argument_group("which rows, in which order"))
     instead = parser.add_mutually_exclusive_group().add_argument
-    instead("--dry-run", action="store_true", help="print files and sizes, without network (stars in --pattern need it), and stop")
+    instead("--dry-run", action="store_true", help="print files and sizes, without network (wildcards in --pattern need it), and stop")
     instead("--restore", nargs="?", const="", metavar="BACKUP",
             help="bring a backup back (default: the original data, else the newest)")
     instead("--list-backups", action="store_true", help="list the backups and stop")
@@ -324,7 +331,7 @@ def _add_own(group):
            help="files, patterns of them, or http(s) addresses")
     one_of("--repo", metavar="OWNER/NAME", help="a dataset repository on the hub")
     one_of("--datasets", metavar="FILE.yaml", help="a file of datasets by name")
-    add("--pattern", metavar="PATHS", help="its files, with braces or stars: 'data/{0..3}.parquet', 'data/*.jsonl'")
+    add("--pattern", metavar="PATHS", help="its files, with braces or wildcards: 'data/{0..3}.parquet', 'data/*.jsonl'")
     add("--revision", help="its branch (default: main)")
     add("--text-column", metavar="COLUMN", help="column of the texts, a.b for b within a (default: text)")
     add("--text-template", metavar="TEXT", help=r"texts from several columns: '{question}\n{answer}'")
@@ -394,6 +401,16 @@ def _what_is_wrong(arguments, given):
     return f"give the name of a dataset in {arguments.datasets} as well" if nameless else ""
 
 
+def _without_effect(dataset, given):
+    "A line about options that matter for files on a server alone, where all files are here; else empty."
+    unused = [f"--{name.replace('_', '-')}" for name in ("remote", "workers", "download_dir") if name in given]
+    is_local = all(part.files and not any(map(is_remote, part.files)) for part, _ in dataset.parts)
+    if not unused or not is_local:
+        return ""
+    verb = "has" if len(unused) == 1 else "have"
+    return f"note        {' and '.join(unused)} {verb} no effect: all files are on this machine"
+
+
 def _wrong_in_mix(arguments, given):
     if not arguments.mix:
         return ""
@@ -428,7 +445,7 @@ def _layout(arguments):
     return layout_for(arguments.layout, **changes)
 
 
-def _run(arguments):
+def _run(arguments, given):
     known = {name: value for name, value in vars(arguments).items() if name in Options.__dataclass_fields__}
     options = Options(**known)
     logging.getLogger("musekit.shards").setLevel(logging.ERROR if options.quiet else logging.WARNING)
@@ -438,6 +455,8 @@ def _run(arguments):
         return _restore(arguments, options)
     layout = _layout(arguments)
     dataset = chosen_dataset(arguments)
+    if note := _without_effect(dataset, given):
+        options.tell(note)
     if arguments.dry_run:
         return options.tell(dry_run(dataset, options, layout))
     with ExitStack() as stack:
@@ -458,7 +477,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        _run(arguments)
+        _run(arguments, given)
         return 0
     except KeyboardInterrupt:
         return _fail("stopped; the data in place are whole, and what has arrived is kept", 130)

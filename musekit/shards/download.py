@@ -422,11 +422,11 @@ def download_all(
 
 # %% ../../nbs/08_shards/03_download.ipynb #46a4187c
 def list_files(dataset: Dataset, connection: Connection = Connection()) -> Dataset:
-    "The dataset with the files that its pattern stands for, as the hub lists them; itself if it has no stars."
-    if not dataset.has_stars or dataset.listed:
+    "The dataset with the files that its pattern stands for, as the hub lists them; itself if it has no wildcards."
+    if not dataset.has_wildcards or dataset.listed:
         return dataset
     sizes, patterns = {}, list(braceexpand(dataset.pattern))
-    for folder in dict.fromkeys(re.match(r"(?:[^*]*/)?", pattern)[0].rstrip("/") for pattern in patterns):
+    for folder in dict.fromkeys(re.match(r"(?:[^*?]*/)?", pattern)[0].rstrip("/") for pattern in patterns):
         sizes |= _listing(dataset, folder, connection)
     forms = [re.compile(_regular(pattern)) for pattern in patterns]
     matching = [path for path in sorted(sizes) if any(form.fullmatch(path) for form in forms)]
@@ -438,9 +438,9 @@ def list_files(dataset: Dataset, connection: Connection = Connection()) -> Datas
 
 
 def _regular(pattern):
-    "A pattern with stars as a regular expression: ** for any folders, * for anything within a name."
-    words = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*"}
-    return "".join(words.get(part, re.escape(part)) for part in re.split(r"(\*\*/|\*\*|\*)", pattern))
+    "A pattern as a regular expression: ** for any folders, * for anything within a name, ? for one letter."
+    words = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return "".join(words.get(part, re.escape(part)) for part in re.split(r"(\*\*/|\*\*|\*|\?)", pattern))
 
 
 def _listing(dataset, folder, connection):

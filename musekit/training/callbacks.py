@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.samples import decode_text
-from ..data.pictures import fade_tokens, image_grid, inpainting_grid, read_inpainting
+from ..data.grids import image_grid
+from ..data.masks import fade_tokens, inpainting_grid, read_inpainting
 from musekit.core.diagnostics import (
     bucket_sums, diagnose, mask_bucket, plot_token_probabilities, token_probability_histogram,
 )

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ..data.pictures import image_grid, to_images
+from ..data.pictures import to_images
+from ..data.grids import image_grid
 from ..models.quantizers import code_counts, perplexity
 from .ema import evaluating
 from ..models.weights import read_tensors
