@@ -9,6 +9,7 @@ __all__ = ['resize_shorter', 'prepare_image', 'plot_batch', 'ImageTextConfig', '
 # %% ../../nbs/03_data/10_image_text.ipynb #6ca0e9f5
 import os
 import random
+import subprocess
 import tarfile
 import textwrap
 from collections import defaultdict
@@ -26,6 +27,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from webdataset import tariterators
+from webdataset.gopen import gopen, gopen_schemes
 
 from musekit.data.samples import (
     IMAGE_EXTENSIONS, LAYOUTS, TEXT_EXTENSIONS, Fields, MetadataFilter, Sample, clean_caption,
@@ -144,11 +146,43 @@ class ImageTextConfig:
 # %% ../../nbs/03_data/10_image_text.ipynb #58e265ec
 def _ends_early(url):
     "A local tar without its closing block of zeros, which Python's reader takes for a whole one."
-    if not url.endswith(".tar") or not os.path.isfile(url) or os.path.getsize(url) < 512:
+    if not url.endswith(".tar") or not os.path.isfile(url) or os.path.getsize(url) < 512 or not tarfile.is_tarfile(url):
         return False
     with open(url, "rb") as file:
         file.seek(-512, os.SEEK_END)
         return any(file.read())
+
+
+def _open_stream(url, opened):
+    "The bytes of a tar at an address or of a command; the hub's are closed with `opened`."
+    scheme = url.partition(":")[0]
+    if scheme == "hf":  # webdataset's own way knows neither the token nor another hub
+        return opened.enter_context(opened_file(url))
+    if scheme not in (*gopen_schemes, "file"):
+        command = f"aws s3 cp {url} -" if scheme == "s3" else "a command that writes the tar to its output"
+        raise LayoutError(f"{url}: tars are not read from {scheme}://; name the command that reads it, pipe:{command}")
+    return gopen(url)
+
+
+_ENDINGS = {  # exit statuses of curl, which reads web addresses
+    6: "the host is not known", 7: "the connection is refused", 22: "the server refuses it", 28: "the server does not answer in time",
+}
+
+
+def _explain(error, url, stream):
+    "An error that says how the command of a stream ended, where nothing came from it."
+    if not hasattr(stream, "proc") or "empty file" not in str(error) and "exit" not in str(error):
+        return error
+    try:
+        status = stream.proc.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        return error
+    if status == 127:
+        program = url.removeprefix("pipe:").split()[0] if url.startswith("pipe:") else "curl"
+        return OSError(f"there is no program {program!r}; install it, or name another command")
+    if url.startswith("pipe:"):
+        return OSError(f"its command wrote nothing and ended with exit status {status}; try it in a terminal")
+    return OSError(f"it could not be fetched: {_ENDINGS.get(status, f'curl ended with exit status {status}')}; try it again later")
 
 
 def read_members(
@@ -169,14 +203,15 @@ def read_members(
             if row is None:
                 return
             yield row
-    elif url.startswith("hf://"):  # webdataset's own way knows neither the token nor another hub
+    elif "://" in url or url.startswith("pipe:"):
         with ExitStack() as opened:
             try:
-                stream = opened.enter_context(opened_file(url))
+                stream = _open_stream(url, opened)
             except OSError as error:
                 handler(error)
                 return
-            files = tariterators.tar_file_expander([{"url": url, "stream": stream}], handler, is_data)
+            explain = lambda error: handler(_explain(error, url, stream))
+            files = tariterators.tar_file_expander([{"url": url, "stream": stream}], explain, is_data)
             yield from tariterators.group_by_keys(files, handler=handler)
     else:
         yield from tariterators.tarfile_samples([{"url": url}], handler=handler, select_files=is_data)
@@ -349,6 +384,8 @@ class TrainingStream:
 
     def _complain_if_all_empty(self):
         if all(self.counts.get(url) == 0 for url in self.urls):
+            if not self.reader.filtered and not self.reader.skipped:
+                raise ValueError(f"no sample in {len(self.urls)} shards, such as {self.urls[0]}: they are empty")
             raise ValueError(
                 f"no usable sample in {len(self.urls)} shards: {self.reader.filtered} rejected by the "
                 f"metadata filter, {self.reader.skipped} unusable {self.reader.last_problem}"

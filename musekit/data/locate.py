@@ -10,6 +10,7 @@ import glob
 import os
 import re
 import tarfile
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -75,7 +76,7 @@ def _matching(name, base_dir):
         if matching := [path for path in paths if not is_hidden(path.name)]:
             return matching
     kind = "file matches" if glob.has_magic(name) else "shard, folder or YAML list at"
-    raise FileNotFoundError(f"no {kind} {' or at '.join(map(str, _places(name, base_dir)))}")
+    raise FileNotFoundError(f"no {kind} {' or at '.join(dict.fromkeys(map(str, _places(name, base_dir))))}")
 
 
 def _shards_at(path):
@@ -154,9 +155,13 @@ def mistaken(url: str) -> str:
     kinds = [kind for beginning, kind in _BEGINNINGS.items() if start.startswith(beginning)]
     if is_parquet(url) and start.startswith(b"PAR1"):
         return ""
-    if not kinds and not is_tar(url) and not is_parquet(url) and not tarfile.is_tarfile(url):
+    if kinds:
+        return f"not a shard but {kinds[0]}"
+    if is_parquet(url) or tarfile.is_tarfile(url):
+        return ""
+    if not is_tar(url):
         return "neither a tar nor a Parquet file; give one, or a folder of pictures"
-    return f"not a shard but {kinds[0]}" if kinds else ""
+    return f"no tar: it begins with {start[:12]!r}; fetch or write it again" if start else "an empty file; fetch or write it again"
 
 # %% ../../nbs/03_data/06_locate.ipynb #c1988c0c
 @dataclass
@@ -209,6 +214,8 @@ def locate(spec, base_dir: str | Path | None = None) -> Located:
     if folder is None or not folder.is_dir():
         return Located(None, expand_urls(spec, base_dir))
     found = Located(folder, _shards_in(folder))
+    if any(map(is_tar, found.shards)) and any(is_image(path.name) and not is_hidden(path.name) for path in folder.iterdir()):
+        warnings.warn(f"{folder} holds {len(found.shards)} tars and pictures beside them; the tars are used, the pictures are not")
     if not found.shards and not found.pictures:
         found.shards = _shards_in(folder, deep=True)  # as a clone of the hub's data lies: data/train-*.parquet
     return found
