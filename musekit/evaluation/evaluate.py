@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_extractor', 'on_device', 'choose_prompts', 'find_judge', 'MetricsConfig', 'draw_images', 'evaluate',
-           'QualityConfig', 'read_real', 'find_prompts', 'evaluate_pipeline', 'describe_quality', 'plot_quality']
+           'QualityConfig', 'read_real', 'find_prompts', 'evaluate_pipeline', 'describe_quality']
 
 # %% ../../nbs/06_evaluation/04_evaluate.ipynb #c1ff9501
 import random
@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
@@ -312,21 +311,3 @@ def describe_quality(result: dict) -> str:
     counts = f"drawn for {result['prompts']} prompts, {result['real']} real"
     lines.append(f"  {'images':<17}{result['samples']:>10} {counts}")
     return "\n".join([*lines, *(f"  note: {doubt}" for doubt in result["doubts"])])
-
-# %% ../../nbs/06_evaluation/04_evaluate.ipynb #a3c7e197
-def plot_quality(results: dict[str, dict]) -> plt.Figure:  # by name, of `evaluate_pipeline`
-    "Bars of each number for some pipelines, or some ways of drawing with one."
-    keys = [key for key in _MEANING if all(key in result for result in results.values())]
-    size = 1 + 1.8 * len(keys), 1 + 0.3 * len(results)
-    figure, axes = plt.subplots(1, len(keys), figsize=size, squeeze=False, sharey=True, layout="constrained")
-    for axis, key in zip(axes.flat, keys):
-        errors = [result.get(f"{key}_error", 0) for result in results.values()]
-        values = [result[key] for result in results.values()]
-        axis.barh(list(results), values, xerr=errors, color="C0", height=0.6)
-        axis.set_title(_MEANING[key][0], fontsize="medium")
-        axis.spines[["top", "right"]].set_visible(False)
-        if key in ("precision", "recall"):
-            axis.set_xlim(0, 1)
-    axes[0, 0].invert_yaxis()
-    plt.close(figure)
-    return figure

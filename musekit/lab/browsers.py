@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['code_tiles', 'encode_all', 'plot_code', 'browse_codebook', 'TarShard', 'ParquetShard', 'open_shard', 'search_shard',
-           'plot_samples', 'samples_html', 'ShardBrowser']
+           'samples_html', 'ShardBrowser']
 
 # %% ../../nbs/09_lab/06_browsers.ipynb #b08d2008
 import base64
@@ -247,18 +247,6 @@ def _decode(data):
         return None, f"unreadable picture of {len(data):,} bytes: {error}"
     width, height = picture.size
     return picture.crop((0, 0, min(width, 16 * height), min(height, 16 * width))), ""  # of a long strip its beginning
-
-
-def plot_samples(samples: list[dict],  # of `search_shard`
-                 columns: int = 6) -> Image.Image:
-    "Samples with their captions."
-    found = [_decode(one["picture"]) for one in samples]
-    size = max((max(picture.size) for picture, _ in found if picture), default=96)
-    blank = Image.new("RGB", (size, size), "#eeeeee")
-    scale = round(96 / size) if size <= 48 else 160 / max(size, 160)
-    how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-    texts = [". ".join(filter(None, (fault, one["text"])))[:160] for (_, fault), one in zip(found, samples)]
-    return image_grid([picture or blank for picture, _ in found], texts, min(columns, len(samples)), scale, how)
 
 # %% ../../nbs/09_lab/06_browsers.ipynb #c459052d
 _STYLE = """<style>
