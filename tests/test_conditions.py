@@ -258,7 +258,8 @@ def encoded(place, form, text):
             encode_dataset(loader, networks, folder / split / "digits.parquet")
         else:
             members = member_name(f"{place}/vq"), member_name(f"{place}/clip")
-            write_tars((row for batch in loader for row in token_members(batch, networks(batch), members)), folder / split)
+            rows = (row for batch in loader for row in token_members(batch, networks(batch), members))
+            write_tars(rows, folder / split, prefix="tokens")
             write_unconditional(folder / split, networks.unconditional())
     return folder
 

@@ -137,7 +137,7 @@ def token_files(folder, count, files=8):
         encoder = BatchEncoder(Tokens(), States())
         members = [member_name(name) for name in NAMES.values()]
         rows = (row for batch in part * files for row in token_members(batch, encoder(batch), members))
-        write_tars(rows, folder / "tokens", samples_per_shard=count // files)
+        write_tars(rows, folder / "tokens", prefix="tokens", samples_per_shard=count // files)
         write_unconditional(folder / "tokens", encoder.unconditional())
         one = {name: row.clone() for name, row in States().unconditional().items()}
         encoder.unconditional = lambda zeros=False: one  # files that belong together have the same empty prompt
