@@ -1,1 +1,43 @@
+"""A research kit for masked generative transformers."""
 __version__ = "0.1.0"
+
+_MODULES = {  # what each module puts into the face of the package; it is imported when a name of it is first used
+    "inference.pipeline": ["Pipeline", "ImagePipeline", "TokenPipeline"],
+    "recipes.configure": ["configure"],
+    "recipes.text_to_image": ["train"],
+    "training.config": ["load_config"],
+    "training.trainer": ["Trainer"],
+    "evaluation.evaluate": ["evaluate_pipeline"],
+    "models.transformer": ["MaskGitTransformer"],
+    "models.uvit": ["MaskGiTUViT"],
+    "models.vqgan": ["VQGANModel"],
+    "models.maskgit_vqgan": ["MaskGitVQGAN"],
+    "models.movq": ["MOVQ"],
+    "models.paella_vq": ["PaellaVQModel"],
+    "models.text_encoders": ["TextEncoder", "ClassEncoder", "NoEncoder"],
+    "core.guidance": ["GenerationConfig", "generate_guided"],
+    "core.masking": ["MaskingConfig", "mask_tokens"],
+    "core.sampling": [
+        "generate_ids", "sampler_names", "get_sampler", "register_sampler", "confidence_order", "random_order",
+        "entropy_order", "halton_order", "first_hitting", "remasking",
+    ],
+    "core.schedules": [
+        "schedule_names", "get_schedule", "register_schedule", "cosine", "arccos", "linear", "power", "sigmoid",
+    ],
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str):
+    from importlib import import_module
+
+    from musekit.utils.validation import nearest_name
+
+    if name in _HOMES:
+        return getattr(import_module(f"musekit.{_HOMES[name]}"), name)
+    nearest = nearest_name(name, _HOMES, 0)
+    raise AttributeError(f"module 'musekit' has no attribute {name!r}; the nearest name is {nearest!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -100,7 +100,7 @@ def _add_configured(parser, run, check=True):
 
 def _check(options):
     from musekit.recipes.memory import data_report, memory_report
-    from musekit.recipes.text_to_image import configure
+    from musekit.recipes.configure import configure
     from musekit.training.config import describe
     from musekit.training.optim import check_library
 
@@ -143,7 +143,8 @@ def _add_check(commands):
 
 
 def _train(options):
-    from musekit.recipes.text_to_image import configure, train
+    from musekit.recipes.text_to_image import train
+    from musekit.recipes.configure import configure
     from musekit.training.config import condition_of
 
     if options.check:

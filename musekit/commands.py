@@ -270,8 +270,8 @@ def _open_pictures(image, mask):
     for path in (image, mask):
         if not os.path.isfile(path):
             raise FileNotFoundError(f"there is no picture {path}")
-    from musekit.data.packing import open_picture
-    from musekit.data.pictures import open_mask
+    from musekit.data.pictures import open_picture
+    from musekit.data.masks import open_mask
 
     return _readable(open_picture, image), _readable(open_mask, mask)
 

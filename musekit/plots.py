@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .data.pictures import caption_font
+from .data.grids import caption_font
 from .core.diagnostics import NUM_BUCKETS, plot_by_bucket, plot_token_probabilities
 from .utils.files import write_aside
 from .training.log import read_log, smooth

@@ -18,7 +18,7 @@ from musekit.models.inspection import num_parameters
 from musekit.core.losses import masked_cross_entropy, saved_bytes
 from musekit.models.transformer import MaskGitTransformer
 from musekit.models.uvit import MaskGiTUViT
-from musekit.recipes.text_to_image import configure
+from musekit.recipes.configure import configure
 from musekit.recipes.image_tokenizer import configure_tokenizer
 
 PUBLISHED = ROOT / "tests" / "published"
@@ -144,7 +144,7 @@ def test_the_memory_of_a_process():
 LARGE = """
 import resource
 from musekit.recipes.memory import memory_report
-from musekit.recipes.text_to_image import configure
+from musekit.recipes.configure import configure
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 overrides = ["model.transformer.hidden_size=8192", "model.transformer.num_hidden_layers=2", "model.transformer.intermediate_size=22528"]
 report = memory_report(configure("tests/published/text_uvit.yaml", overrides))

@@ -33,8 +33,9 @@ from musekit.models.paella_vq import PaellaVQModel
 from musekit.inference.pipeline import Pipeline
 from musekit.data.sources import find_shards
 from musekit.recipes.text_to_image import (
-    Recipe, _captions, configure, encode, find_data, make_text_encoder, make_trainer, make_vq_model, show_inputs, train,
+    Recipe, _captions, encode, find_data, make_text_encoder, make_trainer, make_vq_model, show_inputs, train,
 )
+from musekit.recipes.configure import configure
 from musekit.recipes.image_tokenizer import find_images
 from musekit.training.log import read_log
 from musekit.utils.seeds import step_seed

@@ -28,7 +28,8 @@ from musekit.data.image_text import ImageTextConfig, make_loader
 from musekit.data.packing import write_shards, write_tars
 from musekit.data.pre_encoded import MANIFEST, open_encoded
 from musekit.recipes.encode import EncodeOptions, Totals, configure_encoding, encode_shards, load_networks
-from musekit.recipes.settings import VQ_MODELS, image_text_config
+from musekit.recipes.settings import image_text_config
+from musekit.recipes.networks import VQ_MODELS
 
 logging.disable_progress_bar()
 SHARDS, TENSORS = 3, ("image_ids", "encoder_hidden_states", "cond_embeds", "micro_conds")

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import musekit
 import pytest
 
 from conftest import ROOT
@@ -99,6 +100,19 @@ def loaded_by(statement: str) -> set[str]:
 @pytest.mark.parametrize("statement", ["import musekit", "import musekit.cli"])
 def test_import_is_instant(statement):
     assert not loaded_by(statement) & {"torch", "transformers", "accelerate", "numpy", "matplotlib", "sklearn"}
+
+
+def test_the_face_of_the_package():
+    assert {"Pipeline", "train", "load_config", "generate_ids", "MaskGitTransformer", "MaskGiTUViT", "VQGANModel"} <= set(dir(musekit))
+    lazy = [name for name in dir(musekit) if name not in vars(musekit)]
+    for name in lazy:
+        assert getattr(musekit, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'Pipelin'; the nearest name is 'Pipeline'"):
+        musekit.Pipelin
+
+
+def test_the_version_is_that_of_the_settings():
+    assert musekit.__version__ == re.search(r"^version = (.+)$", (ROOT / "settings.ini").read_text(), re.M)[1]
 
 
 def test_package_needs_no_notebook_tools():

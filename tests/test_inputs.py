@@ -23,7 +23,8 @@ from musekit.data.pre_encoded import open_encoded
 from musekit.recipes.encode import EncodeOptions, configure_encoding, encode_shards
 from musekit.recipes.settings import image_text_config, packing_options
 from musekit.data.sources import find_shards
-from musekit.recipes.text_to_image import configure, train
+from musekit.recipes.text_to_image import train
+from musekit.recipes.configure import configure
 from musekit.recipes.image_tokenizer import configure_tokenizer, train_tokenizer
 from test_cli import ENVIRONMENT, assert_refused, here, musekit  # noqa: F401 (a fixture)
 from test_conditions import CLASSES, clip, digits, place, run_and_resume, settings_of  # noqa: F401 (a fixture)
@@ -314,7 +315,8 @@ def test_a_dataset_of_the_hub(place, layouts, tmp_path):  # noqa: F811
 
 STRIP = """
 import resource, sys, time
-from musekit.recipes.text_to_image import configure, train
+from musekit.recipes.text_to_image import train
+from musekit.recipes.configure import configure
 start = time.perf_counter()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 recipe = train(configure(None, sys.argv[1:]), progress=False)

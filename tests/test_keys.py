@@ -2,6 +2,7 @@
 import ast
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from musekit.models.text_encoders import TextEncoder
 from musekit.recipes.clip import train_bpe
 from musekit.core.losses import saved_bytes
 from musekit.models.paella_vq import PaellaVQModel
-from musekit.recipes.settings import generation_config, image_text_config, make_transformer
-from musekit.recipes.text_to_image import Recipe, configure, encode, make_text_encoder, make_vq_model
+from musekit.recipes.settings import generation_config, image_text_config
+from musekit.recipes.networks import make_transformer
+from musekit.recipes.text_to_image import Recipe, encode, make_text_encoder, make_vq_model
+from musekit.recipes.configure import configure
 from musekit.training.callbacks import Evaluate, sample_prompts, standard_callbacks
 from musekit.training.config import known_keys, load_config
 from musekit.training.log import Log, read_log
@@ -193,9 +196,9 @@ def test_ratios_of_an_evaluation(data, tmp_path):
     def measure(trainer):
         ratios = trainer.config.training.eval_mask_ratios
         seen.append(trainer.make_micro_batch(next(iter(trainer.data(0))), "evaluation", 0, ratios=ratios, training=False).tokens.mask)
-        from musekit.training.callbacks import evaluate
+        from musekit.training.callbacks import validation_loss
 
-        return evaluate(trainer)
+        return validation_loss(trainer)
 
     trainer = tiny_trainer(tmp_path, data, *PLAIN, "training.batch_size=8", "training.eval_mask_ratios=[0.25]", "training.max_train_steps=1",
                            callbacks=[Log(1), Evaluate(1, measure)])
@@ -441,7 +444,8 @@ def made(networks, *settings):
     "The transformer of a run."
     sizes = [] if any("pretrained_model_path" in setting for setting in settings) else [f"model.transformer.{name}={size}" for name, size in SMALLEST.items()]
     recipe = staged(networks, *sizes, *settings)
-    return make_transformer(recipe.config, recipe.vq_model, recipe.text_encoder)
+    num_tokens = math.prod(recipe.grid)
+    return make_transformer(recipe.config, recipe.num_codes, recipe.condition_sizes, num_tokens)
 
 
 def test_updates(networks, tmp_path):

@@ -12,7 +12,8 @@ from musekit.recipes.clip import train_bpe
 from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples
 from musekit.data.packing import write_shards
 from musekit.models.paella_vq import PaellaVQModel
-from musekit.recipes.text_to_image import MEASURED, configure, measurement, train
+from musekit.recipes.text_to_image import MEASURED, measurement, train
+from musekit.recipes.configure import configure
 from musekit.training.log import read_log
 from toy_training import free_port
 

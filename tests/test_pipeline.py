@@ -13,7 +13,7 @@ from musekit.utils import progress
 from musekit.cli import main
 from musekit.models.text_encoders import TextEncoder
 from musekit.recipes.clip import train_bpe
-from musekit.data.pictures import token_mask
+from musekit.data.masks import token_mask
 from musekit.models.lora import add_lora, lora_parameters, save_lora
 from musekit.core.guidance import GenerationConfig
 from musekit.models.transformer import MaskGitTransformer

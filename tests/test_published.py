@@ -8,9 +8,9 @@ from omegaconf import OmegaConf
 
 from conftest import ROOT
 from musekit.recipes.memory import find_networks
-from musekit.data.packing import expand_urls
+from musekit.data.locate import expand_urls
 from musekit.models.pretrained import find_model_class
-from musekit.recipes.text_to_image import configure
+from musekit.recipes.configure import configure
 from musekit.models.weights import load_weights
 
 PUBLISHED = ROOT / "tests" / "published"

@@ -5,7 +5,8 @@ from omegaconf import OmegaConf
 
 from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples
 from musekit.data.packing import write_shards
-from musekit.recipes.text_to_image import Recipe, configure, find_data, make_vq_model
+from musekit.recipes.text_to_image import Recipe, find_data, make_vq_model
+from musekit.recipes.configure import configure
 
 SMALL = {"resolution": 16, "hidden_channels": 32, "channel_mult": [1, 1, 1], "num_res_blocks": 1, "z_channels": 32}
 FRESH = {

@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..models.text_encoders import TextEncoder, load_encoder
-from ..data.pictures import fade_tokens, read_mask, read_picture, to_images, to_pixels, token_mask
+from ..data.pictures import read_picture, to_images, to_pixels
+from ..data.masks import fade_tokens, read_mask, token_mask
 from ..utils.files import folder_aside
 from musekit.core.guidance import (
     DIFFUSERS_NAMES, GenerationConfig, generate_guided, negative_conditions, our_names, prompt_conditions,

@@ -18,8 +18,9 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from .. import __version__
-from ..data.packing import DRAWN
-from ..data.pictures import fade_tokens, image_grid, read_mask, token_mask
+from ..data.folders import DRAWN
+from ..data.grids import image_grid
+from ..data.masks import fade_tokens, read_mask, token_mask
 from ..utils.files import write_aside
 from ..models.lora import load_lora, merge_lora
 from ..core.guidance import our_names, prompt_list, refuse_unknown, settle_seed

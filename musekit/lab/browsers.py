@@ -25,8 +25,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..data.samples import LAYOUTS, read_sample
-from ..data.packing import is_data, open_picture
-from ..data.pictures import image_grid, to_images
+from ..data.folders import is_data
+from ..data.pictures import open_picture, to_images
+from ..data.grids import image_grid
 from .panel import Closing, Panel, slider
 
 # %% ../../nbs/09_lab/06_browsers.ipynb #4e5945a6

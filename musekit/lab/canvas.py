@@ -16,7 +16,8 @@ import traitlets
 from PIL import Image
 from torch import Tensor
 
-from ..data.pictures import image_grid, read_picture
+from ..data.pictures import read_picture
+from ..data.grids import image_grid
 from .panel import Closing, slider, to_png
 from ..inference.pipeline import ImagePipeline
 

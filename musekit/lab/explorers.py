@@ -18,7 +18,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from ..data.pictures import fade_tokens, image_grid, read_picture
+from ..data.pictures import read_picture
+from ..data.grids import image_grid
+from ..data.masks import fade_tokens
 from ..core.guidance import GUIDANCE_SCHEDULES
 from .panel import Panel, choice, slider
 from ..core.masking import NOISE_TYPES, MaskingConfig, mask_tokens

@@ -15,7 +15,8 @@ from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 
 from ..data.digits import DIGIT_NAMES, INKS, PAPERS, draw, split_samples, train_samples
-from ..data.pictures import image_grid, to_images, to_pixels
+from ..data.pictures import to_images, to_pixels
+from ..data.grids import image_grid
 from ..core.guidance import GenerationConfig
 from ..inference.pipeline import ImagePipeline
 

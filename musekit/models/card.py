@@ -109,7 +109,7 @@ def network_folders(folder: str | Path) -> dict[str, Path]:
     return found or {"model": folder}
 
 # %% ../../nbs/02_models/05_card.ipynb #5638d469
-_LOAD_MODEL = """from musekit.inference.pipeline import find_model_class
+_LOAD_MODEL = """from musekit.models.pretrained import find_model_class
 
 model = find_model_class("{kind}").from_pretrained("{name}")"""
 _LOAD_PIPELINE = """from musekit.inference.pipeline import Pipeline

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['OLD_KEYS', 'REHEARSED', 'LAYOUT_KEYS', 'Unused', 'known_keys', 'load_config', 'condition_of', 'reads_pooled',
-           'class_names', 'known_classes', 'num_classes', 'layout_of', 'check_conditions', 'check_network',
-           'check_folder', 'check_encoding', 'save_config', 'flatten', 'describe', 'unused_steps', 'unused_settings',
-           'warn_unused', 'plot_sections']
+           'class_names', 'known_classes', 'num_classes', 'layout_of', 'save_config', 'flatten', 'describe',
+           'unused_steps', 'unused_settings', 'warn_unused', 'plot_sections']
 
 # %% ../../nbs/04_training/02_config.ipynb #d192f6f2
 import dataclasses
@@ -22,7 +21,7 @@ from yaml import YAMLError
 from ..data.samples import load_class_names
 from ..utils.files import write_aside
 from ..utils.validation import first_line, is_rehearsal, nearest_name, one_line
-from .schema import Config, Model, Section, TextEncoderSection, VQModel
+from .schema import Config, Model, Section
 from ..models.weights import read_json
 
 # %% ../../nbs/04_training/02_config.ipynb #01795371
@@ -318,57 +317,6 @@ def layout_of(config: Config) -> str:
     if len(asked) > 1:
         raise ValueError(f"{' and '.join(asked)} are different layouts of the data; keep one.")
     return next(iter(asked.values()), "image_text")
-
-# %% ../../nbs/04_training/02_config.ipynb #159a0d4a
-def check_conditions(config: Config):
-    "Raises a `ValueError` where no model can be told what the configuration asks for."
-    model, kind, text = config.model, condition_of(config), config.model.text_encoder
-    if kind == "text" and text.type == "t5" and reads_pooled(config):
-        raise ValueError("model.text_encoder.type=t5 has no pooled text, which model.transformer.add_cond_embeds="
-                         "true reads; leave it out, or set it to false.")
-    if kind != "text" and model.architecture == "uvit":
-        told = "a class" if kind == "class" else "nothing"
-        raise ValueError(f"model.architecture=uvit always reads a text, and this run is told {told}; set "
-                         "model.architecture=transformer.")
-    if kind != "text" and text.pretrained:
-        raise ValueError(f"model.text_encoder.pretrained={text.pretrained} has nothing to read: set "
-                         "dataset.params.imagenet_class_mapping_path to names of the classes, or it to null.")
-    if kind != "text" and not config.training.use_empty_embeds_for_uncond:
-        raise ValueError("training.use_empty_embeds_for_uncond=false makes zeros of a text, and there is none.")
-    for name in ("imagenet_class_mapping_path", "class_names", "class_field"):
-        if config.dataset.type == "text2image" and getattr(config.dataset.params, name):
-            raise ValueError(f"dataset.params.{name} needs dataset.type=classification.")
-    if kind == "class":
-        num_classes(config)
-
-# %% ../../nbs/04_training/02_config.ipynb #b71cffd7
-def check_network(key: str, section: VQModel | TextEncoderSection, pre_encode: bool, drawn: bool = True):
-    "A frozen network must be given or made, and the one that data was encoded with must be given."
-    if drawn or not pre_encode:  # encoded data needs the networks themselves only to draw
-        check_folder(f"{key}.pretrained", section.pretrained)
-    if pre_encode and not section.pretrained:
-        raise ValueError(f"training.pre_encode=true: set {key}.pretrained to the one that encoded the data.")
-    if not section.pretrained and section.train is None:
-        raise ValueError(
-            f"{key} is neither given nor made: set {key}.pretrained to a folder, or "
-            f"{key}.train.steps to make one from the data (musekit train small FILE has one)."
-        )
-
-
-def check_folder(key: str, path: str | None):
-    "A path that can be no hub id must be a folder."
-    if path and not Path(path).expanduser().is_dir() and (path.count("/") > 1 or path[0] in "./~"):
-        raise FileNotFoundError(f"{key}={path} is no folder here.")
-
-
-def check_encoding(config: Config):
-    "Raises a `ValueError` where images are needed in every step, and there are only codes."
-    training, pixels = config.training, config.dataset.preprocessing
-    if training.encode_first and (training.use_soft_code_target or training.use_stochastic_code):
-        raise ValueError("training.encode_first keeps one code a token, and must be false with soft codes.")
-    if (training.encode_first or training.pre_encode) and pixels.random_flip:
-        raise ValueError("dataset.preprocessing.random_flip=true needs the images in every step; set "
-                         "training.encode_first=false and training.pre_encode=false.")
 
 # %% ../../nbs/04_training/02_config.ipynb #73eb70ef
 def save_config(

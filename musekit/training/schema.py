@@ -16,7 +16,7 @@ from typing import Any, Optional
 import torch
 from omegaconf import MISSING
 
-from ..data.packing import check_colour
+from ..data.pictures import check_colour
 from ..core.schedules import get_schedule
 
 # %% ../../nbs/04_training/01_schema.ipynb #2be7bae8
