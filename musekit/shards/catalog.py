@@ -22,7 +22,7 @@ import yaml
 from braceexpand import braceexpand
 
 from ..utils.hashing import text_sha256
-from ..utils.validation import nearest_name
+from ..utils.validation import is_number, nearest_name
 
 # %% ../../nbs/08_shards/01_catalog.ipynb #e07b5d14
 ENDPOINT = "https://huggingface.co"
@@ -158,8 +158,7 @@ def _wrong_types(dataset):
             yield f"{field}={value!r} is not text; put it in quotes"
     for field in ("min_score", "gigabytes"):
         value = getattr(dataset, field)
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        if value is not None and not (number and 0 <= value < math.inf):
+        if value is not None and not (is_number(value) and 0 <= value < math.inf):
             yield f"{field}={value!r} is not a number of at least 0"
     for field in ("min_characters", "max_characters", "shuffle"):
         value = getattr(dataset, field)
@@ -168,7 +167,7 @@ def _wrong_types(dataset):
     if not isinstance(dataset.skip_bad_utf8, bool):
         yield f"skip_bad_utf8={dataset.skip_bad_utf8!r} is neither true nor false"
     for weight in (weight for _, weight in dataset.mix):
-        if not isinstance(weight, Real) or isinstance(weight, bool) or not 0 < weight < math.inf:
+        if not is_number(weight) or not 0 < weight < math.inf:
             yield f"weight {weight!r}: a share in a mix is a number greater than 0"
 
 
