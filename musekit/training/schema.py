@@ -43,6 +43,7 @@ def _fault(value, low=None, high=None, above=None, below=None, choices=None):
 class Section:
     "A part of the configuration. `check` raises a `ValueError` at the first value that cannot be."
 
+    MOVED = {}  # keys of old files -> where they are now
     SAME_RUN = SAME_MODEL = SAME_DATA = ()  # beginnings of keys, of a whole configuration: see each of them
 
     def check(self, path: str):  # where this section stands, such as "training"
@@ -361,8 +362,8 @@ class Training(Steps):
 @dataclass
 class Config(Section):
     "Everything that defines a run of a masked transformer."
-    MOVED = {  # keys that have, or may be written with, another name
-        "training.mask_schedule": "mask_schedule.schedule", "data": "dataset.params.train_shards_path_or_url",
+    MOVED = {  # keys that have another name in some published files
+        "training.mask_schedule": "mask_schedule.schedule",
         "model.transformer.use_empty_embeds_for_uncond": "training.use_empty_embeds_for_uncond",
     }
     SAME_MODEL = (  # what no checkpoint can go on without

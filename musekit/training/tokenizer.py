@@ -72,7 +72,7 @@ class Codebook(Section):
 @dataclass
 class VQConfig(Section):
     "What the trainer of a tokenizer goes by."
-    MOVED, SAME_DATA = {}, ("training.seed", "training.batch_size")
+    SAME_DATA = ("training.seed", "training.batch_size")
     SAME_RUN = (*SAME_DATA, "loss.", "optimizer.name", "training.mixed_precision", "training.use_ema")
     experiment: Run = field(default_factory=Run)
     wandb: WandB = field(default_factory=WandB)
