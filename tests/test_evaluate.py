@@ -19,7 +19,7 @@ from musekit.models.transformer import MaskGitTransformer
 from musekit.models.uvit import MaskGiTUViT
 from musekit.inference.pipeline import Pipeline
 from musekit.plots import run_figures
-from musekit.training.callbacks import Callback, drawn_by_all, evaluate, inpainting_sheet, standard_callbacks
+from musekit.training.callbacks import Callback, drawn_by_all, inpainting_sheet, standard_callbacks, validation_loss
 from musekit.training.log import read_log
 from toy_training import launch
 from toy_training import tiny_trainer, write_data
@@ -146,8 +146,8 @@ def test_the_last_evaluation_is_that_of_the_average(tmp_path):
     trainer.fit()
     logged = [line["eval_loss"] for line in read_log(tmp_path / "run") if "eval_loss" in line]
     assert len(logged) == 3
-    averaged, trainer.ema = evaluate(trainer)["eval_loss"], None
-    assert logged[-1] == averaged != evaluate(trainer)["eval_loss"]
+    averaged, trainer.ema = validation_loss(trainer)["eval_loss"], None
+    assert logged[-1] == averaged != validation_loss(trainer)["eval_loss"]
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])

@@ -279,10 +279,10 @@ def test_a_discriminator_may_come_later_grow_and_go(data, tmp_path, capsys):
     with_one = make("b", 4, named("a", 2), "loss.adversarial=1", "loss.adversarial_start=0").fit()
     out = capsys.readouterr().out
     assert "loss.adversarial: 0.0 -> 1.0" in out and "a fresh discriminator" in out and "a fresh optimizer" not in out
-    assert with_one.critic_optimizer.state_dict()["state"]
+    assert with_one.discriminator_optimizer.state_dict()["state"]
     make("c", 6, named("b", 4), "loss.adversarial=1", "loss.adversarial_start=0", "loss.discriminator_channels=16").fit()
     assert "a fresh discriminator" in capsys.readouterr().out
-    assert make("d", 8, named("c", 6)).fit().critic is None
+    assert make("d", 8, named("c", 6)).fit().discriminator is None
     assert "discriminator" not in capsys.readouterr().out.replace("loss.discriminator", "")
 
 

@@ -196,9 +196,9 @@ def test_ratios_of_an_evaluation(data, tmp_path):
     def measure(trainer):
         ratios = trainer.config.training.eval_mask_ratios
         seen.append(trainer.make_micro_batch(next(iter(trainer.data(0))), "evaluation", 0, ratios=ratios, training=False).tokens.mask)
-        from musekit.training.callbacks import evaluate
+        from musekit.training.callbacks import validation_loss
 
-        return evaluate(trainer)
+        return validation_loss(trainer)
 
     trainer = tiny_trainer(tmp_path, data, *PLAIN, "training.batch_size=8", "training.eval_mask_ratios=[0.25]", "training.max_train_steps=1",
                            callbacks=[Log(1), Evaluate(1, measure)])

@@ -117,7 +117,7 @@ def adversarial_steps(folder, data, rank):
     trainer = VQTrainer(tiny_vqgan(), mine, settings(folder, *EVERYTHING))
     for _ in range(5):
         trainer.train_step()
-    kept = [*trainer.network.parameters(), *trainer.accelerator.unwrap_model(trainer.critic).parameters(), *trainer.ema.shadow]
+    kept = [*trainer.network.parameters(), *trainer.accelerator.unwrap_model(trainer.discriminator).parameters(), *trainer.ema.shadow]
     return {"weights": torch.cat([p.detach().flatten() for p in kept]), "balance": trainer.metrics["adaptive_weight"]}
 
 

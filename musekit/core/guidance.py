@@ -140,12 +140,13 @@ class GenerationConfig:
 
     def _check_types(self):
         "A setting is of the type of its default; samplers and schedules may be functions, the temperature a pair."
-        for known in dataclasses.fields(self):
-            value = getattr(self, known.name)
-            default = {} if known.default is dataclasses.MISSING else known.default
-            free = known.name in ("sampler", "schedule") and callable(value)
-            if not (free or _fits(value, default) or known.name == "temperature" and _fits(value, (0.0, 0.0))):
-                raise ValueError(f"{known.name} must be like {default!r}, got {value!r}")
+        for setting in dataclasses.fields(self):
+            name, value = setting.name, getattr(self, setting.name)
+            default = {} if setting.default is dataclasses.MISSING else setting.default
+            is_function = name in ("sampler", "schedule") and callable(value)
+            is_pair = name == "temperature" and _fits(value, (0.0, 0.0))
+            if not (is_function or is_pair or _fits(value, default)):
+                raise ValueError(f"{name} must be like {default!r}, got {value!r}")
 
     def token_sampler(self) -> Callable:
         "Which tokens stay hidden, as a function of a `Moment`."
@@ -163,12 +164,12 @@ class GenerationConfig:
     def override(self, **options) -> "GenerationConfig":
         "The same settings but for `options`; None changes nothing, another schedule or sampler drops its own."
         options = our_names(options)
-        refuse_unknown(options, [known.name for known in dataclasses.fields(self)])
-        given = {name: value for name, value in options.items() if value is not None}
+        refuse_unknown(options, [setting.name for setting in dataclasses.fields(self)])
+        changes = {name: value for name, value in options.items() if value is not None}
         for name in ("schedule", "sampler"):
-            if given.get(name, getattr(self, name)) != getattr(self, name):
-                given.setdefault(f"{name}_params", {})
-        return dataclasses.replace(self, **given)
+            if changes.get(name, getattr(self, name)) != getattr(self, name):
+                changes.setdefault(f"{name}_params", {})
+        return dataclasses.replace(self, **changes)
 
 # %% ../../nbs/01_core/05_guidance.ipynb #1c6e5fa7
 def prompt_list(prompts: str | int | Iterable[str | int]) -> list[str] | list[int]:  # numbers are classes
@@ -314,6 +315,10 @@ def settle_seed(
     return list(whole_numbers(f"seed, one for each of the {count} pictures,", seed, 0, count))
 
 
+def _seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 def generate_guided(
     forward: Callable[[Tensor, dict, Tensor], Tensor],  # (ids, conditions, hidden) -> logits (M, V)
     input_ids: Tensor,  # (B, N) int64, the mask id where hidden
@@ -333,7 +338,6 @@ def generate_guided(
     "Parallel decoding under guidance (Chang et al. 2023, section 2.7)."
     batch_size = whole_numbers("batch_size", batch_size, 1)
     seed = settle_seed(seed, len(input_ids))
-    seeded = lambda one: torch.Generator().manual_seed(one)
     prompts = max((len(value) for value in conditions.values()), default=len(input_ids))
     if len(input_ids) % prompts:
         raise ValueError(f"{len(input_ids)} rows must be a multiple of {prompts} prompts")
@@ -341,28 +345,31 @@ def generate_guided(
     weights = config.guidance_weights()
 
     def prepared(rows):
-        given = take_rows(conditions, rows)
+        batch = take_rows(conditions, rows)
         guided = any(weight != 1 for weight in weights)
-        return prepare(join_conditions(given, take_rows(unconditional, rows)) if guided else given)
+        return prepare(join_conditions(batch, take_rows(unconditional, rows)) if guided else batch)
 
     batches = prompt.split(batch_size)
     ready = _prepare_once(prepared, batches)
 
     def logits_fn(ids, hidden, step):
         logits = []
-        for some, unknown, rows, once in zip(ids.split(batch_size), hidden.split(batch_size), batches, ready):
-            given, busy = once or prepared(rows), unknown.any(1)
-            if not busy.all():
-                some, unknown = some[busy], unknown[busy]
-                given = {name: value[busy.repeat(len(value) // len(busy))] for name, value in given.items()}
-            if len(some):
-                logits.append(guided_logits(forward, some, unknown, given, weights[step]))
+        split = ids.split(batch_size), hidden.split(batch_size)
+        for batch_ids, batch_hidden, rows, kept in zip(*split, batches, ready):
+            batch = kept or prepared(rows)
+            incomplete = batch_hidden.any(1)
+            if not incomplete.all():
+                batch_ids, batch_hidden = batch_ids[incomplete], batch_hidden[incomplete]
+                selected = {name: incomplete.repeat(len(value) // len(incomplete)) for name, value in batch.items()}
+                batch = {name: value[selected[name]] for name, value in batch.items()}
+            if len(batch_ids):
+                logits.append(guided_logits(forward, batch_ids, batch_hidden, batch, weights[step]))
         return torch.cat(logits)
 
     return generate_ids(
         logits_fn, input_ids, mask_token_id, steps=config.steps, temperature=config.temperature,
         sampling_temperature=config.sampling_temperature, schedule=config.mask_schedule(),
-        generator=list(map(seeded, seed)) if isinstance(seed, list) else seeded(seed),
+        generator=list(map(_seeded, seed)) if isinstance(seed, list) else _seeded(seed),
         callback=callback, return_steps=return_steps,
         noise_type=config.noise_type, unknown=input_ids == mask_token_id, codebook_size=codebook_size,
         sampler=config.token_sampler(), grid=grid,

@@ -60,16 +60,16 @@ def sample_tokens(logits: Tensor,  # (..., V)
     rows, device = logits.flatten(0, -2), logits.device
     noise = exact_noise((len(rows), 1), generator, device, counts)
     at_once = max(1, (2**19 if device.type == "cpu" else 2**26) // logits.shape[-1])
-    drawn = [_invert((some.float() / sampling_temperature).softmax(-1), u)
-             for some, u in zip(rows.split(at_once), noise.split(at_once))]
-    ids, confidence = (torch.cat(parts).view(logits.shape[:-1]) for parts in zip(*drawn))
+    batches = zip(rows.split(at_once), noise.split(at_once))
+    sampled = [_invert((batch.float() / sampling_temperature).softmax(-1), u) for batch, u in batches]
+    ids, confidence = (torch.cat(parts).view(logits.shape[:-1]) for parts in zip(*sampled))
     return ids, confidence
 
 
 def _invert(probabilities, u):
     "For each row the id on whose stretch of the unit line u (..., 1) falls, and its probability."
-    reached = probabilities.cumsum(-1, dtype=u.dtype)
-    ids = torch.searchsorted(reached, u * reached[:, -1:], right=True).clamp(max=probabilities.shape[-1] - 1)
+    cumulative = probabilities.cumsum(-1, dtype=u.dtype)
+    ids = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).clamp(max=probabilities.shape[-1] - 1)
     return ids[:, 0], probabilities.gather(-1, ids)[:, 0]
 
 # %% ../../nbs/01_core/04_sampling.ipynb #e6d79052
@@ -238,11 +238,11 @@ def remasking(moment: Moment,
         raise ValueError("remasking needs eta in [0, 1], kind 'cap' or 'rescale', 0 <= begin < end <= 1; "
                          f"got eta={eta}, kind={kind!r}, interval={interval}")
     before, after = moment.ratios()
-    most = after / max(1 - before, after)
-    again = (min(eta, most) if kind == "cap" else eta * most) * (begin <= moment.step / moment.steps < end)
-    stays = (after - again * (1 - before)) / before
-    chance = exact_noise(moment.hidden.shape, moment.generator, moment.hidden.device)
-    return moment.unknown & (chance < torch.where(moment.hidden, stays, again))
+    largest = after / max(1 - before, after)
+    remasked = (min(eta, largest) if kind == "cap" else eta * largest) * (begin <= moment.step / moment.steps < end)
+    still_masked = (after - remasked * (1 - before)) / before
+    noise = exact_noise(moment.hidden.shape, moment.generator, moment.hidden.device)
+    return moment.unknown & (noise < torch.where(moment.hidden, still_masked, remasked))
 
 # %% ../../nbs/01_core/04_sampling.ipynb #ab5ec2fa
 def temperatures(temperature: float | tuple[float, float],  # the start, or (start, end)
@@ -277,25 +277,25 @@ def generate_ids(logits_fn: Callable[[Tensor, Tensor, int], Tensor],  # (ids, hi
     unknown = _unknown_tokens(input_ids, mask_token_id, noise_type, unknown, codebook_size)
     noise = MaskingConfig(mask_token_id, codebook_size or mask_token_id, noise_type=noise_type)
     sampler, schedule, memory = get_sampler(sampler), get_schedule(schedule), {}
-    warmth = temperatures(temperature, steps).tolist()
+    temperature_of = temperatures(temperature, steps).tolist()
     counts = remaining_counts(unknown.sum(-1), steps, schedule)
     ids, hidden, records = hide_tokens(input_ids, unknown, noise, generator), unknown, []
     for step in range(steps if unknown.any() else 0):
-        busy = bool(hidden.any())
-        answer = logits_fn(ids, hidden, step) if busy else torch.zeros(0, 1, device=ids.device)
-        logits = _image_logits(answer, hidden, mask_token_id, codebook_size)
-        counts_of_rows = hidden.sum(-1).tolist() if isinstance(generator, list) else None
-        drawn, probability = sample_tokens(logits, sampling_temperature, generator, counts_of_rows)
-        sampled = ids.masked_scatter(hidden, drawn)
+        any_hidden = bool(hidden.any())
+        logits = logits_fn(ids, hidden, step) if any_hidden else torch.zeros(0, 1, device=ids.device)
+        logits = _image_logits(logits, hidden, mask_token_id, codebook_size)
+        num_hidden = hidden.sum(-1).tolist() if isinstance(generator, list) else None
+        sampled_ids, probability = sample_tokens(logits, sampling_temperature, generator, num_hidden)
+        sampled = ids.masked_scatter(hidden, sampled_ids)
         confidence = torch.full_like(ids, float("inf"), dtype=torch.float32)
         confidence.masked_scatter_(hidden, probability)
-        moment = Moment(step, steps, schedule, counts[step], warmth[step], unknown, hidden, confidence, logits,
-                        grid, generator, memory)
+        moment = Moment(step, steps, schedule, counts[step], temperature_of[step], unknown, hidden, confidence,
+                        logits, grid, generator, memory)
         hidden = _stays_hidden(sampler, moment)
         ids = hide_tokens(sampled, hidden, noise, generator)
         record = {"sampled": sampled, "ids": ids, "confidence": confidence, "hidden": hidden}
-        records += [record] * (return_steps and busy)
-        if callback and busy:
+        records += [record] * (return_steps and any_hidden)
+        if callback and any_hidden:
             callback(step, record)
     return (ids, records) if return_steps else ids
 
@@ -304,10 +304,11 @@ def _stays_hidden(sampler, moment):
     "The sampler's answer, of which only unknown tokens count; after the last step nothing stays hidden."
     if moment.step == moment.steps - 1:
         return torch.zeros_like(moment.hidden)
-    answer, shape = sampler(moment), moment.hidden.shape
-    if not isinstance(answer, Tensor) or answer.dtype != torch.bool or answer.shape != shape:
-        raise ValueError(f"a sampler must answer with bool {tuple(shape)}, True where to hide; got {answer!r:.60}")
-    return answer & moment.unknown
+    hidden = sampler(moment)
+    shape = moment.hidden.shape
+    if not isinstance(hidden, Tensor) or hidden.dtype != torch.bool or hidden.shape != shape:
+        raise ValueError(f"a sampler must answer with bool {tuple(shape)}, True where to hide; got {hidden!r:.60}")
+    return hidden & moment.unknown
 
 
 def _unknown_tokens(input_ids, mask_token_id, noise_type, unknown, codebook_size):

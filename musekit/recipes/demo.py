@@ -153,8 +153,8 @@ def demo(
     spent = {"seconds": {**recipe.seconds, "all": time.perf_counter() - start}, "peak_memory_gb": peak_memory_gb()}
     recipe.results = results | (_first_time(folder, spent) if done else spent)
     write_results(recipe.results, folder / "results.json")
-    write_card(folder / "pipeline")
     print(report(folder, recipe.results))
+    write_card(folder / "pipeline")  # with the results
     return recipe
 
 

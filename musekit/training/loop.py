@@ -7,21 +7,23 @@ __all__ = ['endless_batches', 'stop_on_signals', 'Loop']
 
 # %% ../../nbs/04_training/08_loop.ipynb #fb85eadd
 import itertools
-import json
 import math
 import signal
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from .checkpoint import find_checkpoint, latest_checkpoint, load_run
 from ..utils.seeds import step_seed
 from .distributed import make_current
+from .log import append_log
 from .schema import Section
 
 # %% ../../nbs/04_training/08_loop.ipynb #fc6a1f06
@@ -66,12 +68,15 @@ def stop_on_signals(request: Callable[[str], None]):
 
 # %% ../../nbs/04_training/08_loop.ipynb #b53309f2
 class Loop:
-    """A run of `train_step`, told to callbacks, that stops when asked to and goes on from checkpoints.
+    """Optimizer steps with callbacks around them, in a run that stops when asked to and goes on from checkpoints.
 
-    A subclass has `train_step`, and sets `model`, `optimizer` and `scheduler` as accelerate prepared them.
+    A subclass sets `model`, `optimizer` and `scheduler` as accelerate prepared them, and has two methods.
+    `make_micro_batch(batch, step, number)` prepares what the data holds: an object with a length, its examples, and
+    with `keys`, their names or None. `forward(micro_batch)` returns `loss`, and beside it what is to be logged.
     """
 
     MEANS = ("loss", "grad_norm", "data_time", "batch_time")  # of `metrics`, what a log averages
+    COUNTS = ("skipped", "filtered")  # of a batch, what it says of samples that were left out
 
     def __init__(
         self,
@@ -88,12 +93,19 @@ class Loop:
         self.step = self.batches_seen = 0
         self.same_data = True  # False: it is not what earlier checkpoints were trained on, though named alike
         self.metrics, self.batches, self.ema = {}, None, None
+        self.last_batch, self.last_micro = None, None
+        self.max_grad_norm = config.training.max_grad_norm
         self.stop, self.interrupted = False, None
 
     @property
     def network(self) -> nn.Module:
         "The model without the wrappers of several processes."
         return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def steps_in_backward(self) -> bool:
+        "Whether the last backward pass of a step moves the weights, as DeepSpeed's does."
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
     @property
     def schedules(self) -> list[tuple]:
@@ -118,27 +130,100 @@ class Loop:
             self._fire("on_end")
         return self
 
+    def train_step(self):
+        "One optimizer step. What it measured stands in `metrics`."
+        started = time.perf_counter()
+        self.optimizer.zero_grad()
+        micro_batches = self.next_micro_batches()
+        outputs = self.accumulate_gradients(micro_batches)
+        grad_norm = self.clip_gradients()
+        self.check_finite(micro_batches, outputs, grad_norm)
+        self.optimizer_step(micro_batches)
+        self.record(micro_batches, outputs, started)
+
+    def next_micro_batches(self) -> list:
+        "The `gradient_accumulation_steps` micro-batches of a step."
+        micro_batches, data_time = [], 0.0
+        for number in range(self.config.training.gradient_accumulation_steps):
+            started = time.perf_counter()
+            self.last_batch = self._next_batch()
+            data_time += time.perf_counter() - started
+            self.last_micro = self.make_micro_batch(self.last_batch, self.step, number)
+            micro_batches.append(self.last_micro)
+        self.metrics = {"data_time": data_time}
+        return micro_batches
+
+    def accumulate_gradients(self, micro_batches: list) -> list[dict[str, Tensor]]:
+        "Adds up the gradients of the mean of the losses; returns the numbers of each micro-batch, detached."
+        if not self.model.training:  # to ask is quicker than to set
+            self.model.train()
+        outputs = []
+        for number, micro_batch in self.accumulating(self.model, micro_batches):
+            self._seed_torch(self.step, number, "dropout")
+            output = self.forward(micro_batch)
+            outputs.append({name: value.detach() for name, value in output.items()})
+            if self.accelerator.sync_gradients and self.steps_in_backward:
+                self.check_finite(micro_batches, outputs)
+            self.accelerator.backward(output["loss"])
+        return outputs
+
+    def accumulating(self, model: nn.Module, micro_batches: list) -> Iterator[tuple]:
+        "Numbers and micro-batches, each inside of what accumulates the gradients of a model."
+        self.accelerator.gradient_accumulation_steps = len(micro_batches)
+        self.accelerator.step = 0
+        for number, micro_batch in enumerate(micro_batches):
+            with self.accelerator.accumulate(model):
+                yield number, micro_batch
+
+    def clip_gradients(self) -> Tensor | None:
+        "Clips the gradient and returns the length it had; None where it is not clipped."
+        if not self.max_grad_norm:
+            return None
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        if norm is None:  # DeepSpeed has its own
+            return None
+        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self.metrics["grad_norm"] = torch.as_tensor(whole, device=self.accelerator.device)
+        return self.metrics["grad_norm"]
+
+    def check_finite(self, micro_batches: list, outputs: list[dict], grad_norm: Tensor | None = None):
+        "Raises in all processes where the loss or the gradient is not finite, naming the examples of this one."
+        losses = [output["loss"] for output in outputs]
+        if not self.reduce(sum(losses)).isfinite():  # where one is not, the sum is not either
+            self._refuse("loss", [m.keys for m, loss in zip(micro_batches, losses) if not loss.isfinite()])
+        if grad_norm is None or self.accelerator.scaler is not None:  # half precision skips such a step
+            return
+        if not self.reduce(grad_norm).isfinite():
+            self._refuse("gradient", [micro_batch.keys for micro_batch in micro_batches])
+
+    def optimizer_step(self, micro_batches: list):
+        "Moves the weights, their average and the learning rate; none of them where half precision overflowed."
+        self.metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.step()
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+            if self.ema:
+                self.ema.update()
+
+    def record(self, micro_batches: list, outputs: list[dict], started: float):
+        "Counts the step and adds its numbers to `metrics`, as means over the micro-batches."
+        self.step += 1
+        self.metrics |= {name: self.last_batch[name] for name in self.COUNTS if name in self.last_batch}
+        for name in outputs[0]:
+            self.metrics[name] = sum(output[name] for output in outputs) / len(outputs)
+        self.metrics["examples"] = sum(len(micro_batch) for micro_batch in micro_batches)
+        self.metrics["batch_time"] = time.perf_counter() - started
+
     def log(self, values: dict[str, float]):
         "Appends a line to `log.jsonl`, tells the trackers its numbers; one that is not finite is left out."
         values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
         self.accelerator.log({k: v for k, v in values.items() if not isinstance(v, list)}, step=self.step)
         if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            with open(self.output_dir / "log.jsonl", "a") as lines:
-                lines.write(json.dumps({"step": self.step, **values}) + "\n")
+            append_log(self.output_dir, {"step": self.step, **values})
 
     def reduce(self, values: Tensor, how: str = "sum") -> Tensor:
         "The sum or mean over the processes that train."
         return self.accelerator.reduce(values, how) if self.processes > 1 else values
-
-    def refuse_nan(self, value: Tensor, broken: Callable[[], list], what: str = "loss"):
-        "Raises in all processes where a value is not finite; `broken()` names the examples of this one."
-        if not self.reduce(value).isfinite():  # where one is not, the sum is not either
-            raise ValueError(
-                f"The {what} of step {self.step + 1} is not finite; the weights are still those before it. "
-                f"Batch keys: {broken() or 'in another process'}. Last good checkpoint: "
-                f"{latest_checkpoint(self.output_dir)}. Look at these examples, or lower the learning rate."
-            )
 
     def state_dict(self) -> dict:
         "Where the run and its callbacks stand, without weights."
@@ -158,6 +243,13 @@ class Loop:
             if callback:
                 waiting.remove(callback)
                 callback.load_state_dict(saved)
+
+    def _refuse(self, what, keys):
+        raise ValueError(
+            f"The {what} of step {self.step + 1} is not finite; the weights are still those before it. "
+            f"Batch keys: {keys or 'in another process'}. Last good checkpoint: "
+            f"{latest_checkpoint(self.output_dir)}. Look at these examples, or lower the learning rate."
+        )
 
     def _fire(self, event):
         for callback in self.callbacks:
