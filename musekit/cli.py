@@ -53,7 +53,7 @@ def _add_demo(commands):
         "pipeline/ (for musekit generate) into the folder.",
     )
     add = parser.add_argument
-    add("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as training.max_train_steps=500")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as steps=500")
     add("--out", default="runs/demo", metavar="FOLDER", help="folder of the run (default: %(default)s)")
     add("--seed", type=number_between(0), default=0, help="seed of everything random (default: %(default)s)")
     add("--prompts", type=number_between(1, 400), default=400, metavar="N",
@@ -107,7 +107,8 @@ def _check(options):
     quiet()
     paths, settings = _files_and_settings("check", options.arguments)
     config = configure(paths, settings)
-    print(describe(config), memory_report(config), sep="\n\n", end="\n\n")
+    most = None if vars(options).get("all") else 60
+    print(describe(config, most=most), memory_report(config), sep="\n\n", end="\n\n")
     try:
         check_library(config)
     except ValueError as error:
@@ -130,16 +131,18 @@ def _add_check(commands):
     parser = commands.add_parser(
         "check", help="check a configuration and its data, and estimate parameters and memory",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Checks what musekit train would be given. Prints every key with its value and meaning, the\n"
-        "parameters of the networks, and the memory of training and of drawing; then finds the data,\n"
-        "counts them and decodes a first batch. Nothing is trained or written, nothing large is built, and of\n"
-        "data on the network only the first batch is read. The same as musekit train --check.",
+        description="Checks what musekit train would be given. Prints the settings that differ from the default or\n"
+        "have a short name, each with its meaning, the parameters of the networks, and the memory of training\n"
+        "and of drawing; then finds the data, counts them and decodes a first batch. Nothing is trained or\n"
+        "written, nothing large is built, and of data on the network only the first batch is read. The same as\n"
+        "musekit train --check.",
         epilog="examples:\n"
         "  musekit check data=photos/\n"
-        "  musekit check run.yaml training.batch_size=64\n"
+        "  musekit check run.yaml batch_size=64\n"
         "  musekit check run.yaml --no-data          # where the data are not at hand",
     )
     _add_configured(parser, _check, check=False)
+    parser.add_argument("--all", action="store_true", help="print every key")
 
 
 def _train(options):
@@ -170,20 +173,21 @@ def _add_train(commands):
         "unless the configuration names trained ones.",
         epilog="examples:\n"
         "  musekit train data=photos/                # images, each with a text beside it (cat.jpg, cat.txt)\n"
-        "  musekit train 'data=shards/{00000..00099}.tar' experiment.output_dir=runs/shards\n"
+        "  musekit train 'data=shards/{00000..00099}.tar' output=runs/shards\n"
         "                                            # webdataset shards of image, text and json\n"
         "  musekit train run.yaml                    # a configuration file, such as the README's\n"
-        "  musekit train run.yaml training.batch_size=32 experiment.output_dir=runs/other  # and changes to it\n"
+        "  musekit train run.yaml batch_size=32 output=runs/other  # and changes to it\n"
         "  musekit train small mine.yaml             # a file with what differs from the small model\n"
         "  musekit train data=photos/ model.pretrained_model_path=runs/demo/pipeline model.lora.rank=8 \\\n"
-        "      experiment.output_dir=runs/tuned      # low-rank updates of a trained model\n"
+        "      output=runs/tuned                     # low-rank updates of a trained model\n"
         "  accelerate launch -m musekit train run.yaml  # on every GPU of this machine\n"
         "  ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m musekit train run.yaml \\\n"
-        "      experiment.output_dir=runs/two        # in two processes without a GPU\n\n"
+        "      output=runs/two                       # in two processes without a GPU\n\n"
         "Without a file, the small 32-pixel model of the demo is trained, into runs/small. A folder holds one\n"
-        "run: experiment.output_dir=FOLDER starts another one. A run that was stopped goes on with the same\n"
-        "command where experiment.resume_from_checkpoint is latest, as in the small model. --check prints every\n"
-        "key with its value and meaning, the memory of the networks, and what the data are.\n"
+        "run: output=FOLDER starts another one. A run that was stopped goes on with the same command where\n"
+        "experiment.resume_from_checkpoint is latest, as in the small model. Settings with short names: data,\n"
+        "eval_data, output, batch_size, steps, lr, resolution. --check prints the settings with their\n"
+        "meanings, the memory of the networks, and what the data are.\n"
         "MUSEKIT_REHEARSAL=1 before a command runs all its stages in a few steps.",
     )
     _add_configured(parser, _train)
@@ -218,8 +222,8 @@ def _train_with_tokenizer(config, folder):
     data = path if isinstance(path, str) else f"[{','.join(path)}]"
     return shlex.join([
         "musekit", "train", f"data={data}", f"model.vq_model.type={config.model.type}",
-        f"model.vq_model.pretrained={folder}", f"dataset.preprocessing.resolution={config.dataset.resolution}",
-        f"experiment.output_dir={folder}-model",
+        f"model.vq_model.pretrained={folder}", f"resolution={config.dataset.resolution}",
+        f"output={folder}-model",
     ])
 
 
@@ -231,16 +235,15 @@ def _add_train_tokenizer(commands):
         "Holds out some images, and reports on them at the end: errors, codes used, perplexity.",
         epilog="examples:\n"
         "  musekit train-tokenizer data=photos/      # all images of a folder and its subfolders\n"
-        "  musekit train-tokenizer data=photos/ dataset.resolution=128 training.max_train_steps=20000 \\\n"
-        "      experiment.output_dir=runs/tokenizer-128\n"
+        "  musekit train-tokenizer data=photos/ resolution=128 steps=20000 output=runs/tokenizer-128\n"
         "  musekit train-tokenizer data=photos/ model.type=paella_vq model.params.codebook_size=4096 \\\n"
-        "      experiment.output_dir=runs/tokenizer-paella\n"
+        "      output=runs/tokenizer-paella\n"
         "  musekit train-tokenizer data=photos/ loss.perceptual=1 loss.perceptual_network=vgg16.pth \\\n"
-        "      experiment.output_dir=runs/tokenizer-perceptual\n"
+        "      output=runs/tokenizer-perceptual\n"
         "  musekit train-tokenizer data=photos/ loss.adversarial=0.8 loss.adversarial_start=1000 \\\n"
-        "      experiment.output_dir=runs/tokenizer-adversarial\n"
+        "      output=runs/tokenizer-adversarial\n"
         "  musekit train-tokenizer data=photos/ model.pretrained=runs/tokenizer \\\n"
-        "      experiment.output_dir=runs/tokenizer-further  # train it further\n"
+        "      output=runs/tokenizer-further  # train it further\n"
         "  musekit train-tokenizer small tokenizer.yaml      # a file with what differs from the small tokenizer\n"
         "  accelerate launch -m musekit train-tokenizer small tokenizer.yaml  # on every GPU of this machine\n\n"
         "Without a file, a small tokenizer of 64x64 pixels is trained, into runs/tokenizer. The folder of the\n"
@@ -265,12 +268,12 @@ def _encode(options):
 
 def _train_on_codes(paths, settings, config, out):
     "The command that trains on the codes of a configuration, in a folder of its own."
-    replaced = ("data=", "dataset.params.train_shards_path_or_url=", "dataset.params.eval_shards_path_or_url=",
-                "experiment.output_dir=", "training.pre_encode=")
+    replaced = ("data=", "dataset.params.train_shards_path_or_url=", "eval_data=",
+                "dataset.params.eval_shards_path_or_url=", "output=", "experiment.output_dir=", "training.pre_encode=")
     kept = [setting for setting in settings if not setting.startswith(replaced)]
-    new = [f"data={out}", "training.pre_encode=true", f"experiment.output_dir={config.experiment.output_dir}-codes"]
+    new = [f"data={out}", "training.pre_encode=true", f"output={config.experiment.output_dir}-codes"]
     if config.dataset.params.eval_shards_path_or_url:
-        new.append("dataset.params.eval_shards_path_or_url=null")
+        new.append("eval_data=null")
     return shlex.join(["musekit", "train", *(paths or ()), *kept, *new])
 
 
@@ -287,7 +290,7 @@ def _add_encode(commands):
         "      model.text_encoder.pretrained=runs/small/clip --out small-codes/\n"
         "  torchrun --nproc-per-node 2 -m musekit encode run.yaml data=shards/ --out more-codes/\n"
         "                                            # one process a GPU, each with its share of the shards\n"
-        "  musekit train run.yaml data=codes/ training.pre_encode=true experiment.output_dir=runs/photos-codes\n\n"
+        "  musekit train run.yaml data=codes/ training.pre_encode=true output=runs/photos-codes\n\n"
         "The two networks are those of model.vq_model.pretrained and model.text_encoder.pretrained.\n"
         "dataset.params.num_workers threads decode pictures ahead. Pictures are cropped at the centre.",
     )

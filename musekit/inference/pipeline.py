@@ -463,7 +463,7 @@ class Pipeline(ImagePipeline):
         if (folder / "pipeline" / SETTINGS_FILE).is_file():  # the folder of a run
             folder = folder / "pipeline"
         amused = (folder / MODEL_INDEX).is_file() and not (folder / SETTINGS_FILE).is_file()
-        settings = read_amused(folder) if amused else _read_settings(folder)
+        settings = _read_settings(folder) if not amused else read_amused(folder)
         inner = {name: name for name in ("transformer", "vq_model", "text_encoder")}
         inner |= {"vq_model": "vqvae"} if amused else {}
         chosen = _part_variants(folder, inner, variant)

@@ -77,7 +77,6 @@ class ImageData(Section):
 @dataclass
 class TokenizerConfig(VQConfig):
     "Everything that defines the training of a tokenizer."
-    MOVED = {"data": "dataset.path"}
     SAME_MODEL = ("model.type", "model.params")
     SAME_DATA = (*VQConfig.SAME_DATA, "dataset.path", "dataset.eval_")
     SAME_RUN = (*VQConfig.SAME_RUN, *SAME_DATA, "model.", "dataset.resolution")

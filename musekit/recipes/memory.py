@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZER_BYTES', 'LOOK', 'DIGITS', 'weight_memory', 'without_memory', 'Batch', 'activation_bytes', 'peak_bytes',
-           'Networks', 'find_networks', 'training_memory', 'drawing_memory', 'memory_report', 'plot_memory_parts',
-           'DataReport', 'data_report', 'tokenizer_data_report']
+           'Networks', 'find_networks', 'training_memory', 'drawing_memory', 'memory_report', 'DataReport',
+           'data_report', 'tokenizer_data_report']
 
 # %% ../../nbs/07_recipes/09_memory.ipynb #c4e4c3e2
 import copy
@@ -32,12 +32,9 @@ from ..models.lora import add_lora
 from ..models.inspection import num_parameters
 from ..core.losses import _CrossEntropy, saved_bytes
 from .settings import clip_training, image_text_config, packing_options
-from musekit.recipes.networks import (
-    PRECISIONS, TRANSFORMERS, build_transformer, condition_sizes, describe_vq_model, load_text_encoder,
-    stored_config,
-)
+from .networks import PRECISIONS, TRANSFORMERS, build_transformer, describe_vq_model, stored_config
 from .image_tokenizer import PictureReader, TokenizerConfig, find_images, group_images
-from ..training.config import Config, condition_of
+from ..training.config import Config, condition_of, num_classes
 
 # %% ../../nbs/07_recipes/09_memory.ipynb #fc695c18
 OPTIMIZER_BYTES = {"adamw": 8, "fused_adamw": 8, "8bit_adamw": 2, "lion": 4}  # for each trained parameter
@@ -158,48 +155,49 @@ def peak_bytes(
     return living.most
 
 # %% ../../nbs/07_recipes/09_memory.ipynb #02725334
-def _text_model(config):
+def _text_model(config, kind):
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5EncoderModel
 
     section = config.model.text_encoder
-    if condition_of(config) != "text":
+    if kind != "text":
         return None
-    kind = CLIPTextModelWithProjection if section.type == "clip" else T5EncoderModel
+    cls = CLIPTextModelWithProjection if section.type == "clip" else T5EncoderModel
     if not section.pretrained:
         made = clip_training(config)
         sizes = {name: getattr(made, name) for name in ("hidden_size", "projection_dim", "vocab_size")}
         sizes |= {"num_hidden_layers": made.layers, "intermediate_size": 4 * made.hidden_size}
         sizes |= {"max_position_embeddings": made.max_seq_length, "num_attention_heads": 2}
-        return kind(CLIPTextConfig(**sizes, bos_token_id=0, eos_token_id=1))
+        return cls(CLIPTextConfig(**sizes, bos_token_id=0, eos_token_id=1))
     for subfolder in ("text_encoder", ""):  # of a pipeline, or all of it
         try:
             options = {"subfolder": subfolder, "local_files_only": True}
-            return kind(kind.config_class.from_pretrained(section.pretrained, **options))
+            return cls(cls.config_class.from_pretrained(section.pretrained, **options))
         except OSError:
             continue
     return None
 
 
-def _told(config, text):
-    "What `condition_sizes` gives of what the model is told; None where only the network itself could say."
-    if condition_of(config) != "text":
-        return condition_sizes(load_text_encoder(config))
+def _sizes(config, kind, text):
+    "What `condition_sizes` will give; None where only the text encoder itself could say."
+    if kind != "text":
+        return {"class_ids": num_classes(config)} if kind == "class" else {}
     width = getattr(text, "hidden_size", None) or config.model.transformer.get("encoder_hidden_size")
     return {"encoder_hidden_states": width, "cond_embeds": getattr(text, "projection_dim", None)}
 
 
-def _transformer(config, codes, text, num_tokens):
+def _transformer(config, kind, codes, text, num_tokens):
     model = config.model
     if model.pretrained_model_path:
         stored = stored_config(model.pretrained_model_path)
         return None if stored is None else TRANSFORMERS[model.architecture].from_config(stored)
-    codes, told = codes or model.transformer.get("codebook_size"), _told(config, text)
-    widths = ("codebook_size", codes), ("encoder_hidden_size", told.get("encoder_hidden_states", 0))
+    codes = codes or model.transformer.get("codebook_size")
+    conditions = _sizes(config, kind, text)
+    widths = ("codebook_size", codes), ("encoder_hidden_size", conditions.get("encoder_hidden_states", 0))
     for name, known in widths:
         if known is None:
             raise ValueError(f"model.transformer.{name} cannot be told, since not all networks to be loaded "
                              "are on this machine; set it, or fetch them.")
-    return build_transformer(config, codes, told, num_tokens)
+    return build_transformer(config, codes, conditions, num_tokens)
 
 
 @dataclass
@@ -209,20 +207,21 @@ class Networks:
     vq_model: nn.Module | None
     text_encoder: nn.Module | None
     batch: Batch  # of a micro-batch of training
+    condition: str  # of `condition_of`
 
 
 def find_networks(config: Config) -> Networks:
     "Builds what a configuration describes, without memory and without the network."
-    pixels, lora = config.dataset.preprocessing, config.model.lora
+    pixels, lora, kind = config.dataset.preprocessing, config.model.lora, condition_of(config)
     with torch.device("meta"):
-        vq_model, text = describe_vq_model(config), _text_model(config)
+        vq_model, text = describe_vq_model(config), _text_model(config, kind)
         side = pixels.resolution // (16 if vq_model is None else vq_model.downsample_factor)
         codes = None if vq_model is None else vq_model.codebook_size
-        transformer = _transformer(config, codes, None if text is None else text.config, side * side)
+        transformer = _transformer(config, kind, codes, None if text is None else text.config, side * side)
         if lora.rank and transformer is not None:
             add_lora(transformer, lora.rank, lora.alpha, target=lora.target)
     batch = Batch(config.training.batch_size, (side, side), pixels.max_seq_length)
-    return Networks(transformer, vq_model, text, batch)
+    return Networks(transformer, vq_model, text, batch, kind)
 
 # %% ../../nbs/07_recipes/09_memory.ipynb #e5cdfc68
 def training_memory(networks: Networks, config: Config) -> dict[str, int]:  # bytes by part
@@ -274,10 +273,10 @@ def _columns(rows):
     return [line(row).rstrip() for row in rows]
 
 
-def _network_rows(networks, config):
+def _network_rows(networks):
     yield "network", "class", "parameters", "trained"
     labels = {"transformer": "transformer", "vq_model": "image tokenizer"}
-    labels |= {"text_encoder": "text encoder"} if condition_of(config) == "text" else {}
+    labels |= {"text_encoder": "text encoder"} if networks.condition == "text" else {}
     for name, label in labels.items():
         model = getattr(networks, name)
         if model is None:
@@ -303,7 +302,7 @@ def _activation_rows(networks):
 def memory_report(config: Config) -> str:
     "Parameters and memory of a configuration as tables, without building anything large."
     networks = find_networks(config)
-    lines = _columns(list(_network_rows(networks, config)))
+    lines = _columns(list(_network_rows(networks)))
     if networks.transformer is None:
         return "\n".join([*lines, "", f"Memory: fetch {config.model.pretrained_model_path} first."])
     training, height, width = training_memory(networks, config), *networks.batch.grid
@@ -316,31 +315,6 @@ def memory_report(config: Config) -> str:
     drawing = [(f"drawing, {count} at a time", _size(size)) for count, size in drawing.items()]
     lines += ["", *_columns(steps), "", title, *_columns(list(_activation_rows(networks)))]
     return "\n".join([*lines, "", *_columns(drawing)])
-
-# %% ../../nbs/07_recipes/09_memory.ipynb #f6e242c0
-def plot_memory_parts(
-    cases: dict[str, dict[str, int]],  # bytes by part, as `training_memory` gives them
-    limits: list[int] = (8, 24, 80),  # GB of devices, drawn as lines
-):
-    "Memory of training by part as stacked bars, a row for each case; gives the figure."
-    import matplotlib.pyplot as plt
-
-    figure, ax = plt.subplots(figsize=(9, 0.9 + 0.32 * len(cases)), layout="constrained")
-    left = [0.0] * len(cases)
-    for part in dict.fromkeys(part for parts in cases.values() for part in parts):
-        sizes = [parts.get(part, 0) / 1e9 for parts in cases.values()]
-        ax.barh(list(cases), sizes, left=left, label=part)
-        left = [start + size for start, size in zip(left, sizes)]
-    for row, total in enumerate(left):
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        ax.text(total + 0.8, row, f"{total:.3g} GB", va="center", fontsize=8, bbox=box)
-    for limit in limits:
-        ax.axvline(limit, color="k", lw=0.8, ls=":", zorder=0)
-    ax.set(xlabel="GB", xticks=[0, *limits], xlim=(0, 1.1 * max(*left, *limits)))
-    ax.invert_yaxis()
-    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    plt.close(figure)
-    return figure
 
 # %% ../../nbs/07_recipes/09_memory.ipynb #5d9ee8c1
 LOOK = 32  # samples of a first batch, at most

@@ -115,8 +115,9 @@ def build_transformer(
         sizes |= {"num_vq_tokens": num_tokens, "max_position_embeddings": places, "num_classes": classes,
                   "add_cross_attention": text is not None, "use_codebook_size_for_output": True}
     else:
-        sizes |= {"cond_embed_dim": conditions.get("cond_embeds"), "add_cond_embeds": reads_pooled(config)}
+        sizes |= {"cond_embed_dim": conditions.get("cond_embeds")}
         sizes["block_num_heads"] = _block_heads(config.model.transformer.get("block_out_channels"))
+        sizes["add_cond_embeds"] = reads_pooled(config)
     known = {name: size for name, size in sizes.items() if size is not None}
     return TRANSFORMERS[config.model.architecture].from_config({**known, **config.model.transformer})
 
@@ -215,10 +216,11 @@ def check_codes(config: Config, vq_model: nn.Module) -> int:
 
 def _sizes_to_be(config):
     "What `condition_sizes` will give, where no text encoder must be loaded for it."
-    if condition_of(config) != "text":
-        return condition_sizes(load_text_encoder(config))
-    text = clip_training(config)
-    return {"encoder_hidden_states": text.hidden_size, "cond_embeds": text.projection_dim}
+    kind = condition_of(config)
+    if kind == "text":
+        text = clip_training(config)
+        return {"encoder_hidden_states": text.hidden_size, "cond_embeds": text.projection_dim}
+    return {"class_ids": num_classes(config)} if kind == "class" else {}
 
 
 def _try_transformer(config, codes, side, conditions):

@@ -37,7 +37,6 @@ from musekit.evaluation.evaluate import (
     MetricsConfig, choose_prompts, draw_images, evaluate, find_judge, make_extractor, on_device,
 )
 from ..inference.pipeline import Pipeline
-from .configure import validate
 from musekit.recipes.networks import (
     VQ_MODELS, condition_sizes, describe_vq_model, load_text_encoder, load_vq_model, make_transformer, only_read,
 )
@@ -68,14 +67,13 @@ class Recipe:
 
     def __init__(
         self,
-        config: Config,
+        config: Config,  # of `configure`
         *,
         accelerator: Accelerator | None = None,
         base_dir: str | Path | None = None,  # where relative shard names are also looked for
         progress: bool | None = None,  # show it, see `watched`
     ):
         settle_run_seed(config)
-        validate(config)
         self.config, self.base_dir, self.progress = config, base_dir, progress
         self.accelerator = accelerator or make_accelerator(config)
         config.training.seed = on_main_process(lambda: config.training.seed)  # one for all processes
