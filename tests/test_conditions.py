@@ -27,7 +27,7 @@ from musekit.evaluation.features import FeatureTable, collect_features
 from musekit.data.image_text import ImageTextConfig, make_loader
 from musekit.data.packing import write_shards, write_tars
 from musekit.data.pre_encoded import open_encoded
-from musekit.data.token_shards import write_token_shards
+from musekit.data.token_shards import member_name, token_members, write_unconditional
 from musekit.evaluation.metrics import DigitFeatures
 from musekit.models.paella_vq import PaellaVQModel
 from musekit.inference.pipeline import Pipeline
@@ -257,7 +257,10 @@ def encoded(place, form, text):
         if form == "parquet":
             encode_dataset(loader, networks, folder / split / "digits.parquet")
         else:
-            write_token_shards(loader, networks, folder / split, vq_checkpoint=f"{place}/vq", text_checkpoint=f"{place}/clip")
+            members = member_name(f"{place}/vq"), member_name(f"{place}/clip")
+            rows = (row for batch in loader for row in token_members(batch, networks(batch), members))
+            write_tars(rows, folder / split, prefix="tokens")
+            write_unconditional(folder / split, networks.unconditional())
     return folder
 
 

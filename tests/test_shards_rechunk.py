@@ -20,7 +20,8 @@ from musekit.shards.plan import make_plan, run_plan, tasks_of, write_shard
 from musekit.shards.rechunk import VALIDATION_SHARD, Layout, rechunk, shard_bounds
 from musekit.utils.hashing import file_hash
 from musekit.shards.remote import chunk_ranges
-from musekit.shards.sources import Selection, check_source, read_texts
+from musekit.shards.sources import check_source, read_texts
+from musekit.shards.selection import Selection
 
 GOOD = Selection(score_column="int_score", min_score=3)
 SMALL = Layout(rows_per_shard=700, rows_per_group=128, num_shards=4)
@@ -291,7 +292,8 @@ def peak_of(path, folder) -> int:
     """Peak memory in MB of a process that cuts one source."""
     code = """
 import sys
-from musekit.shards.rechunk import Layout, Selection, rechunk
+from musekit.shards.rechunk import Layout, rechunk
+from musekit.shards.selection import Selection
 rechunk(sys.argv[1:2], sys.argv[2], Selection(), Layout(2000, 1024, num_shards=100))
 print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) // 1024)
 """

@@ -12,7 +12,8 @@ import pytest
 from odd_server import BEHAVIOURS, oddly_serving
 from musekit.shards.download import Connection, fetch
 from musekit.shards.remote import RemoteFile
-from musekit.shards.sources import Selection, read_texts
+from musekit.shards.sources import read_texts
+from musekit.shards.selection import Selection
 
 
 def parquet_bytes(rows=6000):

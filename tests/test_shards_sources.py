@@ -23,7 +23,9 @@ from musekit.shards.convert import Options, convert
 from musekit.shards.download import Connection, list_files
 from musekit.shards.plan import make_plan, run_plan, verify_shards
 from musekit.shards.rechunk import Layout, Mix, layout_for, rechunk
-from musekit.shards.sources import Selection, Stream, read_texts, shuffle
+from musekit.shards.sources import Stream, read_texts
+from musekit.shards.shuffle import shuffle
+from musekit.shards.selection import Selection
 from musekit.shards.store import Cache, list_backups, read_manifest
 
 SMALL = Layout(rows_per_shard=100, rows_per_group=32, num_shards=4)
@@ -116,7 +118,7 @@ def test_every_format_by_every_way(server, rows, tmp_path, kind):
 
 def test_a_line_that_two_blocks_share(tmp_path, monkeypatch):
     """The blocks of 32 MiB in which JSON Lines are read: at every place of their edge each line is read once."""
-    import musekit.shards.sources as module
+    import musekit.shards.json_lines as module
 
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"".join(b'{"text": "%d"}\r\n' % (10 ** (row % 7)) for row in range(60)) + b'\n{"text": "the last"}')
@@ -407,9 +409,11 @@ def test_nanochat_reads_its_layout(tmp_path, monkeypatch, capsys):
 PEAK = """
 import json, sys
 from pathlib import Path
-from musekit.shards.sources import Selection, Stream, shuffle
+from musekit.shards.sources import Stream
+from musekit.shards.shuffle import shuffle
+from musekit.shards.selection import Selection
 from musekit.shards.rechunk import Layout, rechunk
-import musekit.shards.sources as module
+import musekit.shards.shuffle as module
 module._RUN, module._BUCKET = 16 << 20, 4 << 20
 source, folder, seed = sys.argv[1:]
 streams = [Stream((source,))]

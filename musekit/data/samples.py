@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['AESTHETIC_KEYS', 'WATERMARK_KEYS', 'PERSON_WORDS', 'IMAGE_EXTENSIONS', 'TEXT_EXTENSIONS', 'LAYOUTS', 'TEXT_FIELDS',
            'CLASS_FIELDS', 'MOST_CLASSES', 'field_value', 'present_numbers', 'aesthetic_score', 'micro_conditions',
-           'MetadataFilter', 'filter_report', 'plot_filter_report', 'clean_caption', 'is_image', 'decode_text',
-           'Sample', 'first_text', 'field_text', 'read_metadata', 'class_number', 'read_sample', 'load_class_names',
-           'Fields', 'class_list']
+           'MetadataFilter', 'filter_report', 'clean_caption', 'is_image', 'decode_text', 'Sample', 'first_text',
+           'field_text', 'read_metadata', 'class_number', 'read_sample', 'load_class_names', 'Fields', 'class_list']
 
 # %% ../../nbs/03_data/01_samples.ipynb #4acf3dd5
 import json
@@ -17,8 +16,6 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import matplotlib.pyplot as plt
 
 from ..utils.validation import is_unicode
 
@@ -154,18 +151,6 @@ class MetadataFilter:
 def filter_report(metadata_filter: MetadataFilter, metadatas) -> Counter:
     "How many samples are kept and how many fall to each reason."
     return Counter(metadata_filter.reason(metadata) or "kept" for metadata in metadatas)
-
-# %% ../../nbs/03_data/01_samples.ipynb #5d1e29a6
-def plot_filter_report(report: Counter):
-    "A bar per reason, the kept ones first."
-    names = ["kept"] + [name for name, _ in report.most_common() if name != "kept"]
-    figure, axes = plt.subplots(figsize=(5.5, 0.4 + 0.35 * len(names)))
-    bars = axes.barh(names[::-1], [report[name] for name in names[::-1]], color="0.7")
-    bars[-1].set_color("tab:green")
-    axes.bar_label(bars, padding=3)
-    axes.set_xlabel("samples")
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
 
 # %% ../../nbs/03_data/01_samples.ipynb #c24735ec
 PERSON_WORDS = ("a person", "someone", "somebody")

@@ -141,13 +141,14 @@ def demo(
     if recipe.trainer.stop or not recipe.accelerator.is_main_process:
         return recipe
     folder, held_out = recipe.folder, test_prompts(prompts)
+    plot_run(folder).savefig(folder / "training.png", dpi=150)
     pipeline = Pipeline.from_pretrained(folder / "pipeline", recipe.accelerator.device)
     with recipe.stage("judging"):
         results = measure(recipe, pipeline, held_out)
     with recipe.stage("pictures"):
         shown = [prompt["text"] for prompt in held_out[:: max(1, len(held_out) // 8)]][:8]
         draw_pictures(pipeline, shown, folder, config.training.seed)
-        _draw_figures(folder, results)
+        plot_confusion(results).savefig(folder / "confusion.png", dpi=150)
         if not done or not (folder / "stages.png").is_file():
             plot_stages(recipe.seconds).savefig(folder / "stages.png", dpi=150)
     spent = {"seconds": {**recipe.seconds, "all": time.perf_counter() - start}, "peak_memory_gb": peak_memory_gb()}
@@ -163,8 +164,3 @@ def _first_time(folder, spent):
     path = folder / "results.json"
     known = json.loads(path.read_text()) if path.is_file() else spent
     return {name: known.get(name, now) for name, now in spent.items()}
-
-
-def _draw_figures(folder, results):
-    plot_run(folder).savefig(folder / "training.png", dpi=150)
-    plot_confusion(results).savefig(folder / "confusion.png", dpi=150)

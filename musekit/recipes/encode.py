@@ -20,14 +20,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-import webdataset
 from torch import nn
 from transformers.utils import logging
 
 from ..models.text_encoders import TextEncoder
 from ..data.encoded import BatchEncoder, encode_dataset
 from ..data.image_text import ImageTextConfig, ShardReader
-from ..data.packing import left_out
+from ..data.packing import left_out, write_tar
 from ..data.locate import Located, locate_pictures
 from ..data.samples import Fields
 from musekit.data.pre_encoded import (
@@ -187,9 +186,7 @@ class ShardEncoder:
     def _tar(self, path, batches):
         form = tuple(self.facts["members"]), self.facts["state_dtype"]
         rows = (row for batch in batches for row in token_members(batch, self.encoder(batch), *form))
-        with write_aside(path) as aside, webdataset.TarWriter(str(aside), encoder=False, mtime=0) as writer:
-            for number, members in enumerate(rows):
-                writer.write({"__key__": f"{number:09d}", **members})
+        write_tar(path, rows)
 
 # %% ../../nbs/07_recipes/05_encode.ipynb #87e054a6
 _JOB = {}  # of a worker process

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENDPOINT', 'ORIGINAL', 'CATALOG', 'is_remote', 'is_address', 'shown', 'redact', 'names_user', 'hub_address',
-           'encode_revision', 'address_key', 'file_format', 'Dataset', 'plot_catalog', 'find_dataset', 'mix_of',
-           'dataset_of', 'read_number']
+           'encode_revision', 'address_key', 'file_format', 'Dataset', 'find_dataset', 'mix_of', 'dataset_of',
+           'read_number']
 
 # %% ../../nbs/08_shards/01_catalog.ipynb #679eecec
 import glob
@@ -22,7 +22,7 @@ import yaml
 from braceexpand import braceexpand
 
 from ..utils.hashing import text_sha256
-from ..utils.validation import nearest_name
+from ..utils.validation import is_number, nearest_name
 
 # %% ../../nbs/08_shards/01_catalog.ipynb #e07b5d14
 ENDPOINT = "https://huggingface.co"
@@ -158,8 +158,7 @@ def _wrong_types(dataset):
             yield f"{field}={value!r} is not text; put it in quotes"
     for field in ("min_score", "gigabytes"):
         value = getattr(dataset, field)
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        if value is not None and not (number and 0 <= value < math.inf):
+        if value is not None and not (is_number(value) and 0 <= value < math.inf):
             yield f"{field}={value!r} is not a number of at least 0"
     for field in ("min_characters", "max_characters", "shuffle"):
         value = getattr(dataset, field)
@@ -168,7 +167,7 @@ def _wrong_types(dataset):
     if not isinstance(dataset.skip_bad_utf8, bool):
         yield f"skip_bad_utf8={dataset.skip_bad_utf8!r} is neither true nor false"
     for weight in (weight for _, weight in dataset.mix):
-        if not isinstance(weight, Real) or isinstance(weight, bool) or not 0 < weight < math.inf:
+        if not is_number(weight) or not 0 < weight < math.inf:
             yield f"weight {weight!r}: a share in a mix is a number greater than 0"
 
 
@@ -234,23 +233,6 @@ _LINES = (
 )
 ORIGINAL = "climbmix"  # what the trainer fetches by itself
 CATALOG = {dataset.name: dataset for dataset in _LINES}
-
-# %% ../../nbs/08_shards/01_catalog.ipynb #7dc74d8c
-def plot_catalog(datasets: Iterable[Dataset], num_source: int = 3):
-    "Gigabytes of the first `num_source` files and of all files of each dataset; gives the figure."
-    import matplotlib.pyplot as plt
-
-    known = sorted((dataset for dataset in datasets if dataset.gigabytes), key=lambda each: each.gigabytes)
-    figure, ax = plt.subplots(figsize=(6.5, 0.5 + 0.25 * len(known)), layout="constrained")
-    for count, color, label in ((None, "#c6dbef", "all files"), (num_source, "#2171b5", f"first {num_source}")):
-        sizes = [dataset.gigabytes * len(dataset.paths[:count]) for dataset in known]
-        bars = ax.barh([dataset.name for dataset in known], sizes, color=color, label=label)
-        ax.bar_label(bars, [f"{size:.3g}" for size in sizes], padding=2, fontsize=7)
-    ax.set(xscale="log", xlabel="gigabytes")
-    ax.margins(x=0.15)
-    figure.legend(loc="outside upper right", ncols=2)
-    plt.close(figure)
-    return figure
 
 # %% ../../nbs/08_shards/01_catalog.ipynb #10f3d6a5
 def find_dataset(name: str, own: str | Path | None = None) -> Dataset:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULERS', 'setting', 'Section', 'Run', 'Experiment', 'WandB', 'VQModel', 'TextEncoderSection', 'Lora', 'Model',
-           'DatasetParams', 'Preprocessing', 'Dataset', 'OptimizerParams', 'Optimizer', 'SchedulerParams',
-           'LRScheduler', 'MaskSchedule', 'Steps', 'Training', 'Config']
+           'DatasetParams', 'Preprocessing', 'DatasetSection', 'OptimizerParams', 'OptimizerSection', 'SchedulerParams',
+           'LRSchedulerSection', 'MaskSchedule', 'Steps', 'Training', 'Config']
 
 # %% ../../nbs/04_training/01_schema.ipynb #740e65e8
 import dataclasses
@@ -236,7 +236,7 @@ class Preprocessing(Section):
 
 
 @dataclass
-class Dataset(Section):
+class DatasetSection(Section):
     "What is trained on."
     type: str = setting("text2image", "layout of the samples", choices=("text2image", "classification"))
     params: DatasetParams = field(default_factory=DatasetParams)
@@ -255,7 +255,7 @@ class OptimizerParams(Section):
 
 
 @dataclass
-class Optimizer(Section):
+class OptimizerSection(Section):
     "Which optimizer."
     name: str = setting("adamw", "kind", choices=("adamw", "fused_adamw", "8bit_adamw", "lion"))
     params: OptimizerParams = field(default_factory=OptimizerParams)
@@ -280,7 +280,7 @@ class SchedulerParams(Section):
 
 
 @dataclass
-class LRScheduler(Section):
+class LRSchedulerSection(Section):
     "The learning rate over the run."
     scheduler: str = setting("constant_with_warmup", "its name in transformers", choices=SCHEDULERS)
     params: SchedulerParams = field(default_factory=SchedulerParams)
@@ -383,8 +383,8 @@ class Config(Section):
     experiment: Experiment = field(default_factory=Experiment)
     wandb: WandB = field(default_factory=WandB)
     model: Model = field(default_factory=Model)
-    dataset: Dataset = field(default_factory=Dataset)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    dataset: DatasetSection = field(default_factory=DatasetSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    lr_scheduler: LRSchedulerSection = field(default_factory=LRSchedulerSection)
     mask_schedule: MaskSchedule = field(default_factory=MaskSchedule)
     training: Training = field(default_factory=Training)

@@ -31,7 +31,7 @@ from ..utils.seeds import step_seed
 from .distributed import new_accelerator
 from .loop import Loop
 from musekit.training.schema import (
-    LRScheduler, Optimizer, OptimizerParams, Run, SchedulerParams, Section, Steps, WandB, setting,
+    LRSchedulerSection, OptimizerParams, OptimizerSection, Run, SchedulerParams, Section, Steps, WandB, setting,
 )
 
 # %% ../../nbs/04_training/12_tokenizer.ipynb #ab3433ad
@@ -78,8 +78,8 @@ class VQConfig(Section):
     wandb: WandB = field(default_factory=WandB)
     loss: ReconstructionLoss = field(default_factory=ReconstructionLoss)
     codebook: Codebook = field(default_factory=Codebook)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    lr_scheduler: LRSchedulerSection = field(default_factory=LRSchedulerSection)
     training: Steps = field(default_factory=Steps)
 
 # %% ../../nbs/04_training/12_tokenizer.ipynb #5a4646ea
@@ -96,8 +96,8 @@ class VQTrainingConfig(Section):
         numbers = OptimizerParams(self.learning_rate, beta2=0.99, weight_decay=1e-4)
         return VQConfig(
             experiment=Run(output_dir=str(folder), log_every=self.log_every),
-            optimizer=Optimizer(params=numbers),
-            lr_scheduler=LRScheduler("cosine", SchedulerParams(self.steps // 10)),
+            optimizer=OptimizerSection(params=numbers),
+            lr_scheduler=LRSchedulerSection("cosine", SchedulerParams(self.steps // 10)),
             training=Steps(seed=self.seed, max_train_steps=self.steps, max_grad_norm=1.0),
         )
 

@@ -27,9 +27,9 @@ from torch.utils.data import default_collate
 
 from musekit.data.encoded import BatchEncoder, encode_dataset
 from musekit.data.image_text import ImageTextConfig, make_loader
-from musekit.data.packing import write_shards
+from musekit.data.packing import write_shards, write_tars
 from musekit.data.pre_encoded import open_encoded
-from musekit.data.token_shards import write_token_shards
+from musekit.data.token_shards import member_name, token_members, write_unconditional
 
 RESOLUTION, BATCH, BUFFER = 256, 64, 256
 NAMES = dict(vq_checkpoint="vq", text_checkpoint="text")
@@ -135,7 +135,10 @@ def token_files(folder, count, files=8):
     if not (folder / "columns" / f"{files - 1}.parquet").exists():
         shutil.rmtree(folder / "tokens", ignore_errors=True)
         encoder = BatchEncoder(Tokens(), States())
-        write_token_shards(part * files, encoder, folder / "tokens", samples_per_shard=count // files, **NAMES)
+        members = [member_name(name) for name in NAMES.values()]
+        rows = (row for batch in part * files for row in token_members(batch, encoder(batch), members))
+        write_tars(rows, folder / "tokens", prefix="tokens", samples_per_shard=count // files)
+        write_unconditional(folder / "tokens", encoder.unconditional())
         one = {name: row.clone() for name, row in States().unconditional().items()}
         encoder.unconditional = lambda zeros=False: one  # files that belong together have the same empty prompt
         for number in range(files):

@@ -109,7 +109,7 @@ def write_list(texts, out, shards):
 def musekit(source, out, codec="zstd"):
     """The kit's stream: a reader and a writer."""
     from musekit.shards.rechunk import Layout, rechunk
-    from musekit.shards.sources import Selection
+    from musekit.shards.selection import Selection
 
     rechunk([source], out, Selection("text", "int_score", 3), Layout(codec=codec))
 
@@ -165,7 +165,7 @@ def musekit_plan(source, out, workers=2):
     from concurrent.futures import ProcessPoolExecutor
 
     from musekit.shards.plan import make_plan, run_plan
-    from musekit.shards.sources import Selection
+    from musekit.shards.selection import Selection
 
     with ProcessPoolExecutor(workers) as executor:
         run_plan(make_plan([source], Selection("text", "int_score", 3), executor=executor), out, executor)
@@ -283,7 +283,7 @@ def far(source, folder, num_shards, rows_per_shard=ROWS):
     """Cuts a source that stays on a web server; what travelled, as a share of what the rows need and of the file."""
     from musekit.shards.remote import chunk_ranges
     from musekit.shards.rechunk import Layout, rechunk
-    from musekit.shards.sources import Selection
+    from musekit.shards.selection import Selection
 
     sys.path.insert(0, str(Path(__file__).parent.parent))
     from moody_server import serving
