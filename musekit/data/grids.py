@@ -17,7 +17,7 @@ def wrap_text(
     font: ImageFont.FreeTypeFont,
     width: int,  # pixels
 ) -> list[str]:
-    "Lines of at most `width` pixels; a word that is longer is cut."
+    "Lines of at most `width` pixels; longer words are broken."
     lines = [""]
     for word in str(text).split():
         if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
@@ -30,18 +30,18 @@ def wrap_text(
 
 
 def caption_font(size: int = 11) -> ImageFont.FreeTypeFont:
-    "The font that comes with matplotlib, the same on every machine."
+    "Matplotlib's font, the same on every machine."
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
 
 # %% ../../nbs/03_data/08_grids.ipynb #d0bd9140
 def image_grid(
     images: list[Image.Image],
-    captions: list[str] | None = None,  # one per image, written beneath and wrapped
+    captions: list[str] | None = None,  # one per image, wrapped beneath it
     columns: int | None = None,  # None: one row of up to 8
-    scale: float | None = None,  # None: longer side of about 96 pixels, or as they are if larger
+    scale: float | None = None,  # None: to about 96 pixels on the longer side; larger images are unchanged
     resample: Image.Resampling = Image.Resampling.BICUBIC,  # or NEAREST, to see every pixel
 ) -> Image.Image:
-    "Pictures side by side on white, enlarged."
+    "A grid of enlarged images on white, with captions."
     if not images or (columns is not None and columns < 1):
         raise ValueError(f"{len(images)} images in {columns} columns; give at least one of each")
     if captions is not None and len(captions) != len(images):
@@ -66,12 +66,12 @@ def image_grid(
 
 # %% ../../nbs/03_data/08_grids.ipynb #f20f9ec5
 def plot_decoding(
-    step_images: list[list[Image.Image]],  # per step a list of pictures
-    row: int = 0,  # which picture
+    step_images: list[list[Image.Image]],  # a list of images per step
+    row: int = 0,  # index of the image
     columns: int = 8,
     scale: float | None = None,  # as in `image_grid`
 ) -> Image.Image:
-    "One picture over the steps of its decoding."
+    "One image over its decoding steps."
     if not step_images or not 0 <= row < len(step_images[0]):
         count = len(step_images[0]) if step_images else 0
         raise ValueError(f"no picture {row} in {len(step_images)} steps of {count} pictures; "
