@@ -30,21 +30,21 @@ from ..utils.validation import is_number, whole_numbers
 # %% ../../nbs/05_inference/02_sheets.ipynb #a7b483c1
 @dataclass
 class Task:
-    "What to draw, and how."
+    "The prompts, the edit and the settings of one call of a pipeline."
 
-    prompts: list[str] | list[int]  # numbers are classes
+    prompts: list[str] | list[int]  # numbers are class labels
     negative_prompt: str | None = None
     num_images_per_prompt: int = 1
-    seed: int | list[int] = 0  # a list: one for each picture
-    image: Image.Image | None = None  # to edit, by one of the next three
-    mask: Image.Image | None = None  # of the image's size: draw anew what is white
-    margins: tuple[int, int, int, int] | None = None  # draw around it: pixels left, above, right, below
-    ratio: float | None = None  # draw this share of the tokens anew
-    generation: dict = field(default_factory=dict)  # fields of `GenerationConfig`; the others are the model's
-    model: str | None = None  # folder or hub id, where the task shall find it again
-    lora: str | None = None  # folder, file or hub id of low-rank updates to add to the model
-    lora_scale: float | None = None  # how much they count; None: 1
-    alone: int | None = None  # of its pictures, from 0, the one to keep; None: all, on a sheet
+    seed: int | list[int] = 0  # a list: one per image
+    image: Image.Image | None = None  # to edit, with exactly one of the next three
+    mask: Image.Image | None = None  # of the image's size, white where to inpaint
+    margins: tuple[int, int, int, int] | None = None  # outpainting: pixels left, above, right, below
+    ratio: float | None = None  # variation: mask ratio in (0, 1]
+    generation: dict = field(default_factory=dict)  # overrides of the model's `GenerationConfig`
+    model: str | None = None  # folder or hub id
+    lora: str | None = None  # folder, file or hub id of low-rank updates
+    lora_scale: float | None = None  # scale of the updates; None: 1
+    alone: int | None = None  # index of the one image to keep; None: all, on a sheet
 
     def __post_init__(self):
         self.prompts = prompt_list(self.prompts)
@@ -63,31 +63,31 @@ class Task:
             raise ValueError(f"alone={self.alone} is none of this task's pictures, which are 0 to {total - 1}")
 
     def change(self, **changes) -> "Task":
-        "This task with what is not None changed, settings by their names; other prompts or counts undo `alone`."
+        "A copy with changes that are not None; new prompts or a new count reset `alone`."
         own = [field.name for field in dataclasses.fields(self)]
-        given = {name: value for name, value in our_names(changes).items() if value is not None}
-        how = {name: given.pop(name) for name in list(given) if name not in own}
-        generation = self.generation | given.pop("generation", {}) | how
+        changed = {name: value for name, value in our_names(changes).items() if value is not None}
+        settings = {name: changed.pop(name) for name in list(changed) if name not in own}
+        generation = self.generation | changed.pop("generation", {}) | settings
         for name in ("sampler", "schedule"):
-            if generation.get(name) != self.generation.get(name) and f"{name}_params" not in how:
+            if generation.get(name) != self.generation.get(name) and f"{name}_params" not in settings:
                 generation.pop(f"{name}_params", None)
-        if {"prompts", "num_images_per_prompt"} & given.keys():
-            given.setdefault("alone", None)
-        return dataclasses.replace(self, **given, generation=generation)
+        if {"prompts", "num_images_per_prompt"} & changed.keys():
+            changed.setdefault("alone", None)
+        return dataclasses.replace(self, **changed, generation=generation)
 
 # %% ../../nbs/05_inference/02_sheets.ipynb #ebc3dcbe
 def complete(pipeline: ImagePipeline, task: Task) -> Task:
-    "The task with every setting of decoding filled in."
+    "The task with every generation setting filled in."
     return task.change(**dataclasses.asdict(pipeline.generation.override(**task.generation)))
 
 
 def load_pipeline(task: Task, device: str | None = None) -> Pipeline:
-    "The model that a task names, with its low-rank updates folded in if it names any."
+    "The pipeline of a task, with its low-rank updates, if any, merged."
     return add_updates(Pipeline.from_pretrained(task.model, device), task)
 
 
 def add_updates(pipeline: ImagePipeline, task: Task) -> ImagePipeline:  # the same pipeline
-    "Folds the low-rank updates that a task names, if any, into the transformer, in place."
+    "Merges the low-rank updates of a task, if any, into the transformer, in place."
     if task.lora is not None:
         scale = 1.0 if task.lora_scale is None else task.lora_scale
         merge_lora(load_lora(pipeline.transformer, task.lora, scale))
@@ -95,7 +95,7 @@ def add_updates(pipeline: ImagePipeline, task: Task) -> ImagePipeline:  # the sa
 
 
 def draw_task(pipeline: ImagePipeline, task: Task, **options) -> list[Image.Image]:
-    "All pictures of a task; `options` are further ones of the pipeline's call, such as batch_size."
+    "All images of a task; `options` are further arguments of the pipeline's call, such as batch_size."
     how = {**task.generation, **options, "seed": task.seed, "negative_prompt": task.negative_prompt,
            "num_images_per_prompt": task.num_images_per_prompt}
     if task.mask is not None:
@@ -108,7 +108,7 @@ def draw_task(pipeline: ImagePipeline, task: Task, **options) -> list[Image.Imag
 
 
 def _given(pipeline, task):
-    "The picture to edit, what will be drawn anew faint."
+    "The image to edit, its masked region faint."
     if task.mask is None:
         return task.image
     hidden, factor = read_mask(task.mask, task.image.size), pipeline.factor
@@ -118,7 +118,7 @@ def _given(pipeline, task):
 
 
 def lay_out(pipeline: ImagePipeline, task: Task, images: list[Image.Image]) -> Image.Image:
-    "The pictures of a task on one sheet, or the one that it keeps as it is."
+    "The images of a task on one sheet, or the single one that it keeps."
     if task.alone is not None:
         return images[task.alone]
     captions = [prompt for prompt in task.prompts for _ in range(task.num_images_per_prompt)]
@@ -129,20 +129,20 @@ def lay_out(pipeline: ImagePipeline, task: Task, images: list[Image.Image]) -> I
 
 
 def draw_sheet(pipeline: ImagePipeline, task: Task, **options) -> tuple[Image.Image, Task]:
-    "What `lay_out` makes of a task, and the task with every setting of decoding filled in."
+    "The sheet of a task, and the task with every generation setting filled in."
     task = complete(pipeline, task)
     return lay_out(pipeline, task, draw_task(pipeline, task, **options)), task
 
 # %% ../../nbs/05_inference/02_sheets.ipynb #f4d50def
 def _to_text(image):
-    "A picture without loss, as text."
+    "An image as base64 of its PNG."
     with io.BytesIO() as stream:
         image.save(stream, "PNG")
         return base64.b64encode(stream.getvalue()).decode()
 
 
 def _plain(value):
-    "What JSON does not know by itself: paths, and numbers of NumPy and PyTorch."
+    "Paths, and numbers of NumPy and PyTorch, as JSON types."
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "tolist"):
@@ -151,20 +151,20 @@ def _plain(value):
 
 
 def write_sheet(sheet: Image.Image, task: Task, path: str | Path):
-    "Writes the picture; in a PNG with the task, so that `read_task` finds it."
+    "Writes the picture; in a PNG, with the task for `read_task`."
     path, pnginfo = Path(path), PngImagePlugin.PngInfo()
-    given = {name: value for name, value in vars(task).items() if value is not None}
-    words = {"version": __version__, **given}
-    words |= {name: _to_text(words[name]) for name in words.keys() & {"image", "mask"}}
+    fields = {name: value for name, value in vars(task).items() if value is not None}
+    entries = {"version": __version__, **fields}
+    entries |= {name: _to_text(entries[name]) for name in entries.keys() & {"image", "mask"}}
     kind = Image.registered_extensions()[path.suffix.lower()]
     if kind == "PNG":
-        pnginfo.add_text(DRAWN, json.dumps(words, default=_plain))
+        pnginfo.add_text(DRAWN, json.dumps(entries, default=_plain))
     with write_aside(path) as aside:
         sheet.save(aside, kind, **({"pnginfo": pnginfo} if kind == "PNG" else {}))
 
 
 def write_singles(images: list[Image.Image], task: Task, folder: str | Path) -> list[Path]:
-    "Writes each picture of a task as a PNG of its own, with what makes that picture again."
+    "Writes each image of a task as its own PNG, with the task that reproduces it."
     folder, numbers = Path(folder), range(len(images)) if task.alone is None else [task.alone]
     folder.mkdir(parents=True, exist_ok=True)
     paths = {number: folder / f"{number:03}.png" for number in numbers}
@@ -173,29 +173,29 @@ def write_singles(images: list[Image.Image], task: Task, folder: str | Path) -> 
     return list(paths.values())
 
 
-# the types of what may be written
+# types of the entries in the JSON
 _WRITTEN = {"negative_prompt": (str, list), "generation": dict, "margins": list, "ratio": (int, float),
             "image": str, "mask": str, "model": str, "lora": str, "lora_scale": (int, float), "alone": int}
 
 
 def _parse_task(written):
-    "The task of a text; a ValueError or TypeError where it is none."
-    known = json.loads(written)
-    if not isinstance(known, dict) or "prompts" not in known:
+    "The task in a JSON text; ValueError or TypeError if it is not one."
+    entries = json.loads(written)
+    if not isinstance(entries, dict) or "prompts" not in entries:
         raise ValueError("it does not say which prompts")
-    known.pop("version", None)
-    refuse_unknown(known, [field.name for field in dataclasses.fields(Task)])
+    entries.pop("version", None)
+    refuse_unknown(entries, [field.name for field in dataclasses.fields(Task)])
     for name, kind in _WRITTEN.items():
-        if name in known and not isinstance(known[name], kind):
-            raise ValueError(f"{name} cannot be {known[name]!r:.60}")
-    for name in known.keys() & {"image", "mask"}:
-        known[name] = Image.open(io.BytesIO(base64.b64decode(known[name])))
-        known[name].load()
-    return Task(**known)
+        if name in entries and not isinstance(entries[name], kind):
+            raise ValueError(f"{name} cannot be {entries[name]!r:.60}")
+    for name in entries.keys() & {"image", "mask"}:
+        entries[name] = Image.open(io.BytesIO(base64.b64decode(entries[name])))
+        entries[name].load()
+    return Task(**entries)
 
 
 def read_task(path: str | Path) -> Task:
-    "The task of a picture that `write_sheet` wrote; FileNotFoundError or ValueError where there is none."
+    "The task stored by `write_sheet`; FileNotFoundError or ValueError if there is none."
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no picture {path}")
     try:
@@ -213,7 +213,7 @@ def read_task(path: str | Path) -> Task:
 def draw_again(
     path: str | Path, pipeline: ImagePipeline | None = None, **changes
 ) -> tuple[Image.Image, Task]:
-    "The picture once more, with a pipeline or the model it names; `changes` as of `Task.change`."
+    "Reproduces a picture, with the pipeline or the model of its task; `changes` as in `Task.change`."
     task = read_task(path).change(**changes)
     if pipeline is None and task.model is None:
         raise ValueError(f"{path} does not say which model drew it; pass one")

@@ -42,7 +42,7 @@ UVIT_NAMES = (
     ("transformer_layers.#.norm2.linear.", "transformer_layers.#.cross_attn_adaLN_modulation.mapper."),
     ("transformer_layers.#.norm3.norm.", "transformer_layers.#.ffn.pre_mlp_layer_norm."),
     ("transformer_layers.#.norm3.linear.", "transformer_layers.#.ffn.adaLN_modulation.mapper."),
-    (".ff.net.0.proj.", ".ffn.wi."),  # wi: wi_1 and wi_0, one above the other
+    (".ff.net.0.proj.", ".ffn.wi."),  # wi: wi_1 and wi_0, stacked
     (".ff.net.2.", ".ffn.wo."),
     (".attn1.", ".attention."), (".attn2.", ".crossattention."),
     (".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".out."),
@@ -53,7 +53,7 @@ VQ_NAMES = (
     ("mid_block.attentions.0.", "mid.attn_1."),
     ("mid_block.resnets.1.", "mid.block_2."),
     ("down_blocks.#.", "down.#."),
-    ("up_blocks.#.", "up.#."),  # and counted from the other end
+    ("up_blocks.#.", "up.#."),  # numbered from the other end
     (".resnets.#.", ".block.#."), (".attentions.#.", ".attn.#."),
     (".downsamplers.0.", ".downsample."), (".upsamplers.0.", ".upsample."),
     (".conv_shortcut.", ".nin_shortcut."), (".conv_norm_out.", ".norm_out."), (".group_norm.", ".norm."),
@@ -62,9 +62,9 @@ VQ_NAMES = (
 )
 
 def rename(weights, names, backwards=False):
-    """The same tensors under the names that rows (theirs, ours) give, from the first row to the last.
+    """The tensors renamed by rows (theirs, ours), from the first to the last.
 
-    A row applies wherever its left side stands in a name; # is a number, which stays.
+    A row replaces its left side anywhere in a name; # is a number, which is kept.
     backwards: ours to theirs, from the last row to the first
     """
     names, renamed = [row[::-1] for row in reversed(names)] if backwards else names, {}
@@ -100,23 +100,23 @@ VQ_SETTINGS = {
 
 # %% ../../nbs/02_models/15_diffusers.ipynb #e6ffde1f
 def _settings(config, defaults, name):
-    """Their settings with `defaults` for those unsaid; keys that start with "_" are remarks."""
-    given = {key: value for key, value in ModelConfig(config).items() if not key.startswith("_")}
-    for key in given:
+    """Their settings, completed with `defaults`; keys that start with "_" are ignored."""
+    settings = {key: value for key, value in ModelConfig(config).items() if not key.startswith("_")}
+    for key in settings:
         if key not in defaults:
             raise ValueError(f"{name} has a setting {key!r} that is not known here; there are "
                              f"{', '.join(defaults)}. Save it with another version of diffusers.")
-    return defaults | given
+    return defaults | settings
 
 def _allow(name, config, **allowed):
-    """Raises ValueError for the first setting whose value is none of those allowed."""
+    """Raises ValueError for the first setting whose value is not allowed."""
     for key, values in allowed.items():
         if config[key] not in values:
             raise ValueError(f"{name} with {key}={config[key]!r} has no counterpart; it must be "
                              f"{' or '.join(map(repr, values))}.")
 
 def _expressible(config, cls, known):
-    """All settings of a model here; ValueError for one that is none of `known` and off its default."""
+    """All settings of our model; ValueError for one outside `known` that is not at its default."""
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
     full = ModelConfig({one.name: config.get(one.name, one.default) for one in parameters})
     _allow(cls.__name__, full, **{one.name: (one.default,) for one in parameters if one.name not in known})
@@ -124,7 +124,7 @@ def _expressible(config, cls, known):
 
 # %% ../../nbs/02_models/15_diffusers.ipynb #98129a22
 def _split_gates(weights):
-    """Cuts every `ffn.wi` of 2 I rows into `ffn.wi_1`, the upper half, and `ffn.wi_0`, which meets GELU."""
+    """Splits every `ffn.wi` of 2 I rows into `ffn.wi_1`, the upper half, and `ffn.wi_0`, for the GELU."""
     cut = {name: tensor for name, tensor in weights.items() if ".ffn.wi." not in name}
     for name in [name for name in weights if ".ffn.wi." in name]:
         for part, half in zip((".ffn.wi_1.", ".ffn.wi_0."), weights[name].chunk(2)):
@@ -132,7 +132,7 @@ def _split_gates(weights):
     return cut
 
 def _join_gates(weights):
-    """The opposite of `_split_gates`."""
+    """The inverse of `_split_gates`."""
     joined = {name: tensor for name, tensor in weights.items() if ".ffn.wi_" not in name}
     for name in [name for name in weights if ".ffn.wi_1." in name]:
         halves = weights[name], weights[name.replace(".wi_1.", ".wi_0.")]
@@ -140,7 +140,7 @@ def _join_gates(weights):
     return joined
 
 def _block_norms(weights):
-    """The names of the norms of attention blocks, each with that of the queries which alone read it."""
+    """Names of the norms of attention blocks -> names of the queries, their only readers."""
     queries = [name for name in weights if re.search(r"attention_blocks\.\d+\.\w+\.query\.weight", name)]
     return {name.replace("attention.query", "attn_layer_norm"): name for name in queries}
 
@@ -151,7 +151,7 @@ def _fold_norms(weights):
     return {name: tensor for name, tensor in (weights | folded).items() if name not in norms}
 
 def _unfold_norms(weights):
-    """Gives attention blocks norms of one."""
+    """Adds norm weights of one to attention blocks."""
     norms = _block_norms(weights).items()
     return weights | {norm: torch.ones_like(weights[query][0]) for norm, query in norms}
 
@@ -174,8 +174,8 @@ def uvit_to_diffusers(config, weights):
 
     Raises ValueError for a setting that has no counterpart.
     """
-    known = (*UVIT_SETTINGS.values(), "block_out_channels", "default_shape", "initializer_range")
-    ours = _expressible(config, MaskGiTUViT, known)
+    translated = (*UVIT_SETTINGS.values(), "block_out_channels", "default_shape", "initializer_range")
+    ours = _expressible(config, MaskGiTUViT, translated)
     height, width = ours.default_shape
     _allow("MaskGiTUViT", ours, layer_norm_eps=(1e-6,), default_shape=((height, height),))
     theirs = {"_class_name": "UVit2DModel"} | UVIT_DEFAULTS
@@ -190,19 +190,19 @@ CONVERTERS["UVit2DModel"] = uvit_from_diffusers
 
 # %% ../../nbs/02_models/15_diffusers.ipynb #ef8e3cdd
 def _flip_levels(weights, levels):
-    """Counts the levels of the decoder, `decoder.up.#`, from the other end."""
-    flip = lambda found: f"decoder.up.{levels - 1 - int(found[1])}."
+    """Numbers the levels of the decoder, `decoder.up.#`, from the other end."""
+    flip = lambda match: f"decoder.up.{levels - 1 - int(match[1])}."
     return {re.sub(r"\bdecoder\.up\.(\d+)\.", flip, name): tensor for name, tensor in weights.items()}
 
 def _reshape_attention(weights, shape):
-    """Gives every matrix of an attention the function `shape` of it."""
+    """Applies the function `shape` to every matrix of an attention."""
     is_map = re.compile(r"\.(attn\.\d+|attn_1)\.(q|k|v|proj_out)\.weight$")
     return {name: shape(tensor) if is_map.search(name) else tensor for name, tensor in weights.items()}
 
 def _attention_levels(theirs):
     """Which levels have attention, finest first; ValueError unless it is the same in encoder and decoder.
 
-    Where a level of the encoder has a single attention, published models in the layout here do not run it.
+    Published models in our layout do not run a level's attention where it is the only one.
     """
     levels = [kind.startswith("Attn") for kind in theirs["down_block_types"]]
     _allow("VQModel", theirs, down_block_types=(_block_types("DownEncoder", levels),),
@@ -246,9 +246,10 @@ def vq_to_diffusers(config, weights):
 
     Raises ValueError for a setting that has no counterpart.
     """
-    known = (*VQ_SETTINGS.values(), "attn_resolutions", "hidden_channels", "channel_mult",
-             "no_attn_mid_block", "quantized_embed_dim", "dropout", "commitment_cost", "quantizer_params")
-    ours = _expressible(config, VQGANModel, known)
+    translated = (*VQ_SETTINGS.values(), "attn_resolutions", "hidden_channels", "channel_mult",
+                  "no_attn_mid_block", "quantized_embed_dim", "dropout", "commitment_cost",
+                  "quantizer_params")
+    ours = _expressible(config, VQGANModel, translated)
     levels = [ours.resolution >> level in ours.attn_resolutions for level in range(len(ours.channel_mult))]
     theirs = {"_class_name": "VQModel"} | VQ_DEFAULTS
     theirs |= {name: ours[other] for name, other in VQ_SETTINGS.items()}
@@ -265,7 +266,7 @@ CONVERTERS["VQModel"] = vq_from_diffusers
 
 # %% ../../nbs/02_models/15_diffusers.ipynb #07e9f4fb
 def to_diffusers(config, weights):
-    """Settings and tensors of a `MaskGiTUViT` or `VQGANModel` as diffusers' counterpart has them."""
+    """A `MaskGiTUViT`'s or `VQGANModel`'s settings and tensors in diffusers' layout."""
     name = config["_class_name"]
     converters = {"MaskGiTUViT": uvit_to_diffusers, "VQGANModel": vq_to_diffusers}
     if name not in converters:
@@ -273,10 +274,10 @@ def to_diffusers(config, weights):
     return converters[name](config, weights)
 
 def save_diffusers(model, folder):
-    """Writes `config.json` and `diffusion_pytorch_model.safetensors`, which diffusers' own class loads.
+    """Writes `config.json` and `diffusion_pytorch_model.safetensors` for diffusers' own class.
 
     model: a `MaskGiTUViT` or `VQGANModel`
-    Raises ValueError for another model, or a setting that has no counterpart; then nothing is written.
+    Raises ValueError, before anything is written, for another model or a setting without counterpart.
     """
     state = model.adapter.merged(model) if model.adapter else model.state_dict()
     config, weights = to_diffusers({"_class_name": type(model).__name__, **model.config}, state)
@@ -301,11 +302,11 @@ AMUSED_GENERATION = {"steps": 12, "guidance_scale": 10.0, "temperature": (2.0, 0
 AMUSED_SCHEDULES = ("cosine", "linear")
 
 def read_amused(folder):
-    """What the folder of an aMUSEd pipeline says beside its weights: dict[str, Any].
+    """The settings in the folder of an aMUSEd pipeline: dict[str, Any].
 
-    Gives the classes "transformer" and "vq_model", the arguments "text_encoder" of
+    Its keys are the classes "transformer" and "vq_model", the arguments "text_encoder" of
     `TextEncoder.from_pretrained`, and "grid", "micro_conds", "zero_uncond", "generation" of `Pipeline`.
-    Raises ValueError for another pipeline or a setting without counterpart, FileNotFoundError for no part.
+    Raises ValueError for others or settings without counterpart, FileNotFoundError for missing parts.
     """
     folder = Path(folder)
     name = read_json(folder / MODEL_INDEX).get("_class_name")
@@ -329,10 +330,10 @@ def read_amused(folder):
     }
 
 def save_amused(folder, transformer, vq_model, schedule="cosine"):
-    """Writes those parts of an aMUSEd pipeline that are diffusers' own: all but text model and tokenizer.
+    """Writes the parts of an aMUSEd pipeline in diffusers' layout: all but text model and tokenizer.
 
     transformer: a `MaskGiTUViT`; vq_model: a `VQGANModel`; schedule: one of `AMUSED_SCHEDULES`
-    Raises ValueError for what the pipeline cannot express.
+    Raises ValueError for settings that the pipeline cannot express.
     """
     width, latents = (vq_model.config.get(name) for name in ("quantized_embed_dim", "z_channels"))
     if schedule not in AMUSED_SCHEDULES:

@@ -23,11 +23,11 @@ _TEXT_MODELS = {
     ("clip", False): CLIPTextModel,
     ("t5", False): T5EncoderModel,
 }
-_LONGEST = 4096  # T5 has no limit of its own, and its tokenizer may call 10^30 one
+_LONGEST = 4096  # T5 has no limit of its own, and its tokenizer's may be 10^30
 
 
 def _find_text_model(path):
-    "(configuration, its folder, the tokenizer's): a pipeline has two folders, a text model all at its root."
+    "The config, its subfolder and the tokenizer's: those of a pipeline, or the root of a text model."
     for model_folder, tokenizer_folder in (("text_encoder", "tokenizer"), ("", "")):
         try:
             config = AutoConfig.from_pretrained(path, subfolder=model_folder)
@@ -56,7 +56,7 @@ def load_transformers_model(
     dtype: torch.dtype | None = None,  # None keeps the stored one
     variant: str | None = None,  # such as "fp16", see `weight_paths`
 ) -> nn.Module:
-    "The model with all of its weights; a ValueError where some are missing or not finite."
+    "The model with its stored weights; ValueError if any are missing or not finite."
     config = cls.config_class.from_pretrained(path, subfolder=subfolder)
     folder = find_folder(path, subfolder=subfolder or None, variant=variant)
     weights = unwrap_names(load_weights(folder, variant))
@@ -68,20 +68,20 @@ def load_transformers_model(
                 weights = match_names(model.state_dict(), weights, folder)
                 model, report = cls.from_pretrained(None, state_dict=weights, **options)
     except RuntimeError as error:
-        told = one_line(error, 300)
-        raise ValueError(f"{folder} does not fit its config.json: {told}") from error
+        reason = one_line(error, 300)
+        raise ValueError(f"{folder} does not fit its config.json: {reason}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         pooled = missing == ["text_projection.weight"]
         hint = "; it has no pooled embedding: pass use_pooled=False" * pooled
-        told = f"{len(missing)} of the {len(model.state_dict())} tensors of a {cls.__name__}"
-        raise ValueError(f"{folder} lacks {told}, such as {missing[0]}{hint}")
+        count = f"{len(missing)} of the {len(model.state_dict())} tensors of a {cls.__name__}"
+        raise ValueError(f"{folder} lacks {count}, such as {missing[0]}{hint}")
     check_finite(dict(model.named_parameters()), folder)
     return model
 
 
 class TextEncoder(nn.Module):
-    "A frozen text model with its tokenizer: prompts in, condition tensors out."
+    "A frozen text model with its tokenizer: prompts to condition tensors."
 
     def __init__(self, model: nn.Module, tokenizer, *, max_seq_length: int | None = None, use_pooled=False):
         super().__init__()
@@ -92,7 +92,7 @@ class TextEncoder(nn.Module):
         if not 2 <= self.max_seq_length <= longest:
             raise ValueError(f"max_seq_length={self.max_seq_length}: this model reads 2 to {longest}; set it")
         tokenizer.model_max_length = self.max_seq_length
-        self.texts_read, self.texts_cut = 0, 0  # cut: longer than max_seq_length, the rest unread
+        self.texts_read, self.texts_cut = 0, 0  # cut: truncated to max_seq_length
 
     @classmethod
     def from_pretrained(
@@ -100,17 +100,17 @@ class TextEncoder(nn.Module):
         path: str | Path,  # folder or hub id: a text model, or text_encoder/ and tokenizer/
         kind: str = "clip",  # "clip" or "t5"
         *,
-        max_seq_length: int | None = None,  # every prompt is padded or cut to it; None: the tokenizer's or the model's limit
-        pad_token_id: int | None = None,  # another padding token than the tokenizer's, 0 included
+        max_seq_length: int | None = None,  # to pad or truncate to; None: the tokenizer's or model's limit
+        pad_token_id: int | None = None,  # replaces the tokenizer's padding token; may be 0
         dtype: torch.dtype | None = None,  # None keeps the stored one
-        use_pooled: bool | None = None,  # also the projected pooled embedding; None: CLIP yes, T5 no
+        use_pooled: bool | None = None,  # also return the projected pooled embedding; None: CLIP yes, T5 no
         variant: str | None = None,  # such as "fp16", see `weight_paths`
     ) -> "TextEncoder":
         "Loads a text model in the layout of transformers or of a diffusers pipeline."
         use_pooled = kind == "clip" if use_pooled is None else use_pooled
         if (kind, use_pooled) not in _TEXT_MODELS:
-            asked = f"kind={kind!r} with use_pooled={use_pooled}"
-            raise ValueError(f"{asked}: use 'clip', or 't5' without pooled embedding")
+            setting = f"kind={kind!r} with use_pooled={use_pooled}"
+            raise ValueError(f"{setting}: use 'clip', or 't5' without pooled embedding")
         config, model_folder, tokenizer_folder = _find_text_model(path)
         if kind not in config.model_type:
             raise ValueError(f"{path} holds a {config.model_type!r} model, not a {kind!r} one")
@@ -126,7 +126,7 @@ class TextEncoder(nn.Module):
 
     @property
     def settings(self) -> dict:
-        "The arguments of `load_encoder` that read it again."
+        "The arguments of `load_encoder` that reload it."
         kind = "t5" if "t5" in self.model.config.model_type else "clip"
         return {"kind": kind, "max_seq_length": self.max_seq_length, "use_pooled": self.use_pooled}
 
@@ -140,7 +140,7 @@ class TextEncoder(nn.Module):
         return super().train(False)
 
     def to(self, *args, **options) -> "TextEncoder":
-        "Moves and converts; what overflows in half precision stays in float32 there, as T5's `wo` does."
+        "Moves and converts; layers that overflow in float16, such as T5's `wo`, stay in float32."
         dtype = torch._C._nn._parse_to(*args, **options)[1]
         wide = set(getattr(self.model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
         kept = {name: p.data for name, p in self.named_parameters() if set(name.split(".")) & set(wide)}
@@ -151,7 +151,7 @@ class TextEncoder(nn.Module):
         return self
 
     def tokenize(self, texts: list[str]) -> Tensor:
-        "Token ids (B, L) int64, every text padded or cut to `max_seq_length`; counts those that are cut."
+        "Token ids (B, L) int64, padded or truncated to `max_seq_length`; counts the truncated texts."
         texts = list(texts)
         for text in texts:
             if not is_unicode(text):
@@ -162,7 +162,7 @@ class TextEncoder(nn.Module):
         return encoded.input_ids
 
     def _count_cut(self, texts, encodings):
-        "How many texts are longer than what is read; tokenizers written in Python do not say so themselves."
+        "How many texts are truncated; slow tokenizers do not report it."
         if encodings is not None:
             return sum(bool(each.overflowing) for each in encodings)
         room = self.max_seq_length - self.tokenizer.num_special_tokens_to_add()
@@ -178,28 +178,28 @@ class TextEncoder(nn.Module):
         return {"encoder_hidden_states": output.hidden_states[-2], "cond_embeds": output.text_embeds}
 
     def unconditional(self, zeros: bool = False) -> dict[str, Tensor]:
-        "The same tensors for the empty prompt, without the batch dimension; or zeros in their place."
+        "The conditions of the empty prompt, or zeros, without the batch dimension."
         empty = {name: rows[0] for name, rows in self([""]).items()}
         return {name: torch.zeros_like(row) for name, row in empty.items()} if zeros else empty
 
 # %% ../../nbs/02_models/14_text_encoders.ipynb #b03fa091
 class _WithoutText(nn.Module):
-    "What all encoders have; these two have no weights."
+    "The interface of encoders without weights."
 
     use_pooled = False
 
     def save_pretrained(self, folder: str | Path):
-        "Writes nothing: `settings` says it all."
+        "Writes nothing: `settings` suffices."
 
     def unconditional(self, zeros: bool = False) -> dict[str, Tensor]:
-        "What an omitted prompt is, without the batch dimension."
+        "The conditions of the empty prompt, without the batch dimension."
         if zeros:
             raise ValueError("zeros can stand for a text, not for a class; use the empty prompt")
         return {name: rows[0] for name, rows in self([""]).items() if rows[0].numel()}
 
 
 class ClassEncoder(_WithoutText):
-    "Classes in place of texts: numbers or names in, `class_ids` out; the empty text is no class."
+    "Class numbers or names to `class_ids`; the empty text is no class."
 
     def __init__(self, num_classes: int, names: dict[int, str] | None = None):
         super().__init__()
@@ -208,28 +208,28 @@ class ClassEncoder(_WithoutText):
 
     @property
     def settings(self) -> dict:
-        "The arguments of `load_encoder` that make it again."
+        "The arguments of `load_encoder` that recreate it."
         return {"kind": "class", "num_classes": self.num_classes, "names": self.names}
 
     def find(self, text: str) -> int:
-        "The number of a class; a ValueError for what is none, or the name of several."
+        "The number of a class; ValueError if there is none, or several have the name."
         if not text:
             return self.num_classes
-        found = [number for number, name in self.names.items() if name == text]
+        matches = [number for number, name in self.names.items() if name == text]
         if text.isdecimal() and int(text) < self.num_classes:
-            found = [int(text)]
-        if len(found) != 1:
-            told = f"the name of {found}" if found else "neither a number nor a name of them"
-            raise ValueError(f"the model draws classes 0 .. {self.num_classes - 1}, and {text!r} is {told}")
-        return found[0]
+            matches = [int(text)]
+        if len(matches) != 1:
+            problem = f"the name of {matches}" if matches else "neither a number nor a name of them"
+            raise ValueError(f"the model draws classes 0 .. {self.num_classes - 1}, and {text!r} is {problem}")
+        return matches[0]
 
     def forward(self, texts: list[str]) -> dict[str, Tensor]:
-        "`class_ids` (B,) int64, `num_classes` for no class."
+        "`class_ids` (B,) int64, with `num_classes` for no class."
         return {"class_ids": torch.tensor([self.find(text) for text in texts], device="cpu")}
 
 
 class NoEncoder(_WithoutText):
-    "For a model that is told nothing: takes empty texts, and says how many there were."
+    "For an unconditional model: empty texts to tensors without content."
 
     settings, default_prompt = {"kind": "none"}, ""
 
@@ -246,9 +246,9 @@ def load_encoder(
     kind: str,  # "clip", "t5", "class" or "none"
     *,
     variant: str | None = None,  # of a text model's weights, see `weight_paths`
-    **settings,  # the rest of an encoder's `settings`
+    **settings,  # the other `settings` of the encoder
 ) -> nn.Module:
-    "The encoder with these settings that `save_pretrained` left in a folder."
+    "The encoder with these settings, saved by `save_pretrained`."
     if kind == "class":
         return ClassEncoder(**settings)
     if kind == "none":
