@@ -157,7 +157,7 @@ class MaskGitTransformer(PretrainedModel):
         self.default_shape = (side, side) if side * side == num_vq_tokens else None
         self.gradient_checkpointing, self.grid_multiple = False, patch_size  # of both sides of a grid
         norm = partial(make_norm, norm_type, eps=layer_norm_eps, use_bias=use_bias)
-        optional = lambda wanted: norm if wanted else nn.Identity
+        optional = lambda enabled: norm if enabled else nn.Identity
         channels, text_dim = embedding_size or hidden_size, None
         if use_conv_in_out:
             self.embed = PatchEmbedding(self.config, channels, norm)
