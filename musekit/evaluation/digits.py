@@ -21,7 +21,7 @@ from ..data.digits import INKS, PAPERS, enlarge, split_samples
 def as_pixels(
     images: Sequence[Image.Image] | np.ndarray,  # 32 x 32 pixels each; an array is uint8 (n, 32, 32, 3)
 ) -> np.ndarray:  # uint8 (n, 32, 32, 3)
-    "Pictures as an array; another size is a ValueError, since judging a resized picture judges the resizing."
+    "Images as an array; ValueError for another size, since resizing would affect the judgement."
     if not isinstance(images, np.ndarray):
         sizes = sorted({image.size for image in images})
         if sizes != [(32, 32)]:
@@ -38,9 +38,9 @@ _INKS, _PAPERS = (np.array(list(colours.values()), np.float32) for colours in (I
 
 def unmix(
     pixels: np.ndarray,  # uint8 (n, 32, 32, 3)
-    paper_tolerance: float = 25.0,  # how far from a paper's colour a pixel may be to count for it
+    paper_tolerance: float = 25.0,  # maximal distance of a pixel from a paper's colour to count for it
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (n,), (n,), (n, 1024) float32 in [0, 1]
-    "Places in INKS, places in PAPERS, and how much of the ink covers each pixel."
+    "Indices of inks in INKS and of papers in PAPERS, and the ink's coverage of each pixel."
     colours = pixels.reshape(len(pixels), -1, 3).astype(np.float32)
     near = np.linalg.norm(colours[:, :, None] - _PAPERS, axis=-1) < paper_tolerance
     paper = near.sum(1).argmax(1)
@@ -53,7 +53,7 @@ def unmix(
 
 # %% ../../nbs/06_evaluation/02_digits.ipynb #a3cdcaa1
 class DigitJudge:
-    "Says what digit, ink and paper a picture shows; trained on real handwriting alone."
+    "Reads digit, ink and paper of an image; trained on real handwriting alone."
 
     def __init__(self):
         data, (train, test) = load_digits(), split_samples()
@@ -62,13 +62,13 @@ class DigitJudge:
         self.test_coverage = coverage[test]
         self.classifier = SVC(C=10, gamma="scale").fit(self.train_coverage, self.train_digits)
         unseen = self.classifier.score(self.test_coverage, data.target[test])
-        self.accuracy = float(unseen)  # share right of handwriting it never saw
+        self.accuracy = float(unseen)  # on the test split
 
     def __call__(
         self,
         images: Sequence[Image.Image] | np.ndarray,  # see `as_pixels`
     ) -> dict[str, np.ndarray]:
-        "`digit` int (n,), `ink` and `paper` names (n,), `coverage` float32 (n, 1024) of each picture."
+        "`digit` int (n,), `ink` and `paper` names (n,), `coverage` float32 (n, 1024) of the images."
         ink, paper, coverage = unmix(as_pixels(images))
         names = {"ink": np.array(list(INKS))[ink], "paper": np.array(list(PAPERS))[paper]}
         return {"digit": self.classifier.predict(coverage), **names, "coverage": coverage}
@@ -78,7 +78,7 @@ CLAIMS = ("digit", "ink", "paper")
 
 
 def _shares(right):
-    "Shares that are right, of each claim and of all three at once."
+    "The accuracy of each claim and of all three jointly."
     shares = dict(zip(CLAIMS, right.mean(0).tolist()))
     return {"count": len(right), **shares, "joint": float(right.all(1).mean())}
 
@@ -86,27 +86,27 @@ def _shares(right):
 def score(
     judge: DigitJudge,
     images: Sequence[Image.Image] | np.ndarray,  # one per prompt, see `as_pixels`
-    prompts: Sequence[dict],  # what each should show: digit, ink, paper, and if there are groups, group
-) -> dict:  # "overall", "groups" by name, "digits" by digit: shares; "confusion": counts, 10 asked x 10 read
-    "How often pictures show what was asked for."
+    prompts: Sequence[dict],  # with digit, ink, paper, and optionally group
+) -> dict:  # "overall", "groups" by name, "digits" by digit: shares; "confusion": counts, 10 digits x 10 read
+    "How often images match their prompts."
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images for {len(prompts)} prompts; give one image per prompt")
     reading = judge(images)
     wanted = {claim: np.array([prompt[claim] for prompt in prompts]) for claim in CLAIMS}
-    right, asked = np.stack([reading[claim] == wanted[claim] for claim in CLAIMS], 1), wanted["digit"]
+    right, digits = np.stack([reading[claim] == wanted[claim] for claim in CLAIMS], 1), wanted["digit"]
     groups = np.array([prompt.get("group", "all") for prompt in prompts])
     confusion = np.zeros((10, 10), int)
-    np.add.at(confusion, (asked, reading["digit"]), 1)
+    np.add.at(confusion, (digits, reading["digit"]), 1)
     return {
         "overall": _shares(right),
         "groups": {str(name): _shares(right[groups == name]) for name in dict.fromkeys(groups)},
-        "digits": {digit: _shares(right[asked == digit]) for digit in sorted(set(asked.tolist()))},
+        "digits": {digit: _shares(right[digits == digit]) for digit in sorted(set(digits.tolist()))},
         "confusion": confusion.tolist(),
     }
 
 # %% ../../nbs/06_evaluation/02_digits.ipynb #1de34a85
 def format_score(score: dict) -> str:
-    "The shares as a table in per cent, with the standard error of the joint one."
+    "The shares as a table in percent, with the standard error of the joint accuracy."
     rows = [("all", score["overall"])]
     rows += list(score["groups"].items()) if len(score["groups"]) > 1 else []
     rows += [(f"digit {digit}", shares) for digit, shares in score["digits"].items()]
@@ -124,7 +124,7 @@ def plot_confusion(
     score: dict,  # of `score`
     title: str = "",
 ):  # the matplotlib figure
-    "How often a digit that was asked for (row) was read as another (column)."
+    "The confusion matrix: digits in the prompts (rows) against digits read (columns)."
     counts = np.array(score["confusion"])
     shares = counts / counts.sum(1, keepdims=True).clip(1)
     figure, axis = plt.subplots(figsize=(3.8, 3.6), layout="constrained")
@@ -140,8 +140,8 @@ def plot_confusion(
 # %% ../../nbs/06_evaluation/02_digits.ipynb #0f44d057
 def mean_distance(
     coverage: np.ndarray,  # float (n, 1024)
-) -> float:  # NaN of fewer than two
-    "Mean Euclidean distance between two different ones."
+) -> float:  # NaN for fewer than two
+    "The mean Euclidean distance between two different rows."
     if len(coverage) < 2:
         return float("nan")
     squares = np.square(coverage).sum(1)
@@ -153,24 +153,24 @@ def mean_distance(
 def distinctness(
     judge: DigitJudge,
     images: Sequence[Image.Image] | np.ndarray,  # see `as_pixels`
-    digits: int | Sequence[int],  # what was asked for: of each image, or of all
+    digits: int | Sequence[int],  # in the prompts: of each image, or of all
 ) -> dict:  # by digit and as "mean": 0 for copies of one shape, 1 for the variety of real handwriting
-    "How much the shapes of a digit differ, as a share of real ones; NaN where fewer than two show it."
-    reading, asked = judge(images), np.broadcast_to(digits, len(images))
+    "Diversity of the shapes of each digit relative to real ones; NaN if fewer than two images show it."
+    reading, prompted = judge(images), np.broadcast_to(digits, len(images))
     result = {}
-    for digit in sorted(set(asked.tolist())):
-        drawn = reading["coverage"][(asked == digit) & (reading["digit"] == digit)]
+    for digit in sorted(set(prompted.tolist())):
+        drawn = reading["coverage"][(prompted == digit) & (reading["digit"] == digit)]
         real = judge.train_coverage[judge.train_digits == digit]
         result[digit] = mean_distance(drawn) / mean_distance(real)
-    known = [value for value in result.values() if value == value]
-    return {**result, "mean": float(np.mean(known)) if known else float("nan")}
+    finite = [value for value in result.values() if value == value]
+    return {**result, "mean": float(np.mean(finite)) if finite else float("nan")}
 
 # %% ../../nbs/06_evaluation/02_digits.ipynb #6ade146a
 def nearest_distances(
     coverage: np.ndarray,  # (n, 1024)
     others: np.ndarray,  # (m, 1024)
 ) -> np.ndarray:  # (n,)
-    "Euclidean distance to the nearest of the others."
+    "The Euclidean distance of each row to the nearest of the others."
     squares = np.square(coverage).sum(1)[:, None] + np.square(others).sum(1) - 2 * coverage @ others.T
     return np.sqrt(squares.min(1).clip(0))
 
@@ -178,8 +178,8 @@ def nearest_distances(
 def novelty(
     judge: DigitJudge,
     images: Sequence[Image.Image] | np.ndarray,  # see `as_pixels`
-) -> float:  # 0 for copies of training digits, 1 for what is as new as unseen handwriting
-    "Median distance to the nearest training digit, as a share of that of real test digits."
+) -> float:  # 0 for copies of training digits, 1 for unseen handwriting
+    "Median distance to the nearest training digit, relative to that of real test digits."
     drawn = nearest_distances(judge(images)["coverage"], judge.train_coverage)
     unseen = nearest_distances(judge.test_coverage, judge.train_coverage)
     return float(np.median(drawn) / np.median(unseen))

@@ -38,7 +38,7 @@ from ..models.weights import check_finite, find_folder, read_json, weight_varian
 
 # %% ../../nbs/05_inference/01_pipeline.ipynb #abb62c8d
 def _require_finite(values: Tensor, part: str, made: str, dtype: torch.dtype | None = None):
-    "A ValueError that names the part of a pipeline that made NaN or infinity."
+    "Raises a ValueError that names the part of the pipeline whose output is NaN or infinite."
     if not values.isfinite().all():
         hint = "its weights, or what it reads, are damaged"
         if dtype == torch.float16:
@@ -47,23 +47,23 @@ def _require_finite(values: Tensor, part: str, made: str, dtype: torch.dtype | N
 
 
 def _at_once(batch_size, seed):
-    "Rows of a batch: 64, or 1 where pictures have seeds of their own, since a batch changes the last bits."
+    "The batch size: by default 64, or 1 with a seed per image, since batching changes the last bits."
     several = hasattr(seed, "__len__") and getattr(seed, "ndim", 1)
     return (1 if several else 64) if batch_size is None else batch_size
 
 
 class TokenPipeline:
-    "From prompts, or their tensors, to image tokens."
+    "Generates image tokens from prompts or from their conditions."
 
     def __init__(
         self,
         transformer: nn.Module,  # (ids, **conditions, grid=...) -> logits (B, N, V)
-        text_encoder: TextEncoder | None = None,  # None: every call brings conditions
+        text_encoder: TextEncoder | None = None,  # None: pass conditions to every call
         *,
         generation: GenerationConfig | None = None,
         grid: tuple[int, int] | None = None,  # (height, width); None: default_shape
-        micro_conds: tuple[float, ...] | None = None,  # for rows that bring none
-        zero_uncond: bool = False,  # "no prompt" is zeros instead of the empty prompt
+        micro_conds: tuple[float, ...] | None = None,  # for rows without their own
+        zero_uncond: bool = False,  # the unconditional rows are zeros instead of the empty prompt
     ):
         self.transformer, self.text_encoder = transformer.eval(), text_encoder
         written = getattr(transformer, "_orig_mod", transformer)  # torch.compile hides what forward takes
@@ -83,20 +83,20 @@ class TokenPipeline:
     @torch.no_grad()
     def ids(
         self,
-        prompts: str | int | list[str] | list[int] | None = None,  # numbers are classes
+        prompts: str | int | list[str] | list[int] | None = None,  # numbers are class labels
         *,
         conditions: dict[str, Tensor] | None = None,  # instead of prompts
         negative_prompt: str | list[str] | dict | None = None,  # see `negative_conditions`
         num_images_per_prompt: int = 1,
-        start: Tensor | None = None,  # (N,) or (B, N) ids, hidden where the mask id; None: all hidden
-        grid: tuple[int, int] | None = None,  # another (height, width) than the pipeline's
-        seed: int | list[int] | None = None,  # a list: one for each image; None: PyTorch's generator chooses
-        batch_size: int | None = None,  # rows at once, twice as many under guidance; None: 64; 1 with seeds
+        start: Tensor | None = None,  # (N,) or (B, N) ids, the mask id where masked; None: all masked
+        grid: tuple[int, int] | None = None,  # (height, width) in tokens; None: the pipeline's
+        seed: int | list[int] | None = None,  # a list: one per image; None: from PyTorch's global generator
+        batch_size: int | None = None,  # doubled by guidance; None: 64, or 1 with a list of seeds
         callback: Callable[[int, dict], None] | None = None,  # see `generate_ids`
-        return_steps: bool = False,  # also the records of `generate_ids`
-        **generation,  # fields of `GenerationConfig` to change, and names of `DIFFUSERS_NAMES`
-    ) -> Tensor | tuple[Tensor, list[dict]]:  # (B, N), a prompt's images side by side
-        "Decoded tokens; the same seed gives the same ones, whatever the batch size."
+        return_steps: bool = False,  # also return the records of `generate_ids`
+        **generation,  # overrides of `GenerationConfig`, or their names in `DIFFUSERS_NAMES`
+    ) -> Tensor | tuple[Tensor, list[dict]]:  # (B, N) int64, the images of a prompt in a row
+        "The decoded tokens, which depend on the seed but not on the batch size."
         generation = our_names(generation, prompts=prompts, seed=seed)
         prompts, seed = generation.pop("prompts"), generation.pop("seed")
         arguments = inspect.signature(self.ids).parameters
@@ -109,7 +109,7 @@ class TokenPipeline:
         conditions = prompt_conditions(self.text_encoder, prompts, conditions, batch_size)
         self._check_conditions(part, conditions)
         shape, model = (count * max(map(len, conditions.values())), math.prod(grid)), self.transformer
-        known = self.mask_token_id, model.config.codebook_size
+        vocabulary = self.mask_token_id, model.config.codebook_size
         negative = {}
         if any(weight != 1 for weight in how.guidance_weights()):
             negative = negative_conditions(self.text_encoder, conditions, negative_prompt, self.zero_uncond)
@@ -119,7 +119,7 @@ class TokenPipeline:
             conditions.setdefault("micro_conds", torch.tensor([self.micro_conds], dtype=torch.float32))
         prepare = (lambda rows: model.precompute(**rows)) if "precomputed" in self.reads else dict
         return generate_guided(
-            self._forward(grid), start_ids(start, shape, *known, self.device), *known,
+            self._forward(grid), start_ids(start, shape, *vocabulary, self.device), *vocabulary,
             self._readable(conditions), self._readable(negative), how, prepare=prepare,
             seed=seed, batch_size=batch_size, callback=callback, return_steps=return_steps, grid=grid,
         )
@@ -133,7 +133,7 @@ class TokenPipeline:
                 _require_finite(values, part, name, values.dtype)
 
     def _forward(self, grid):
-        "The transformer as `generate_guided` asks it: hidden tokens alone, and what changes between steps."
+        "The `forward` of `generate_guided`: conditions to logits of the masked tokens."
         model, reads = self.transformer, self.reads
         dtype = next((parameter.dtype for parameter in model.parameters()), None)
 
@@ -143,14 +143,14 @@ class TokenPipeline:
                 logits = model(ids, **conditions, token_mask=hidden, grid=grid)
             else:
                 logits = model(ids, **conditions, grid=grid)[hidden]
-            best = logits.amax(-1)  # an id that never comes may have -inf
+            best = logits.amax(-1)  # an id that is never sampled may have -inf
             _require_finite(best, "transformer", "logits", dtype)
             return logits.float()
 
         return forward
 
     def _readable(self, conditions):
-        "On the device, and only what the transformer reads: some read no pooled text or no micro-conditions."
+        "The conditions that the transformer takes, on its device."
         return {name: value.to(self.device) for name, value in conditions.items() if name in self.reads}
 
 # %% ../../nbs/05_inference/01_pipeline.ipynb #ec08e79b
@@ -159,7 +159,7 @@ _THEIR_TYPES = {"np": "numpy", "pt": "tensor", "latent": "ids"}
 
 
 def _is_black_and_white(picture):
-    "Whether nearly all pixels are black or white, as in a mask; False for what is no picture at all."
+    "Whether nearly all pixels are black or white, as in a mask; False if it is not a picture."
     if isinstance(picture, Image.Image):
         picture = np.asarray(picture.convert("RGB"))
     if isinstance(picture, Tensor):
@@ -179,7 +179,7 @@ def _as_output(images, output_type):
 
 
 class ImagePipeline(TokenPipeline):
-    "Text in, pictures out; `Pipeline` can be saved, too."
+    "Text in, images out; `Pipeline` adds saving and loading."
 
     def __init__(
         self,
@@ -191,10 +191,10 @@ class ImagePipeline(TokenPipeline):
         **options,  # generation, grid, zero_uncond of `TokenPipeline`
     ):
         super().__init__(transformer, text_encoder, **options)
-        known, config = getattr(vq_model, "codebook_size", np.inf), transformer.config
-        if known < config.codebook_size:
+        num_codes, config = getattr(vq_model, "codebook_size", np.inf), transformer.config
+        if num_codes < config.codebook_size:
             raise ValueError(f"the transformer draws {config.codebook_size} image ids, the tokenizer knows "
-                             f"{known}; they do not belong together")
+                             f"{num_codes}; they do not belong together")
         self.vq_model, self.factor = vq_model.eval(), vq_model.downsample_factor
         self.multiple = self.factor * getattr(transformer, "grid_multiple", 1)  # pixels, of both sides
         height, width = (side * self.factor for side in self.grid)
@@ -206,12 +206,12 @@ class ImagePipeline(TokenPipeline):
         *,
         grid: tuple[int, int] | None = None,
         batch_size: int | None = None,  # as of `ids`
-        return_steps: bool = False,  # also return what there is after every step, a list
+        return_steps: bool = False,  # also return a list with the result of every step
         output_type: str = "pil",  # or "numpy" (B, height, width, 3), "tensor" (B, 3, height, width), "ids"
-        mend: Callable[[Image.Image], Image.Image] = lambda picture: picture,  # what is done to each picture
+        mend: Callable[[Image.Image], Image.Image] = lambda picture: picture,  # applied to each picture
         **options,  # of `ids`: negative_prompt, num_images_per_prompt, seed, steps, guidance_scale, ...
-    ) -> list[Image.Image] | np.ndarray | Tensor | tuple:  # with `return_steps` also a list of the same
-        "Pictures for the prompts, those of a prompt side by side; numbers in [0, 1], ids (B, *grid) int64."
+    ) -> list[Image.Image] | np.ndarray | Tensor | tuple:  # with `return_steps`, also the list of steps
+        "The images of the prompts, those of a prompt in a row; pixels in [0, 1], or ids (B, *grid) int64."
         options = self._with_grid(our_names(options, prompts=prompts, grid=grid))
         prompts, grid = options.pop("prompts"), options.pop("grid")
         edit = {"image", "mask", "ratio"} & options.keys()
@@ -237,23 +237,23 @@ class ImagePipeline(TokenPipeline):
         return (images, [finish(r["sampled"], r["hidden"]) for r in records]) if return_steps else images
 
     def _with_grid(self, options):
-        "Options with a grid in place of height and width, in pixels."
+        "The options with height and width, in pixels, replaced by a grid."
         sides = {name: options.pop(name, None) for name in ("height", "width")}
         if all(side is None for side in sides.values()):
             return options
         usual = [tokens * self.factor for tokens in self.grid]
         typed = [default if side is None else side for side, default in zip(sides.values(), usual)]
         height, width = (whole_numbers(name, side, 1) for name, side in zip(sides, typed))
-        told = f"height={height} and width={width}"
+        sizes = f"height={height} and width={width}"
         if height % self.multiple or width % self.multiple:
-            raise ValueError(f"{told} must be multiples of {self.multiple}")
+            raise ValueError(f"{sizes} must be multiples of {self.multiple}")
         grid = height // self.factor, width // self.factor
         if options.get("grid") is not None and tuple(options["grid"]) != grid:
-            raise ValueError(f"{told} make the grid {grid}, and grid is {options['grid']}; give one of them")
+            raise ValueError(f"{sizes} make the grid {grid}, and grid is {options['grid']}; give one of them")
         return options | {"grid": grid}
 
     def _edit(self, prompts, options):
-        "What a call with an image means: inpainting of a mask, or a variation of the strength."
+        "Inpaints where a mask is passed, else varies with the strength."
         image, mask, ratio = (options.pop(name, None) for name in ("image", "mask", "ratio"))
         if image is None:
             raise ValueError("mask_image and strength say how to edit an image; give image, too")
@@ -267,7 +267,7 @@ class ImagePipeline(TokenPipeline):
 
     @torch.no_grad()
     def encode(self, image: Image.Image | np.ndarray | Tensor) -> tuple[Tensor, tuple[int, int]]:
-        "The tokens (1, N) of a picture, continued to a size that the transformer takes, and their grid."
+        "The tokens (1, N) of a picture, padded to a size that the transformer takes, and their grid."
         pixels = to_pixels(image, self.multiple).to(self.device)
         grid = pixels.shape[-2] // self.factor, pixels.shape[-1] // self.factor
         if not isinstance(self.vq_model, ImageTokenizer):
@@ -280,7 +280,7 @@ class ImagePipeline(TokenPipeline):
     def decode(
         self, ids: Tensor, grid: tuple[int, int] | None = None, batch_size: int = 64
     ) -> list[Image.Image]:
-        "The pictures of tokens (B, N)."
+        "The images decoded from tokens (B, N)."
         grid, pieces = self._grid(grid), ids.to(self.device).split(whole_numbers("batch_size", batch_size, 1))
         dtype, images = getattr(self.vq_model, "dtype", None), []
         for piece in pieces:
@@ -291,12 +291,12 @@ class ImagePipeline(TokenPipeline):
 
     def inpaint(
         self,
-        image: Image.Image | np.ndarray | Tensor,  # see `read_picture`; of any size, for best results that of the training pictures
+        image: Image.Image | np.ndarray | Tensor,  # see `read_picture`; any size
         mask: Image.Image | np.ndarray | Tensor | None = None,  # of the image's size, see `read_mask`
         prompts: str | int | list[str] | list[int] | None = None,  # numbers are classes
         **options,  # of `__call__`
     ) -> list[Image.Image] | np.ndarray | Tensor | tuple:
-        "Draws what is under the mask anew; every other pixel stays as it is."
+        "Regenerates the masked region; all other pixels stay unchanged."
         options = our_names(options, mask=mask, prompts=prompts)
         mask, prompts, ratio = options.pop("mask"), options.pop("prompts"), options.pop("ratio", None)
         if ratio not in (None, 1):
@@ -313,10 +313,10 @@ class ImagePipeline(TokenPipeline):
         return self._redraw(prompts, ids.masked_fill(anew, self.mask_token_id), grid, paste, options)
 
     def _redraw(self, prompts, start, grid, mend, options):
-        given = sorted({"start", "grid", "mend"} & options.keys())
-        if given:
-            told = ", ".join(given).replace("grid", "grid (height and width)")
-            raise ValueError(f"{told} cannot be given: the picture to edit settles it; leave it out")
+        clashing = sorted({"start", "grid", "mend"} & options.keys())
+        if clashing:
+            names = ", ".join(clashing).replace("grid", "grid (height and width)")
+            raise ValueError(f"{names} cannot be given: the picture to edit settles it; leave it out")
         return self(prompts, start=start, grid=grid, mend=mend, **options)
 
     def outpaint(
@@ -326,7 +326,7 @@ class ImagePipeline(TokenPipeline):
         prompts: str | int | list[str] | list[int] | None = None,  # numbers are classes
         **options,  # of `__call__`
     ) -> list[Image.Image] | np.ndarray | Tensor | tuple:
-        "Draws what might be around a picture, which itself stays as it is."
+        "Extends a picture by its margins; its own pixels stay unchanged."
         margins = left, above, right, below = whole_numbers("margins (left, above, right, below)", margins, 0, 4)
         if not any(margins):
             raise ValueError("margins are all 0, so that nothing is to be drawn; give 4 whole numbers")
@@ -338,15 +338,15 @@ class ImagePipeline(TokenPipeline):
     def vary(
         self,
         image: Image.Image | np.ndarray | Tensor,  # see `read_picture`
-        ratio: float | None = None,  # share of the tokens drawn anew, above 0 and up to 1; or strength=
+        ratio: float | None = None,  # mask ratio in (0, 1]; also called strength
         prompts: str | int | list[str] | list[int] | None = None,  # numbers are classes
         *,
         conditions: dict[str, Tensor] | None = None,
         num_images_per_prompt: int = 1,
-        seed: int | list[int] | None = None,  # a list: one for each image
+        seed: int | list[int] | None = None,  # a list: one per image
         **options,  # of `__call__`
     ) -> list[Image.Image] | np.ndarray | Tensor | tuple:
-        "Variations of a picture: in each a random share of the tokens is drawn anew."
+        "Variations of a picture, each with a random share of the tokens regenerated."
         options = our_names(options, ratio=ratio, prompts=prompts, seed=seed)
         ratio, prompts, seed = options.pop("ratio"), options.pop("prompts"), options.pop("seed")
         if not is_number(ratio) or not 0 < ratio <= 1:
@@ -366,7 +366,7 @@ class ImagePipeline(TokenPipeline):
         return self._redraw(prompts, start, grid, crop, options)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Pipeline":
-        "Moves all models, in place."
+        "Moves and converts all models, in place."
         for model in (self.transformer, self.vq_model, self.text_encoder):
             if model is not None:
                 model.to(device=device, dtype=dtype)
@@ -378,16 +378,16 @@ _SETTINGS = ("transformer", "vq_model", "text_encoder", "grid", "micro_conds", "
 
 
 def _read_settings(folder):
-    "The settings of a pipeline's folder, after a look at whether all of it is there."
+    "The settings in a pipeline's folder; raises an error if a part is missing."
     path = folder / SETTINGS_FILE
     if not path.is_file():
-        found = ", ".join(sorted(inner.name for inner in folder.iterdir())) or "nothing"
+        entries = ", ".join(sorted(inner.name for inner in folder.iterdir())) or "nothing"
         raise FileNotFoundError(f"{folder} is no pipeline: looked for {SETTINGS_FILE}, transformer/ and "
-                                f"vq_model/, found {found}. Pipeline.save_pretrained writes one.")
+                                f"vq_model/, found {entries}. Pipeline.save_pretrained writes one.")
     settings = read_json(path)
-    unsaid = [name for name in _SETTINGS if name not in settings]
-    if unsaid:
-        raise ValueError(f"{path} does not say {', '.join(unsaid)}; save the pipeline again")
+    absent = [name for name in _SETTINGS if name not in settings]
+    if absent:
+        raise ValueError(f"{path} does not say {', '.join(absent)}; save the pipeline again")
     text = (settings["text_encoder"] or {}).get("kind") in ("clip", "t5")
     parts = ["transformer", "vq_model"] + ["text_encoder", "tokenizer"] * text
     missing = [name for name in parts if not (folder / name).is_dir()]
@@ -397,26 +397,26 @@ def _read_settings(folder):
 
 
 def _part_variants(folder, inner, variant):
-    "The variant of every part, None where it has the plain weights alone; a ValueError where no part has it."
-    there = {name: weight_variants(folder / place) for name, place in inner.items()}
-    if variant and not any(variant in variants for variants in there.values()):
-        known = sorted({each for variants in there.values() for each in variants})
+    "The variant to load of every part, or None where it is missing; ValueError if no part has it."
+    available = {name: weight_variants(folder / place) for name, place in inner.items()}
+    if variant and not any(variant in variants for variants in available.values()):
+        names = sorted({each for variants in available.values() for each in variants})
         raise ValueError(f"{folder} has no weights of variant {variant!r}; there are: "
-                         f"{', '.join(known) or 'the plain ones'}")
-    return {name: variant if variant in variants else None for name, variants in there.items()}
+                         f"{', '.join(names) or 'the plain ones'}")
+    return {name: variant if variant in variants else None for name, variants in available.items()}
 
 
 def _check_free(folder, mark):
-    "Saving replaces a folder, which must be empty or hold a pipeline of the same kind."
+    "Raises a ValueError if saving would replace anything but a pipeline of the same kind."
     if folder.exists() and any(folder.iterdir()) and not (folder / mark).is_file():
         raise ValueError(f"{folder} holds something else than a pipeline; name a new folder")
 
 # %% ../../nbs/05_inference/01_pipeline.ipynb #698b013a
 class Pipeline(ImagePipeline):
-    "Text in, pictures out; saved and loaded as one folder."
+    "Text in, images out; saved and loaded as one folder."
 
     def save_pretrained(self, folder: str | Path):
-        "Writes all models and settings; the folder is there completely or not at all."
+        "Writes all models and settings atomically."
         folder = Path(folder).absolute()
         _check_free(folder, SETTINGS_FILE)
         settings = {
@@ -448,13 +448,13 @@ class Pipeline(ImagePipeline):
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,  # a folder, or owner/name on the hub; also of diffusers' aMUSEd
+        path: str | Path,  # a folder or a hub id; also of diffusers' aMUSEd
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,  # None: single precision
-        variant: str | None = None,  # which weights, such as "fp16", of the parts that have them
-        torch_dtype: torch.dtype | str | None = None,  # what diffusers calls dtype
+        dtype: torch.dtype | None = None,  # None: float32
+        variant: str | None = None,  # of the weights, such as "fp16", where a part has it
+        torch_dtype: torch.dtype | str | None = None,  # diffusers' name of dtype
     ) -> "Pipeline":
-        "Reads what `save_pretrained` or `save_diffusers` wrote."
+        "The pipeline that `save_pretrained` or `save_diffusers` wrote."
         if None not in (dtype, torch_dtype) and find_dtype(dtype) != find_dtype(torch_dtype):
             raise ValueError(f"torch_dtype={torch_dtype} and dtype={dtype} are two values of one setting; "
                              "give one of them")

@@ -15,7 +15,7 @@ from .quantizers import ImageTokenizer, VectorQuantizer
 
 # %% ../../nbs/02_models/11_paella_vq.ipynb #7ba51de9
 class PaellaBlock(nn.Module):
-    """x (B, channels, H, W) to the same shape: x + depthwise convolution, + perceptron, each behind a norm.
+    """x (B, channels, H, W) to the same shape: x + depthwise convolution, + MLP, each after a norm.
 
     `gammas` are scale, shift and gain of the first branch, then of the second.
     """
@@ -48,7 +48,7 @@ def paella_down_blocks(widths, c_latent):
 
 
 def paella_up_blocks(widths, c_latent, bottleneck_blocks):
-    """The way back, with `bottleneck_blocks` blocks at the coarsest level and one at each of the others."""
+    """Latents to features, with `bottleneck_blocks` blocks at the coarsest level, one at each other."""
     layers = [nn.Sequential(nn.Conv2d(c_latent, widths[-1], 1))]
     layers += [PaellaBlock(widths[-1]) for _ in range(bottleneck_blocks)]
     for coarser, finer in zip(widths[::-1], widths[-2::-1]):
@@ -59,7 +59,7 @@ def paella_up_blocks(widths, c_latent, bottleneck_blocks):
 class PaellaVQModel(ImageTokenizer):
     """Paella's tokenizer (Rampas et al. 2022). Images are (B, 3, height, width) in [0, 1].
 
-    `downsample_factor` is f, the number of pixels to a token along each side; N = (height / f) * (width / f).
+    `downsample_factor` is f, pixels per token along each side; N = (height / f) * (width / f).
     levels: f = 2^levels; c_hidden: width of the coarsest level; bottleneck_blocks: depth there, on the way up
     """
 
@@ -85,7 +85,7 @@ class PaellaVQModel(ImageTokenizer):
         return 2 ** self.config.levels
 
     def latents(self, pixel_values):
-        """The vectors (B, c_latent, height/f, width/f) that are to be quantized."""
+        """The vectors (B, c_latent, height/f, width/f) to quantize."""
         return self.down_blocks(self.in_block(self.fit_images(pixel_values)))
 
     def encode(self, pixel_values, return_loss=False):
@@ -94,7 +94,7 @@ class PaellaVQModel(ImageTokenizer):
         return quantized / self.config.scale_factor, *rest
 
     def decode(self, quantized):
-        """Images of what `encode` gives (B, c_latent, height/f, width/f), not clipped to [0, 1]."""
+        """Images of the scaled codes (B, c_latent, height/f, width/f) of `encode`, not clipped to [0, 1]."""
         return self.out_block(self.up_blocks(quantized.to(self.dtype) * self.config.scale_factor))
 
     def decode_code(self, ids, grid=None):

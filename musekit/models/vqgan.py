@@ -17,7 +17,7 @@ from .quantizers import ImageTokenizer, make_quantizer
 
 # %% ../../nbs/02_models/10_vqgan.ipynb #9f7953fb
 def group_norm(channels):
-    """Group normalisation over 32 groups; ValueError if the channels do not split evenly."""
+    """Group normalisation with 32 groups; ValueError if they do not divide the channels."""
     if channels % 32:
         raise ValueError(f"{channels} channels do not split into 32 groups; choose a multiple of 32.")
     return nn.GroupNorm(32, channels, eps=1e-6)
@@ -26,9 +26,9 @@ def group_norm(channels):
 class ResidualBlock(nn.Module):
     """x (B, in_channels, H, W) to (B, out_channels, H, W): norm, SiLU, 3x3, twice, plus the input.
 
-    norm: makes a norm for so many channels, which is called with all that the block is called with
-    bias: the convolutions have one
-    shortcut_of_output: where the width changes, add a 1x1 of what the block gives, not of its input
+    norm: channels -> a norm, called with all arguments of `forward`
+    bias: whether the convolutions have one
+    shortcut_of_output: where the width changes, the 1x1 shortcut is of the branch's output, not its input
     """
 
     def __init__(self, in_channels, out_channels, dropout=0.0, norm=group_norm, bias=True,
@@ -53,7 +53,7 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Single-head self-attention over the positions of (B, channels, H, W), behind a norm, plus the input.
 
-    norm: see `ResidualBlock`; projection: makes a linear map between so many channels, the last axis
+    norm: see `ResidualBlock`; projection: (channels, channels) -> a linear map of the last axis
     """
 
     def __init__(self, channels, norm=group_norm, projection=PointwiseConv):
@@ -92,9 +92,9 @@ class Upsample(nn.Module):
 
 # %% ../../nbs/02_models/10_vqgan.ipynb #bb48c3ef
 class Level(nn.Module):
-    """Residual blocks on (B, C, H, W), each followed by its attention if there is any, then a resampling.
+    """Residual blocks on (B, C, H, W), each followed by its attention, if any, then a resampling.
 
-    attentions: as many as blocks, or none; a single one is held and, as in published models, not run
+    attentions: one per block, or none; a single one is, as in published models, not run
     """
 
     def __init__(self, blocks, attentions=(), downsample=None, upsample=None):
@@ -126,13 +126,13 @@ class Middle(nn.Module):
 
 # %% ../../nbs/02_models/10_vqgan.ipynb #9f910f35
 class Parts:
-    """Makes the parts of an encoder or a decoder as VQGAN has them; c: settings of the model.
+    """Makes the parts of VQGAN's encoder or decoder; c: the model's config.
 
-    Another family of tokenizers inherits from it and makes otherwise what differs.
+    Other tokenizers inherit from it and override what differs.
     """
 
     level_class = Level
-    extra_blocks = 1  # of a decoder's level
+    extra_blocks = 1  # of each decoder level
 
     def __init__(self, c):
         self.c = c
@@ -147,12 +147,12 @@ class Parts:
         return AttentionBlock(channels, self.norm)
 
     def attentions(self, i, channels, count):
-        """The attentions of level i, of which there are `count` or none."""
+        """The `count` attentions of level i, or none."""
         attended = self.c.resolution >> i in self.c.attn_resolutions
         return [self.attention(channels) for _ in range(count if attended else 0)]
 
     def level(self, i, widths, **resampling):
-        """Level i, counted from the finest: blocks from each of the widths to the next."""
+        """Level i, 0 the finest, with a block from each width to the next."""
         blocks = [self.block(a, b) for a, b in zip(widths, widths[1:])]
         return self.level_class(blocks, self.attentions(i, widths[-1], len(blocks)), **resampling)
 
@@ -212,13 +212,13 @@ class Decoder(nn.Module):
 
 # %% ../../nbs/02_models/10_vqgan.ipynb #4b485efe
 class LevelTokenizer(ImageTokenizer):
-    """An encoder, a quantizer between 1x1 convolutions, and a decoder; every level but one halves the sides."""
+    """Encoder, quantizer between 1x1 convolutions, and decoder; every level but one halves the sides."""
 
     ignored_config = ("num_resolutions", "reduction_factor", "latent_size")
 
     @classmethod
     def from_config(cls, config):
-        """A fresh model; ValueError also for numbers in an old file that do not follow from the levels."""
+        """A new model; ValueError if derived entries of an old file contradict the levels."""
         model = super().from_config(config)
         levels, factor = len(model.config.channel_mult), model.downsample_factor
         follows = {"num_resolutions": levels, "reduction_factor": factor, "latent_size": model.config.resolution // factor}
@@ -246,7 +246,7 @@ class VQGANModel(LevelTokenizer):
     resolution: side of the training images; levels whose side is in `attn_resolutions` have attention
     hidden_channels, channel_mult: widths of the levels, their product a multiple of 32
     quantizer, quantizer_params: kind and parameters of the quantizer, see `make_quantizer`
-    num_embeddings, quantized_embed_dim: its size and the width of a code; None = what it makes of that
+    num_embeddings, quantized_embed_dim: codebook size and code width; None: the quantizer's default
     commitment_cost: of "vq" and "lfq"
     """
 
@@ -274,7 +274,7 @@ class VQGANModel(LevelTokenizer):
 
 # %% ../../nbs/02_models/10_vqgan.ipynb #be249140
 def plot_reconstructions(model, pixel_values):
-    """Draws images (B, C, h, w), their ids, and their reconstructions in three rows; returns the figure."""
+    """A figure of images (B, C, h, w), their ids, and their reconstructions, in three rows."""
     import matplotlib.pyplot as plt
 
     factor = model.downsample_factor
@@ -294,7 +294,7 @@ def plot_reconstructions(model, pixel_values):
 
 # %% ../../nbs/02_models/10_vqgan.ipynb #ee7e682d
 def compare_reconstructions(models, pixel_values):
-    """Draws images (B, C, h, w) and, in a row each, what every model of a dictionary makes of them."""
+    """A figure of images (B, C, h, w) and, a row each, their reconstructions by a dictionary of models."""
     import matplotlib.pyplot as plt
 
     with torch.no_grad():

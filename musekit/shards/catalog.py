@@ -26,9 +26,9 @@ from ..utils.validation import is_number, nearest_name
 
 # %% ../../nbs/08_shards/01_catalog.ipynb #e07b5d14
 ENDPOINT = "https://huggingface.co"
-_START = r"([a-z][a-z\d+.-]+:/+)([^/?#@\s[]*:(?!\d*(?:[/?#]|$))\S*@|[^/?#\s]*@)?"  # passwords may hold any sign
+_START = r"([a-z][a-z\d+.-]+:/+)([^/?#@\s[]*:(?!\d*(?:[/?#]|$))\S*@|[^/?#\s]*@)?"  # a password may contain any character
 _ADDRESS = re.compile(rf"{_START}([^?#]*).*", re.IGNORECASE | re.DOTALL)
-_END = r"""(?=['"]?[],.;:)]*(?:\s|$))"""  # of a word, the signs around it left alone
+_END = r"""(?=['"]?[],.;:)]*(?:\s|$))"""  # of a word, without the punctuation around it
 _IN_TEXT = re.compile(rf"{_START}([^?#\s]*)(?:[?#]\S*?{_END})?", re.IGNORECASE)
 
 
@@ -43,29 +43,29 @@ def is_address(source: str | Path) -> bool:
 
 
 def shown(source: str | Path) -> str:
-    "A source as it may be told and written down: an address without what may be secret, its user and query."
-    found = _ADDRESS.match(str(source))
-    return found[1] + found[3] if found else str(source)
+    "The source without its secret parts: an address loses its user and its query."
+    match = _ADDRESS.match(str(source))
+    return match[1] + match[3] if match else str(source)
 
 
 def redact(text: str) -> str:
-    "A line of text without the users and the queries of all that looks like an address in it."
+    "The text without the users and queries of the addresses in it."
     return re.sub(rf"\?[\w.%-]+=\S*?{_END}", "", _IN_TEXT.sub(r"\1\3", text))
 
 
 def names_user(source: str | Path) -> bool:
-    "Whether a source is an address with a user or a password in it."
-    found = _ADDRESS.match(str(source))
-    return bool(found and found[2])
+    "Whether a source is an address with a user or a password."
+    match = _ADDRESS.match(str(source))
+    return bool(match and match[2])
 
 
 def hub_address(endpoint: str | None = None) -> str:
-    "The address of the hub: the given one, else the one in `HF_ENDPOINT`, else the public one."
+    "The address of the hub: `endpoint`, else `HF_ENDPOINT`, else the public one."
     return (endpoint or os.environ.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
 
 
 def encode_revision(url: str, endpoint: str) -> str:
-    "An address of the hub with the slashes inside a revision such as refs/convert/parquet as the hub wants them."
+    "A hub address with the slashes inside a revision such as refs/convert/parquet percent-encoded."
     if not url.startswith(f"{endpoint}/"):
         return url
     revision = "(/(?:resolve|raw)/)refs/(convert/[^/]+|pr/[0-9]+)/"
@@ -73,7 +73,7 @@ def encode_revision(url: str, endpoint: str) -> str:
 
 
 def address_key(url: str) -> str:
-    "The SHA-256 of an address, to know it again where its query must not be written down."
+    "The SHA-256 of an address, which identifies it without revealing its query."
     return text_sha256(url)
 
 # %% ../../nbs/08_shards/01_catalog.ipynb #65f3a52b
@@ -82,9 +82,9 @@ _MAGIC = {b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\xff\xff\xff\xff": "Arrow st
 
 
 def file_format(
-    start: bytes,  # the first 64 bytes, or so
+    start: bytes,  # about the first 64 bytes
 ) -> str | None:
-    "Parquet, Arrow (a file) or Arrow stream, gzip or zstd (of JSON Lines), JSON Lines, shuffle; None for others."
+    "Parquet, Arrow (a file), Arrow stream, gzip or zstd (of JSON Lines), JSON Lines or shuffle; else None."
     for magic, name in _MAGIC.items():
         if start.startswith(magic):
             return name
@@ -93,24 +93,24 @@ def file_format(
 # %% ../../nbs/08_shards/01_catalog.ipynb #6bbc9450
 @dataclass(frozen=True)
 class Dataset:
-    "Where the files of a dataset are (Parquet, Arrow, JSON Lines), and what is read of them."
+    "Where the files of a dataset are (Parquet, Arrow, JSON Lines), and what is read from them."
 
     name: str
-    repo: str = ""  # owner/name on the hub; empty where the files are named one by one
+    repo: str = ""  # owner/name on the hub; empty if `files` lists them
     revision: str = ""  # of the repository; empty for main
-    pattern: str = ""  # paths in the repository, with braces, stars or question marks: part-{00..12}.parquet, data/*.jsonl.gz
+    pattern: str = ""  # paths in the repository, with braces or wildcards: part-{00..12}.parquet, data/*.jsonl.gz
     text_column: str = "text"
-    score_column: str | None = None  # rows are kept whose score is at least `min_score`
+    score_column: str | None = None  # rows with a score of at least `min_score` are kept
     min_score: float | None = None
-    gigabytes: float | None = None  # of one file, about
+    gigabytes: float | None = None  # approximate size of one file
     files: tuple[str, ...] = ()  # local files and addresses, instead of a repository
     text_template: str | None = None  # several columns as text, instead of text_column: "{question}\n{answer}"
-    min_characters: int | None = None  # shorter texts are dropped; None: as the conversion says
+    min_characters: int | None = None  # shorter texts are dropped; None: the conversion's default
     max_characters: int | None = None  # longer texts are dropped
     skip_bad_utf8: bool = False  # drop rows that are not UTF-8, instead of stopping
-    shuffle: int | None = None  # seed of the order of the rows; None: as they are
+    shuffle: int | None = None  # seed of the row order; None: the original order
     mix: tuple[tuple["Dataset", Real], ...] = ()  # other datasets and their weights, instead of files
-    listed: tuple[str, ...] = ()  # what the hub says that a pattern with stars or question marks stands for
+    listed: tuple[str, ...] = ()  # files that a pattern with wildcards matches on the hub
 
     def __post_init__(self):
         for fault in [*_wrong_types(self)] or _wrong_values(self):
@@ -118,7 +118,7 @@ class Dataset:
 
     @property
     def paths(self) -> list[str]:
-        "Paths of all files: as they were named, or inside the repository."
+        "Paths of all files: as listed in `files`, or inside the repository."
         if self.mix:
             return [path for part, _ in self.mix for path in part.paths]
         if self.has_wildcards and not self.listed:
@@ -127,27 +127,27 @@ class Dataset:
 
     @property
     def has_wildcards(self) -> bool:
-        "Whether only the hub knows which files the pattern stands for."
+        "Whether the pattern has wildcards, which only the hub can expand."
         return "*" in self.pattern or "?" in self.pattern
 
     @property
     def parts(self) -> list[tuple["Dataset", Real]]:
-        "The datasets of a mix and their weights; a dataset that is none is its own only part."
+        "The datasets of a mix with their weights; any other dataset is its own single part."
         return list(self.mix) or [(self, 1)]
 
     def urls(self, num_source: int | None = None, endpoint: str | None = None) -> list[str]:
-        "Addresses of the first files: by default 3 of a repository, or all that were named one by one."
+        "Addresses of the first `num_source` files; by default 3 of a repository, or all of `files`."
         count = len(self.files) or 3 if num_source is None else num_source
         if count < 1:
             raise ValueError(f"num_source={count}: at least one source file is needed.")
         base = hub_address(endpoint)
         if not is_remote(base) or names_user(base):
-            told = "it needs http:// or https:// in front, and no user"
-            raise ValueError(f"HF_ENDPOINT={shown(base)!r} is not the address of a hub: {told}.")
+            problem = "it needs http:// or https:// in front, and no user"
+            raise ValueError(f"HF_ENDPOINT={shown(base)!r} is not the address of a hub: {problem}.")
         if not self.repo:
             return [encode_revision(path, base) for path in self.paths[:count]]
         folder = f"{base}/datasets/{self.repo}/resolve/{quote(unquote(self.revision or 'main'), safe='')}/"
-        safe = "/" if self.listed else "/%=+,:@!$&'()*;~"  # what people write may be encoded already
+        safe = "/" if self.listed else "/%=+,:@!$&'()*;~"  # hand-written patterns may be encoded already
         return [folder + quote(path, safe=safe) for path in self.paths[:count]]
 
 
@@ -198,7 +198,7 @@ def _wrong_values(dataset):
         f"text_column={dataset.text_column!r} and text_template exclude each other":
             dataset.text_column != "text" and dataset.text_template is not None,
     }
-    return [fault for fault, found in faults.items() if found]
+    return [fault for fault, applies in faults.items() if applies]
 
 
 def _own_of_parts(dataset):
@@ -231,31 +231,31 @@ _LINES = (
     Dataset("climbmix", "karpathy/climbmix-400b-shuffle", "main",
             "shard_{00000..06542}.parquet", gigabytes=0.09),
 )
-ORIGINAL = "climbmix"  # what the trainer fetches by itself
+ORIGINAL = "climbmix"  # the trainer's default
 CATALOG = {dataset.name: dataset for dataset in _LINES}
 
 # %% ../../nbs/08_shards/01_catalog.ipynb #10f3d6a5
 def find_dataset(name: str, own: str | Path | None = None) -> Dataset:
-    "The dataset of that name, of a YAML file or the catalogue; else a ValueError that suggests the nearest."
+    "The dataset of that name from a YAML file or the catalogue; a ValueError suggests the nearest name."
     entries = _read_entries(own) if own else {}
-    known = {**CATALOG, **entries}
+    datasets = {**CATALOG, **entries}
     if name in entries and name in CATALOG:
         raise ValueError(f"{name!r} is a dataset of the catalogue; give yours in {own} another name.")
-    if name in known:
+    if name in datasets:
         return _read_entry(own, name, entries) if name in entries else CATALOG[name]
-    nearest = nearest_name(name, known)
+    nearest = nearest_name(name, datasets)
     hint = f"Did you mean {nearest!r}? " if nearest else ""
-    raise ValueError(f"unknown dataset {name!r}. {hint}Known are: {', '.join(known)}.")
+    raise ValueError(f"unknown dataset {name!r}. {hint}Known are: {', '.join(datasets)}.")
 
 
 def mix_of(weights: dict[str, Real], name: str | None = None, own: str | Path | None = None, **fields) -> Dataset:
-    "A mix of datasets of a YAML file or the catalogue; fields as in `Dataset`."
+    "A mix of datasets from a YAML file or the catalogue; fields as in `Dataset`."
     parts = tuple((find_dataset(part, own), weight) for part, weight in weights.items())
     return Dataset(name or "--".join(["mix", *weights]), mix=parts, **fields)
 
 # %% ../../nbs/08_shards/01_catalog.ipynb #afb6aa24
 def dataset_of(patterns: str | Iterable[str], name: str | None = None, **fields) -> Dataset:
-    "A dataset of files (Parquet, Arrow, JSON Lines): local ones, stars allowed, or addresses, braces allowed; fields as in `Dataset`."
+    "A dataset of local files (globs allowed) or addresses (braces allowed); fields as in `Dataset`."
     patterns = [patterns] if isinstance(patterns, str) else patterns
     files = tuple(dict.fromkeys(file for pattern in patterns for file in _find(str(pattern))))
     folder = next((shown(file).partition("//")[2].rpartition("/")[0] for file in files if is_remote(file)), "local")
@@ -265,19 +265,19 @@ def dataset_of(patterns: str | Iterable[str], name: str | None = None, **fields)
 def _find(pattern):
     if is_remote(pattern):
         return _addresses(pattern)
-    found = _local_files(os.path.expanduser(pattern))
-    if not found and is_address(pattern):
-        told = "only local files, http:// and https:// addresses and the hub (--repo) are read"
-        raise ValueError(f"{shown(pattern)!r} cannot be read: {told}.")
-    if not found:
+    matches = _local_files(os.path.expanduser(pattern))
+    if not matches and is_address(pattern):
+        reason = "only local files, http:// and https:// addresses and the hub (--repo) are read"
+        raise ValueError(f"{shown(pattern)!r} cannot be read: {reason}.")
+    if not matches:
         raise FileNotFoundError(f"no file matches {pattern!r}; give files, as 'data/*.parquet' or 'data/*.jsonl.gz'.")
-    for folder in filter(os.path.isdir, found):
+    for folder in filter(os.path.isdir, matches):
         raise ValueError(f"{folder} is a folder; give the files in it: {folder.rstrip('/')}/*.parquet.")
-    return found
+    return matches
 
 
 def _local_files(pattern):
-    "Files of a pattern; names that exist are meant as they stand, the signs of patterns in them included."
+    "Files that match a glob; an existing path is taken literally, even with wildcards in it."
     if os.path.lexists(pattern):
         return [pattern]
     folder, rest = os.path.dirname(pattern), os.path.basename(pattern)
@@ -299,7 +299,7 @@ def _addresses(pattern):
 def _read_entries(path):
     "A YAML file's mapping from names to fields of `Dataset`."
     try:
-        with open(path, encoding="utf-8") as file:  # of a file, errors name the line and do not quote it
+        with open(path, encoding="utf-8") as file:  # from a file, so that errors name the line without quoting it
             entries = yaml.safe_load(file) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
@@ -313,11 +313,11 @@ def _read_entries(path):
 
 
 def _read_entry(path, name, entries):
-    known = [field.name for field in fields(Dataset) if field.name not in ("name", "listed")]
+    allowed = [field.name for field in fields(Dataset) if field.name not in ("name", "listed")]
     entry = entries[name]
     for field in entry:
-        if field not in known:
-            raise ValueError(f"{path}: {name} has an unknown field {field!r}; known are {', '.join(known)}.")
+        if field not in allowed:
+            raise ValueError(f"{path}: {name} has an unknown field {field!r}; known are {', '.join(allowed)}.")
     numbers = {key: read_number(entry[key]) for key in ("min_score", "gigabytes") if key in entry}
     entry = {**entry, **numbers}
     files, mix = entry.pop("files", None), entry.pop("mix", None)
@@ -339,7 +339,7 @@ def _weights(mix, name, entries):
 
 
 def read_number(value):
-    "A number from its text, whole ones exactly (1e-1 is a text in YAML); what is none stays as it is."
+    "A string as a number, integers exactly (YAML reads 1e-1 as a string); any other value unchanged."
     for kind in (int, float) if isinstance(value, str) else ():
         try:
             return kind(value)
@@ -349,7 +349,7 @@ def read_number(value):
 
 
 def _beside(path, files):
-    "Patterns of files, the relative ones from the folder of a file on."
+    "Patterns of files; relative ones start from the folder of the YAML file."
     patterns = [files] if isinstance(files, str) else files
     if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
         raise ValueError(f"files={files!r}: give a pattern or an address, or a list of them, in quotes")

@@ -34,7 +34,7 @@ from .store import Cache, damaged_shard, list_backups, recover, restore
 
 # %% ../../nbs/08_shards/14_command.ipynb #6f66c2d1
 def summary(manifest: dict, cache: Cache) -> str:
-    "What was made of what, and what to do next."
+    "A summary of a conversion, and the next commands."
     layout, shards = Layout(**manifest["layout"]), manifest["shards"]
     count, rows = len(shards) - 1, sum(shard["rows"] for shard in shards)
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in manifest["dropped"].items() if count)
@@ -57,7 +57,7 @@ def summary(manifest: dict, cache: Cache) -> str:
 
 
 def _choices(manifest):
-    "What the texts are and in which order, where that is not as usual; of a mix for each dataset."
+    "Lines about the selection and the order of each dataset, if they are not the defaults."
     if "mix" not in manifest:
         words = described(Selection(**manifest["selection"]), manifest["shuffle"])
         return [f"texts       {words}"] if words else []
@@ -69,7 +69,7 @@ def _choices(manifest):
 
 
 def described(selection: Selection, seed: int | None) -> str:
-    "What is read of a dataset, in words, as far as it is not the usual."
+    "The settings of a selection that are not the defaults, in words."
     usual, words = Selection(), []
     if selection.text_template is not None:
         words.append("template '" + selection.text_template.replace("\n", "\\n") + "'")
@@ -87,14 +87,14 @@ def described(selection: Selection, seed: int | None) -> str:
 
 
 def _notes(manifest, layout, count):
-    "What a person should know of a set that is smaller than it was meant to be."
+    "Notes and warnings about a set that is smaller than requested."
     shards = manifest["shards"]
     if manifest.get("ended_with"):
         yield f"note        the mix ends where {manifest['ended_with']} has no more rows"
     if count < layout.num_shards:
-        asked = f"{layout.num_shards} shards were asked for; there were no more rows"
+        shortfall = f"{layout.num_shards} shards were asked for; there were no more rows"
         more = len(manifest["sources"]) < manifest["dataset_files"]
-        yield f"note        {asked}{': try more --num-source' if more else ' in the dataset'}"
+        yield f"note        {shortfall}{': try more --num-source' if more else ' in the dataset'}"
     held_out = next(shard["rows"] for shard in shards if shard["name"] == layout.validation_shard(count))
     usual = layout.rows_per_shard if layout.rows else max(shard["rows"] for shard in shards)
     if held_out < usual / 10:
@@ -104,11 +104,11 @@ def _notes(manifest, layout, count):
         yield f"warning     {warning}"
 
 
-RANKS = 8  # processes of a usual machine; each reads every 8th row group of a shard
+RANKS = 8  # processes of a typical machine; each reads every 8th row group of a shard
 
 
 def _too_few_groups(shards, layout):
-    "A warning for each part of a set in which some of the usual ranks get no row group at all."
+    "A warning for each split in which some ranks would get no row group."
     name = layout.validation_shard(len(shards) - 1)
     for part, held_out in (("training", False), ("validation", True)):
         rows = [shard["rows"] for shard in shards if (shard["name"] == name) == held_out]
@@ -119,15 +119,15 @@ def _too_few_groups(shards, layout):
 
 
 def next_commands(count: int, cache: Cache) -> str:
-    "How the trainer is told how many training shards there are, and where, if at no usual place."
+    "The trainer's next commands, with the number of training shards and notes on an unusual folder."
     if cache.trainer == "nanochat":
         return _next_of_nanochat(cache)
     lines = [f"next        uv run prepare.py --num-shards {count}", "            uv run train.py"]
     if not _is_usual(cache):
         lines.append(f"note        set CACHE_DIR of prepare.py to {cache.folder}, which is not its own")
     if count < 10:
-        told = f"without --num-shards {count}, prepare.py would fetch original shards into this set."
-        lines.append(f"warning     {told}")
+        problem = f"without --num-shards {count}, prepare.py would fetch original shards into this set."
+        lines.append(f"warning     {problem}")
     return "\n".join(lines)
 
 
@@ -169,16 +169,16 @@ def _plural(count, noun):
 
 # %% ../../nbs/08_shards/14_command.ipynb #e344f20d
 def dry_run(dataset: Dataset, options: Options = Options(), layout: Layout = Layout()) -> str:
-    """The files, and the estimated sizes of the download and of the shards, at most; rows are known of local files.
+    """The files, with upper bounds of the sizes of the download and of the shards.
 
-    Needs no network but for a pattern with stars or question marks, whose files only the hub can name.
+    Needs the network only to expand a pattern with wildcards. Rows are counted in local files only.
     """
     parts, counts, lines = parts_of(dataset, options), [], []
     for part in parts:
         part.dataset = list_files(part.dataset, options.connection or Connection.from_environment())
-        lines_of_part, known = _part_of_dry_run(part, options)
+        lines_of_part, num_rows = _part_of_dry_run(part, options)
         lines += lines_of_part
-        counts.append(known)
+        counts.append(num_rows)
     if dataset.mix:
         shares = ", ".join(f"{part.weight} {part.dataset.name}" for part in parts)
         lines.insert(0, f"mix {dataset.name}: {shares}; it ends where one of them has no more rows")
@@ -189,7 +189,7 @@ def dry_run(dataset: Dataset, options: Options = Options(), layout: Layout = Lay
 
 
 def _part_of_dry_run(part, options):
-    "Lines about the files of a dataset, and how many rows they have, if that is known."
+    "Lines about the files of a dataset, and their number of rows or None."
     dataset, connection = part.dataset, options.connection or Connection.from_environment()
     urls = dataset.urls(options.num_source, connection.endpoint)
     local = [url for url in urls if not is_remote(url)]
@@ -216,14 +216,14 @@ def _shards_at_most(rows, layout):
         size = (0.6 if layout.codec == "snappy" else 0.4) * layout.shard_characters * (layout.num_shards + 1)
         made = f"at most {layout.num_shards} + 1 shards of {layout.shard_characters:,} characters and a little more"
         return f"{made}, about {readable_size(size)}"
-    per_row = 1_020 if layout.codec == "snappy" else 0.65 * 1_020  # bytes; shards of the original have 88 MB
+    per_row = 1_020 if layout.codec == "snappy" else 0.65 * 1_020  # bytes; the original shards have 88 MB
     count = max(1, math.ceil(rows / layout.rows_per_shard) - 1)
     made = f"at most {count} + 1 shards of {layout.rows_per_shard:,} rows, {rows:,} rows in all"
     return f"{made}, about {readable_size(rows * per_row)}"
 
 # %% ../../nbs/08_shards/14_command.ipynb #c058595f
 def backups_table(folder: str | Path | None = None, trainer: str = "autoresearch") -> str:
-    "The backups of a cache, a line each."
+    "A table of the backups of a cache."
     folder = Cache(folder, trainer).folder
     backups = list_backups(folder)
     if not backups:
@@ -353,8 +353,8 @@ def _share(text):
 def chosen_dataset(arguments: argparse.Namespace) -> Dataset:
     "The dataset that the command line describes."
     names = ("text_column", "text_template", "score_column", "min_score", "revision")
-    given = {name: getattr(arguments, name) for name in names}
-    given = {name: value for name, value in given.items() if value is not None}
+    overrides = {name: getattr(arguments, name) for name in names}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
     repo = arguments.repo or _repo_of(arguments)
     name = None if repo and not arguments.repo else arguments.name
     if name in CATALOG and (arguments.files or repo or arguments.mix):
@@ -362,25 +362,25 @@ def chosen_dataset(arguments: argparse.Namespace) -> Dataset:
     if arguments.mix:
         return mix_of(dict(arguments.mix), name, arguments.datasets)
     if arguments.files:
-        return dataset_of(arguments.files, name, **given)
+        return dataset_of(arguments.files, name, **overrides)
     if repo:
         name = name or redact(repo).replace("/", "--")
-        return Dataset(name, repo, pattern=arguments.pattern or "", **given)
+        return Dataset(name, repo, pattern=arguments.pattern or "", **overrides)
     if "/" in name or name.endswith((".parquet", ".jsonl", ".arrow")):
         raise ValueError(f"{shown(name)!r} is no name; files go with --from, a repository with --repo and --pattern.")
     instead = {"text_template": {"text_column": "text"}, "text_column": {"text_template": None}}
-    for chosen in given.keys() & instead.keys():  # what the entry says gives way
-        given |= instead[chosen]
-    return replace(find_dataset(name, arguments.datasets), **given)
+    for chosen in overrides.keys() & instead.keys():  # replaces the entry's own
+        overrides |= instead[chosen]
+    return replace(find_dataset(name, arguments.datasets), **overrides)
 
 
 def _repo_of(arguments):
-    "A repository in place of a name, which comes with a pattern."
+    "The positional name if it is a repository, which comes with a pattern."
     return arguments.name if arguments.pattern and "/" in (arguments.name or "") else None
 
 
 def _what_is_wrong(arguments, given):
-    "What is missing or too much; empty if nothing. `given` names the arguments that are not as by default."
+    "The first problem with the arguments, or an empty string; `given` are those that are not the defaults."
     if arguments.list_backups and given - {"list_backups", "cache_dir", "layout"}:
         return "--list-backups goes with --cache-dir and --layout alone"
     if arguments.restore is not None and given - {"restore", "cache_dir", "layout", "skip_backup", "quiet"}:
@@ -403,7 +403,7 @@ def _what_is_wrong(arguments, given):
 
 
 def _without_effect(dataset, given):
-    "A line about options that matter for files on a server alone, where all files are here; else empty."
+    "A line about options that have no effect on local files, or an empty string."
     unused = [f"--{name.replace('_', '-')}" for name in ("remote", "workers", "download_dir") if name in given]
     is_local = all(part.files and not any(map(is_remote, part.files)) for part, _ in dataset.parts)
     if not unused or not is_local:
@@ -447,8 +447,8 @@ def _layout(arguments):
 
 
 def _run(arguments, given):
-    known = {name: value for name, value in vars(arguments).items() if name in Options.__dataclass_fields__}
-    options = Options(**known)
+    fields = {name: value for name, value in vars(arguments).items() if name in Options.__dataclass_fields__}
+    options = Options(**fields)
     logging.getLogger("musekit.shards").setLevel(logging.ERROR if options.quiet else logging.WARNING)
     if arguments.list_backups:
         return options.tell(backups_table(arguments.cache_dir, arguments.layout))
@@ -468,7 +468,7 @@ def _run(arguments, given):
 
 
 def main(argv: list[str] | None = None) -> int:
-    "Runs `musekit-shards`; gives the exit status: 0 only when what was asked for is done."
+    "Runs `musekit-shards`; returns the exit status, 0 only on success."
     parser = make_parser()
     arguments = parser.parse_args(argv)
     given = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}

@@ -40,20 +40,20 @@ FETCHED_TWICE = "with several processes would fetch everything twice, to count a
 
 @dataclass(frozen=True)
 class Options:
-    "Where a conversion happens and how."
+    "Where and how a conversion runs."
 
-    cache_dir: str | Path | None = None  # the trainer's, with its data and tokenizer; default: where it looks by itself
-    num_source: int | None = None  # the first files are used; default: 3, or all that were named one by one
+    cache_dir: str | Path | None = None  # with the trainer's data and tokenizer; default: the trainer's own
+    num_source: int | None = None  # use the first files; default: 3, or all that are listed one by one
     download_dir: str | Path | None = None  # default: raw_<name> in the cache
     workers: int = 4  # downloads at a time
-    min_characters: int | None = None  # shorter texts are dropped; default: 50, or what the dataset says
-    max_characters: int | None = None  # longer texts are dropped; default: none, or what the dataset says
+    min_characters: int | None = None  # shorter texts are dropped; default: the dataset's, else 50
+    max_characters: int | None = None  # longer texts are dropped; default: the dataset's, else no limit
     skip_bad_utf8: bool = False  # drop rows that are not UTF-8; otherwise they are an error
-    shuffle: int | None = None  # seed of the order of the rows; default: that of the sources, or what the dataset says
+    shuffle: int | None = None  # seed of the row order; default: the dataset's, else the order of the sources
     skip_backup: bool = False
-    remote: bool = False  # read the wanted parts straight from the server; keep no source files
+    remote: bool = False  # read only the needed parts from the server; keep no source files
     executor: Executor | None = None  # writes shards as independent tasks, not of `remote` files; None: one pipeline
-    connection: Connection | None = None  # for downloads; default: what the environment says
+    connection: Connection | None = None  # for downloads; default: from the environment
     quiet: bool = False
 
     def __post_init__(self):
@@ -64,13 +64,13 @@ class Options:
         for name in ("cache_dir", "download_dir"):
             place = getattr(self, name)
             if place == "" or is_address(place) or Path(place or "").expanduser().is_file():
-                told = "it is no folder of this machine; choose another"
-                raise ValueError(f"{name}={shown(place)!r}: {told}.")
+                problem = "it is no folder of this machine; choose another"
+                raise ValueError(f"{name}={shown(place)!r}: {problem}.")
         if self.remote and self.executor:
             raise ValueError(f"remote=True {FETCHED_TWICE}; leave executor out, or remote to download instead.")
 
     def tell(self, text: str):
-        "Prints a line unless all is quiet, or nobody reads on."
+        "Prints a line unless `quiet`; a closed pipe is no error."
         try:
             if not self.quiet:
                 print(text, flush=True)
@@ -79,21 +79,21 @@ class Options:
 
 # %% ../../nbs/08_shards/13_convert.ipynb #7d269049
 def readable_size(count: float) -> str:
-    "Bytes in the unit that people would choose."
+    "A number of bytes in a readable unit."
     units = ("bytes", "kB", "MB", "GB")
     power = min(3, max(0, (len(str(int(count))) - 1) // 3))
     return f"{count / 1000**power:.3g} {units[power]}"
 
 # %% ../../nbs/08_shards/13_convert.ipynb #8eeb5e53
 def _sources(dataset, cache, options):
-    "The source files, fetched if need be."
+    "The source files, downloaded if missing."
     connection = options.connection or Connection.from_environment()
     places = dataset.urls(options.num_source, connection.endpoint)
     urls = [place for place in places if is_remote(place)]
     raw = _download_dir(dataset, cache, options)
     fetched = map(_look_at, urls) if options.remote else _download(urls, raw, dataset, connection, options)
-    known = dict(zip(urls, fetched))
-    return [known.get(place) or Source(Path(place), size=Path(place).stat().st_size) for place in places]
+    by_url = dict(zip(urls, fetched))
+    return [by_url.get(place) or Source(Path(place), size=Path(place).stat().st_size) for place in places]
 
 
 def _download(urls, raw, dataset, connection, options):
@@ -117,7 +117,7 @@ def _download_dir(dataset, cache, options):
 
 
 def selection_of(dataset: Dataset, options: Options) -> Selection:
-    "What is read of a dataset: what the options say, else what the dataset says, else what is usual."
+    "The selection of a dataset: from the options, else from the dataset, else the defaults."
     chosen = {name: getattr(options, name) for name in ("min_characters", "max_characters")}
     chosen = {name: getattr(dataset, name) if value is None else value for name, value in chosen.items()}
     least = 50 if chosen["min_characters"] is None else chosen["min_characters"]
@@ -129,19 +129,19 @@ def selection_of(dataset: Dataset, options: Options) -> Selection:
 
 @dataclass
 class Part:
-    "A dataset of a mix, or the only one."
+    "One dataset of a mix, or the only dataset."
 
     dataset: Dataset
     weight: float
     selection: Selection
-    seed: int | None  # of its order
+    seed: int | None  # of the row order; None: not shuffled
     sources: list[Source]
     contents: list  # of each source
 
 
 def parts_of(dataset: Dataset, options: Options) -> list[Part]:
-    "The datasets of a mix and what is read of each, before anything is fetched."
-    Mix(weight for _, weight in dataset.parts)  # an error for weights that make no pattern
+    "The datasets of a mix and what is read from each, before anything is fetched."
+    Mix(weight for _, weight in dataset.parts)  # raises an error for weights without a pattern
     parts = []
     for part, weight in dataset.parts:
         seeds = (seed for seed in (options.shuffle, part.shuffle, dataset.shuffle) if seed is not None)
@@ -153,7 +153,7 @@ def parts_of(dataset: Dataset, options: Options) -> list[Part]:
 
 
 def _watch_room(folder):
-    "Refuses what will not fit, as soon as the server tells how long the files are."
+    "A `watch` function that raises an OSError once the announced sizes exceed the free space."
     sizes, left = {}, {}
 
     def watch(path, event, value):
@@ -172,7 +172,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def _telling_place(folder):
-    "Adds the folder to the error of a full disk, which seldom says which disk."
+    "Adds the folder to the error of a full disk."
     try:
         yield
     except OSError as error:
@@ -183,7 +183,7 @@ def _telling_place(folder):
 
 @contextmanager
 def _setting_aside(sources):
-    "Renames a downloaded file that turns out to be damaged, so that the next run fetches it again."
+    "Renames a damaged download, so that the next run fetches it again."
     try:
         yield
     except BadSource as error:
@@ -191,8 +191,8 @@ def _setting_aside(sources):
             if source.url and error.args[0] == str(source.path):
                 bad = source.path.with_name(source.path.name + ".bad")
                 os.replace(source.path, bad)
-                told = f"It was set aside as {bad.name}; the same command fetches it again"
-                raise ValueError(f"{''.join(error.args).rstrip('.')}. {told}.") from error
+                advice = f"It was set aside as {bad.name}; the same command fetches it again"
+                raise ValueError(f"{''.join(error.args).rstrip('.')}. {advice}.") from error
         raise
 
 
@@ -202,20 +202,20 @@ def _look_at(url):
 
 
 def _place(source):
-    "What the readers want: a path, or an address that is read in place."
+    "What the readers take: a path, or an address that is read in place."
     return source.url if source.path == Path() else str(source.path)
 
 # %% ../../nbs/08_shards/13_convert.ipynb #e495606d
-_ROW = 4096  # bytes of a row, at most on average, where nothing says how many rows there are
+_ROW = 4096  # upper bound of the mean bytes of a row, if the number of rows is unknown
 
 
 def shuffle_room(size: float) -> float:
-    "Bytes of disk, about, that shuffled rows take until the shards are written, from those of their columns."
-    return 2 * size  # texts are compressed lightly here
+    "Approximate bytes on disk of shuffled rows, from the bytes of their columns."
+    return 2 * size  # shuffled texts are compressed lightly
 
 
 def _check_room(parts, cache, layout):
-    "An OSError unless there is room for the shards, which take no more than the columns of the sources."
+    "Raises an OSError unless the shards fit; they take no more than the columns of the sources."
     size, shuffled = 0, 0
     for part, wanted in zip(parts, _rows_wanted(parts, layout)):
         here = sum(sum(each.bytes) for each in part.contents)
@@ -239,7 +239,7 @@ def _rows_wanted(parts, layout):
 
 
 def _bytes_needed(contents, last):
-    "Bytes of the wanted columns up to the part of the source that was read last; all if there is no last."
+    "Bytes of the selected columns up to the last row group read, (source, group); all if None."
     if last is None:
         return sum(sum(each.bytes) for each in contents)
     source, group = last
@@ -247,15 +247,15 @@ def _bytes_needed(contents, last):
 
 
 def _bytes_fetched(sources, before):
-    "Bytes that came over the network of files that are read in place; None if there are none."
+    "Bytes fetched of files that are read in place; None without such files."
     places = {source.url for source in sources if source.path == Path()}
     return sum(RemoteFile.counted[place] - before[place] for place in places) or None
 
 # %% ../../nbs/08_shards/13_convert.ipynb #23dee25b
 def convert(dataset: str | Dataset, options: Options = Options(), layout: Layout = Layout()) -> dict:
-    """Makes shards of a dataset and puts them in place of the cache's present set; gives their manifest.
+    """Replaces the cache's present set by shards of a dataset; returns their manifest.
 
-    Any failure (ValueError or OSError, with one line that says what to do) leaves the present set as it was.
+    Any failure (a ValueError or OSError of one line) leaves the present set as it was.
     """
     dataset = find_dataset(dataset) if isinstance(dataset, str) else dataset
     cache = Cache(options.cache_dir, layout.trainer)
@@ -293,7 +293,7 @@ def convert(dataset: str | Dataset, options: Options = Options(), layout: Layout
 
 
 class _Clock:
-    "Seconds of every step."
+    "The seconds of each step."
 
     def __init__(self):
         self.last, self.seconds = time.perf_counter(), {}
@@ -316,7 +316,7 @@ def _fetch(part, of_several, cache, options):
 
 
 def _streams(parts, folder, options, clock):
-    "What is cut into shards: the sources of every part, or their rows in another order."
+    "The streams to cut into shards: the sources of each part, or their shuffled rows."
     streams = []
     for part in parts:
         stream = Stream(tuple(map(_place, part.sources)), part.selection, part.weight)
@@ -330,9 +330,9 @@ def _streams(parts, folder, options, clock):
 
 
 def _cut(streams, folder, layout, parts, options):
-    known = [each.num_rows for part in parts for each in part.contents]
-    total = None if layout.rows is None else layout.rows if None in known else min(sum(known), layout.rows)
-    disable = True if options.quiet else None  # None: unless it is a terminal
+    counts = [each.num_rows for part in parts for each in part.contents]
+    total = None if layout.rows is None else layout.rows if None in counts else min(sum(counts), layout.rows)
+    disable = True if options.quiet else None  # None: disabled without a terminal
     with tqdm(unit=" rows", desc="shards", total=total, disable=disable) as bar:
         progress = _progress(bar, layout.rows_per_shard, options)
         if options.executor is None:
@@ -342,21 +342,21 @@ def _cut(streams, folder, layout, parts, options):
 
 
 def _progress(bar, step, options):
-    "Moves the bar; without a terminal a line for each shard, or about as many rows."
-    told = 0
+    "A progress function that moves the bar; without a terminal it prints a line about every shard."
+    reported = 0
 
     def progress(read, written):
-        nonlocal told
+        nonlocal reported
         bar.update(written - bar.n)
-        if bar.disable and written // step > told:
-            told = written // step
+        if bar.disable and written // step > reported:
+            reported = written // step
             options.tell(f"shards: {written:,} rows written")
 
     return progress
 
 
 def _choices(dataset, parts, layout, report):
-    "What was chosen, as the manifest says it: the datasets, their shares and their order."
+    "The manifest's entries about the datasets, their shares and their order."
     facts = {"selection": asdict(parts[0].selection), "layout": asdict(layout), "shuffle": parts[0].seed}
     if dataset.mix:
         mix, used = [], sum(shard.rows for shard in report.shards)

@@ -36,12 +36,12 @@ Count = tuple[int, int, int, dict]  # row group, rows, kept, dropped by reason
 
 def measure_groups(
     source: str,
-    groups: list[int],  # its row groups, or whatever else its parts are
+    groups: list[int],  # indices of its row groups, or of its other parts
     selection: Selection,
-    limit: int | None = None,  # stop once so many are kept
+    limit: int | None = None,  # stop after this many kept rows
     lengths: bool = False,
 ) -> list[tuple[Count, pa.Array]]:
-    "The counts, and with `lengths` how many characters each kept row has, where shards are cut by characters."
+    "Counts of the row groups, with the characters of each kept row if `lengths`."
     tallies, characters = {group: Tally() for group in groups}, {group: [] for group in groups}
     for texts, rows, dropped, group in read_texts(source, selection, groups, limit):
         tallies[group].add(rows, len(texts), dropped)
@@ -53,41 +53,41 @@ def measure_groups(
 # %% ../../nbs/08_shards/11_plan.ipynb #a375a021
 @dataclass(frozen=True)
 class Plan:
-    "Which row groups hold the rows of the shards; plain data, the same for every worker."
+    "The row groups that hold the shards' rows: plain data, the same for every worker."
 
     streams: list[Stream]
     layout: Layout
     counts: list[list[tuple]]  # of each stream: source, row group, rows, kept, dropped by reason
-    edges: list[int]  # rows before and after each shard
-    full: bool  # whether there are rows enough for all shards
+    edges: list[int]  # cumulative rows at the shards' edges
+    full: bool  # whether there are enough rows for all shards
 
     @property
     def mix(self) -> Mix:
-        "How the streams are mixed."
+        "The mix of the streams."
         return Mix(stream.weight for stream in self.streams)
 
     @property
     def ends(self) -> list[list[int]]:
-        "Of each stream, how many rows are kept up to the end of each row group: the prefix sum."
+        "The prefix sum of each stream: kept rows up to the end of each row group."
         return [list(accumulate(kept for *_, kept, _ in counts)) for counts in self.counts]
 
     @property
     def report(self) -> Report:
-        "What becomes of the rows, before there are shards."
+        "The report of the rows, before there are shards."
         return report_of(self.streams, self.counts, self.mix, self.edges[-1], self.full)
 
     @property
     def bounds(self) -> list[tuple[str, int, int]]:
-        "File name, first row and row after the last of each shard."
+        "(file name, first row, row after the last) of each shard."
         return bounds_of(self.report, self.edges, self.layout)
 
     def to_json(self) -> str:
-        "The plan as text, for a file or another machine."
+        "The plan as JSON."
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        "The plan that `to_json` wrote."
+        "The plan of a JSON text from `to_json`."
         data = json.loads(text)
         streams = [_stream_from(**stream) for stream in data["streams"]]
         counts = [[tuple(count) for count in stream] for stream in data["counts"]]
@@ -119,13 +119,13 @@ def make_plan(
     else:
         for lengths in counting:
             deque(lengths, maxlen=0)
-        rows = min(layout.rows, mix.rows([sum(count[3] for count in found) for found in counts]))
+        rows = min(layout.rows, mix.rows([sum(count[3] for count in each) for each in counts]))
         edges, full = [*range(0, rows, layout.rows_per_shard), rows], rows == layout.rows
     return Plan(streams, layout, trim_counts(streams, counts, mix, edges[-1], full), edges, full)
 
 
 def _chunks(stream, size):
-    "(source, its row groups, whether all their rows are kept, their numbers) of every counting task."
+    "(source, its row groups, whether all their rows are kept, their numbers) for each counting task."
     tasks = []
     for index, source in enumerate(stream.sources):
         contents = check_source(source, stream.selection)
@@ -136,7 +136,7 @@ def _chunks(stream, size):
 
 
 def _count(stream, tasks, counts, limit, executor):
-    "Adds the counts of a stream and yields the lengths of its rows; stops at the limit, where there is one."
+    "Appends the counts of a stream and yields the lengths of its rows; stops at `limit`, if any."
     for window in (tasks[start : start + 16] for start in range(0, len(tasks), 16)):
         if limit is not None and all(all_kept for _, _, all_kept, _ in window):
             measured = [[((group, rows, rows, {}), ()) for group, rows in zip(groups, sizes)] for _, groups, _, sizes in window]
@@ -144,8 +144,8 @@ def _count(stream, tasks, counts, limit, executor):
             paths = [stream.sources[index] for index, *_ in window]
             measure = partial(measure_groups, selection=stream.selection, lengths=limit is None)
             measured = (executor.map if executor else map)(measure, paths, [groups for _, groups, *_ in window])
-        for (index, *_), found in zip(window, measured):
-            for count, lengths in found:
+        for (index, *_), results in zip(window, measured):
+            for count, lengths in results:
                 counts.append((index, *count))
                 yield lengths
         if limit is not None and sum(count[3] for count in counts) >= limit:
@@ -154,7 +154,7 @@ def _count(stream, tasks, counts, limit, executor):
 # %% ../../nbs/08_shards/11_plan.ipynb #21f5f4b4
 @dataclass(frozen=True)
 class Piece:
-    "The rows of one stream that are in a shard."
+    "The rows of one stream in a shard."
 
     parts: list[tuple[str, list[int]]]  # sources and their row groups, in order
     skip: int  # kept rows of the first row group that belong to the shard before
@@ -164,23 +164,23 @@ class Piece:
 
 @dataclass(frozen=True)
 class Task:
-    "One shard: which row groups hold its rows. Small, and independent of every other task."
+    "One shard and the row groups that hold its rows; independent of every other task."
 
     name: str
     pieces: list[Piece]  # one for each stream
     weights: list[Real]  # of the streams in the mix
-    start: int  # row of the mix that is the shard's first
+    start: int  # the shard's first row in the mix
     rows: int
     layout: Layout
 
 
 def tasks_of(plan: Plan) -> list[Task]:
-    "A task for every shard, in the order of the rows."
+    "A task for each shard, in row order."
     mix, ends, weights = plan.mix, plan.ends, [stream.weight for stream in plan.streams]
     tasks = []
     for name, start, stop in plan.bounds:
         spans = zip(mix.counts(start), mix.counts(stop))
-        pieces = [_piece(*found, *span) for *found, span in zip(plan.streams, plan.counts, ends, spans)]
+        pieces = [_piece(*counted, *span) for *counted, span in zip(plan.streams, plan.counts, ends, spans)]
         tasks.append(Task(name, pieces, weights, start, stop - start, plan.layout))
     return tasks
 
@@ -193,12 +193,12 @@ def _piece(stream, counts, ends, start, stop):
     for source, group, _, kept, _ in counts[first : last + 1]:
         if kept:
             groups.setdefault(source, []).append(group)
-    parts = [(stream.sources[source], found) for source, found in groups.items()]
+    parts = [(stream.sources[source], indices) for source, indices in groups.items()]
     return Piece(parts, start - (ends[first] - counts[first][3]), stop - start, stream.selection)
 
 # %% ../../nbs/08_shards/11_plan.ipynb #97c5d195
 def write_shard(task: Task, folder: str | Path) -> Shard:
-    "Does a task. Doing it again gives the same file; a ValueError if the sources no longer have its rows."
+    "Writes a task's shard, always the same file; a ValueError if the sources no longer have its rows."
     return write_texts(Path(folder) / task.name, _texts(task), task.layout)
 
 
@@ -220,31 +220,31 @@ def _rows_of(piece):
 def verify_shards(
     folder: str | Path,
     layout: Layout,
-    shards: Iterable[Shard] | None = None,  # what was written; None if nobody knows
+    shards: Iterable[Shard] | None = None,  # what was written; None if unknown
 ) -> list[Shard]:
-    "Reads every shard to its end; a ValueError names the first one that is not as it should be."
+    "Reads every shard to its end; a ValueError names the first invalid one."
     names = list_shards(folder)
     held_out = layout.validation_shard(len(names) - 1)
     if len(names) < 2 or held_out not in names:
         raise ValueError(f"{folder} holds {len(names)} shards; some and {held_out} are needed.")
-    found = [_read_shard(Path(folder) / name, layout) for name in names]
-    short = [shard.name for shard, is_full in found if not is_full]
-    if len(found) > 2 and len(short) > 1:
+    present = [_read_shard(Path(folder) / name, layout) for name in names]
+    short = [shard.name for shard, is_full in present if not is_full]
+    if len(present) > 2 and len(short) > 1:
         size = f"{layout.rows_per_shard:,} rows" if layout.rows else f"{layout.shard_characters:,} characters"
         raise ValueError(f"{folder}: {' and '.join(short)} are short of {size}.")
-    found = [shard for shard, _ in found]
-    for shard in sorted(set(shards or found) ^ set(found), key=lambda shard: shard.name):
+    present = [shard for shard, _ in present]
+    for shard in sorted(set(shards or present) ^ set(present), key=lambda shard: shard.name):
         raise ValueError(f"{folder}: {shard.name} is not what was written; convert again.")
-    return found
+    return present
 
 
 def list_shards(folder: str | Path) -> list[str]:
-    "File names of the shards in a folder; none if there is no folder."
+    "File names of the shards in a folder; empty without a folder."
     return sorted(path.name for path in Path(folder).glob("*.parquet"))
 
 
 def _read_shard(path, layout):
-    "A shard, and whether it is full."
+    "(shard, whether it is full)."
     try:
         with pq.ParquetFile(path) as parquet:
             if not parquet.schema_arrow.equals(SCHEMA):
@@ -262,7 +262,7 @@ def _read_shard(path, layout):
 
 
 def _read_group(parquet, group, layout):
-    "Reads a row group to its end and gives its characters, where they matter; a ValueError for a text that is missing."
+    "Reads a row group; returns its characters if they matter; a ValueError for a missing text."
     characters = 0
     for batch in parquet.iter_batches(layout.rows_per_group, row_groups=[group]):
         batch.validate(full=True)
@@ -280,16 +280,16 @@ def _check_groups(sizes, layout):
         raise ValueError(f"its row groups have {sizes[:3]}... rows instead of {layout.rows_per_group}")
 
 # %% ../../nbs/08_shards/11_plan.ipynb #5ae548ba
-PLAN_FILE = "plan.sha256"  # in the folder until all shards are there
+PLAN_FILE = "plan.sha256"  # in the folder until all shards are written
 
 
 def run_plan(
     plan: Plan,
-    folder: str | Path,  # reachable for every worker under this name
+    folder: str | Path,  # shared by all workers under this name
     executor: Executor | None = None,
-    progress: Callable[[int, int], object] | None = None,  # progress(all rows, rows written), a shard each
+    progress: Callable[[int, int], object] | None = None,  # progress(all rows, rows written)
 ) -> Report:
-    "Writes all shards of a plan, those that an interrupted run left undone included."
+    "Writes the shards of a plan that are still missing; returns the report."
     tasks, report, folder = tasks_of(plan), plan.report, _claim(plan, folder)
     missing = [task for task in tasks if not (folder / task.name).exists()]
     done = [_read_shard(folder / task.name, plan.layout)[0] for task in tasks if task not in missing]

@@ -37,7 +37,7 @@ from musekit.shards.sources import (
 from .selection import Selection
 
 # %% ../../nbs/08_shards/10_rechunk.ipynb #7a548b54
-VALIDATION_SHARD = "shard_06542.parquet"  # the one file that autoresearch never trains on
+VALIDATION_SHARD = "shard_06542.parquet"  # autoresearch never trains on this file
 CODECS = {"zstd": 1, "snappy": None}  # name -> level
 LAYOUTS = {
     "autoresearch": {},
@@ -52,16 +52,16 @@ def shard_name(index: int) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    "How shards are cut: `num_shards` for training and one more for validation."
+    "How shards are cut: `num_shards` for training and one for validation."
 
     rows_per_shard: int = 86_016
     rows_per_group: int = 1_024
     codec: str = "zstd"  # or "snappy"
     num_shards: int = 10
-    validation: str = "last"  # which of the kept rows are held out: the last shard's or the "first" shard's
-    shard_characters: int | None = None  # instead of rows_per_shard: a shard ends with the row group that reaches so many
+    validation: str = "last"  # held-out rows: those of the "last" or of the "first" shard
+    shard_characters: int | None = None  # instead of rows_per_shard: a shard ends where it has this many
     level: int | None = None  # of the codec; None: 1 for zstd
-    trainer: str = "autoresearch"  # who reads them: it says the name of the validation shard; or "nanochat"
+    trainer: str = "autoresearch"  # or "nanochat"; determines the name of the validation shard
 
     def __post_init__(self):
         for name in ("rows_per_shard", "rows_per_group", "num_shards"):
@@ -81,15 +81,15 @@ class Layout:
 
     @property
     def rows(self) -> int | None:
-        "How many kept rows fill all shards; None if shards are cut by characters."
+        "The number of kept rows that fill all shards; None if shards are cut by characters."
         return None if self.shard_characters else (self.num_shards + 1) * self.rows_per_shard
 
     def validation_shard(self, num_train: int) -> str:
-        "Name of the validation shard beside so many for training."
+        "File name of the validation shard beside `num_train` training shards."
         return VALIDATION_SHARD if self.trainer == "autoresearch" else shard_name(num_train)
 
     def is_full(self, rows: int, characters: int) -> bool:
-        "Whether a shard ends after so many rows and characters."
+        "Whether a shard with this many rows and characters is full."
         if self.shard_characters is None:
             return rows == self.rows_per_shard
         return characters >= self.shard_characters and rows % self.rows_per_group == 0
@@ -105,9 +105,9 @@ def layout_for(name: str, **changes) -> Layout:
 def shard_bounds(
     rows: int,  # kept rows, in the order of the sources
     layout: Layout,
-    edges: list[int] | None = None,  # rows before and after each shard, where they are cut by characters
+    edges: list[int] | None = None,  # cumulative rows at the shards' edges, if cut by characters
 ) -> list[tuple[str, int, int]]:
-    "(file name, first row, row after the last) of every shard, in the order of the rows."
+    "(file name, first row, row after the last) of each shard, in row order."
     if rows < 2:
         raise ValueError(f"{rows} rows are kept: at least one is needed for training and one for validation.")
     first = layout.validation == "first"
@@ -123,7 +123,7 @@ def shard_bounds(
 
 # %% ../../nbs/08_shards/10_rechunk.ipynb #e4ac4f98
 def regroup(
-    texts: Iterable[pa.Array],  # or whatever else the rows have, such as lengths
+    texts: Iterable[pa.Array],  # or arrays of other row values, such as lengths
     layout: Layout,
 ) -> Iterator[pa.Array]:
     "Row groups of exactly the layout's size from arrays of any size; the last of each shard may be shorter."
@@ -145,7 +145,7 @@ def regroup(
 
 
 class Cutter:
-    "Ends a shard after the row group that fills it, and everything after the last shard; `full` says whether it came to that."
+    "Assigns row groups to shards and stops after the last one; `full` says whether all were filled."
 
     def __init__(self, layout: Layout):
         self.layout, self.full = layout, False
@@ -154,7 +154,7 @@ class Cutter:
         self,
         groups: Iterable[pa.Array],  # row groups: texts, or their lengths in characters
     ) -> Iterator[tuple[int, pa.Array]]:
-        "(number of its shard, row group)."
+        "(shard index, row group) for each group."
         shard, rows, characters = 0, 0, 0
         for group in groups:
             rows += len(group)
@@ -173,7 +173,7 @@ _LONGEST_PATTERN = 100_000
 
 
 def mix_pattern(weights: Iterable[Real]) -> list[int]:
-    "Which stream each row comes from, in the shortest pattern with exactly these shares."
+    "The stream of each row, in the shortest pattern with exactly these shares."
     weights = list(weights)
     for weight in weights:
         if not isinstance(weight, Real) or not 0 < weight < math.inf:
@@ -190,22 +190,22 @@ def mix_pattern(weights: Iterable[Real]) -> list[int]:
 
 
 class Mix:
-    "Which rows of some streams are the rows of their mix."
+    "Which rows of some streams make up their mix."
 
     def __init__(self, weights: Iterable[Real]):
         import numpy as np
 
         self.pattern = np.array(mix_pattern(list(weights)))
         self.size, self.streams = len(self.pattern), range(self.pattern.max() + 1)
-        self.places = [np.flatnonzero(self.pattern == stream) for stream in self.streams]  # of its rows in the pattern
+        self.places = [np.flatnonzero(self.pattern == stream) for stream in self.streams]  # in the pattern
 
     def counts(self, rows: int) -> list[int]:
-        "How many rows of each stream are among the first `rows` of the mix."
+        "The number of rows of each stream among the first `rows` rows of the mix."
         whole, rest = divmod(rows, self.size)
         return [int(whole * len(places) + (places < rest).sum()) for places in self.places]
 
     def rows(self, counts: list[int]) -> int:
-        "How many rows the mix has if the streams have so many: until one is missing."
+        "The number of rows of the mix, if the streams have `counts` rows: it ends where one runs out."
         wholes = (divmod(count, len(places)) for count, places in zip(counts, self.places))
         return min(int(whole * self.size + places[rest]) for (whole, rest), places in zip(wholes, self.places))
 
@@ -214,7 +214,7 @@ class Mix:
         return int(self.pattern[row % self.size])
 
     def interleave(self, streams: Iterable[Iterable[pa.Array]], start: int = 0) -> Iterator[pa.Array]:
-        "The rows of a mix from row `start` on, of streams that begin with their rows there."
+        "The rows of the mix from row `start` on; each stream begins with its first row after `start`."
         import numpy as np
 
         streams = [_Rows(stream) for stream in streams]
@@ -241,18 +241,18 @@ class Mix:
 
     @staticmethod
     def _missing(wanted, stream, size):
-        "The first place in `wanted` of a stream that has only `size` rows."
+        "The position in `wanted` of the first row that a stream of `size` rows lacks."
         return int((wanted == stream).nonzero()[0][size])
 
 
 class _Rows:
-    "Rows of a stream, as many at a time as are wanted."
+    "Rows of a stream, any number at a time."
 
     def __init__(self, arrays):
         self.arrays, self.rest = iter(arrays), None
 
     def take(self, count):
-        "Arrays with so many rows in all, or with those that are left."
+        "Arrays with `count` rows in all, or with the rest."
         parts = []
         while count and (self.rest is not None and len(self.rest) or self._next()):
             parts.append(self.rest.slice(0, count))
@@ -270,7 +270,7 @@ SCHEMA = pa.schema([pa.field("text", pa.string())])
 
 @dataclass(frozen=True)
 class Shard:
-    "A file that was written."
+    "A written file."
 
     name: str
     rows: int
@@ -304,25 +304,25 @@ def _seal(path, rows):
 # %% ../../nbs/08_shards/10_rechunk.ipynb #357c0ca1
 @dataclass(frozen=True)
 class Report:
-    "What became of the rows."
+    "Rows read, kept and dropped, and the shards."
 
-    rows: int  # read, up to the last one that was needed
+    rows: int  # read, up to the last one needed
     kept: int
     dropped: dict[str, int]  # by reason
-    shards: tuple[Shard, ...]  # in the order of the rows
+    shards: tuple[Shard, ...]  # in row order
     streams: tuple[tuple[int, int, dict, int], ...] = ()  # rows, kept, dropped and rows in shards of each stream of a mix
-    last: tuple[tuple[int, int] | None, ...] = field(default=(), compare=False)  # source and part read last of each stream; None: all
-    full: bool = True  # whether there were rows enough for all shards
+    last: tuple[tuple[int, int] | None, ...] = field(default=(), compare=False)  # last (source, part) read per stream; None: all
+    full: bool = True  # whether there were enough rows for all shards
 
 
 def rechunk(
     sources: Iterable[str | Path] | Iterable[Stream],  # local paths or addresses of files; or streams, which are mixed
-    folder: str | Path,  # gets the shards; may hold other files, but no Parquet file
+    folder: str | Path,  # for the shards; may hold other files, but no Parquet file
     selection: Selection = Selection(),  # of sources; a stream has its own
     layout: Layout = Layout(),
-    progress: Callable[[int, int], object] | None = None,  # progress(rows read, rows written), often
+    progress: Callable[[int, int], object] | None = None,  # called often as progress(rows read, rows written)
 ) -> Report:
-    "Cuts the kept rows of all sources, in order, into shards. No file has its name before all are whole."
+    "Cuts the kept rows of all sources, in order, into shards, which are named once all are whole."
     folder, streams = new_folder(folder), streams_of(sources, selection)
     for stream in streams:
         for source in stream.sources:
@@ -352,11 +352,11 @@ _BLOCK = ".block-%s"
 
 
 def new_folder(folder: str | Path) -> Path:
-    "The folder, made if need be; a ValueError if it holds a Parquet file, which would pass for data."
+    "The folder, created if missing; a ValueError if it holds a Parquet file, which would count as data."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for found in sorted(folder.glob("*.parquet")):
-        raise ValueError(f"{folder} already holds {found.name}; choose an empty folder.")
+    for existing in sorted(folder.glob("*.parquet")):
+        raise ValueError(f"{folder} already holds {existing.name}; choose an empty folder.")
     return folder
 
 
@@ -365,18 +365,19 @@ def trim_counts(
     counts: list[list[tuple]],  # of each stream: (source, part, rows, kept, dropped)
     mix: Mix,
     rows: int,  # in all shards
-    full: bool,  # whether the shards are full; else one of the streams ran out
-    exact: Iterable[bool] = (),  # streams that were read no further
+    full: bool,  # whether the shards are full; otherwise one of the streams ran out
+    exact: Iterable[bool] = (),  # per stream, whether it was read no further
 ) -> list[list[tuple]]:
-    "The counts up to the last row that is in a shard; of a stream that ran out, those of all its rows."
+    "The counts up to the last row in a shard; for a stream that ran out, the counts of all its rows."
     ran_out = None if full else mix.stream_at(rows)
     done = {index for index, is_exact in enumerate(exact) if is_exact} | {ran_out}
     limits = mix.counts(rows)
-    return [found if index in done else _trim(streams[index], found, limits[index]) for index, found in enumerate(counts)]
+    return [each if index in done else _trim(streams[index], each, limits[index])
+            for index, each in enumerate(counts)]
 
 
 def _trim(stream, counts, limit):
-    "Counts the part with the row that reaches the limit again, up to that row."
+    "Recounts the part that reaches the limit, up to that row."
     ends = list(accumulate(kept for *_, kept, _ in counts))
     last = bisect.bisect_left(ends, limit)
     if limit == 0 or last == len(counts):
@@ -389,25 +390,25 @@ def _trim(stream, counts, limit):
 
 
 def report_of(streams: list[Stream], counts: list[list[tuple]], mix: Mix, rows: int, full: bool) -> Report:
-    "What became of the rows, before there are shards."
+    "The report of the rows, before there are shards."
     total, each = Tally(), []
-    for stream, found, used in zip(streams, counts, mix.counts(rows)):
+    for stream, stream_counts, used in zip(streams, counts, mix.counts(rows)):
         tally = Tally()
-        for part in [stream.counted] if stream.counted else (count[2:] for count in found):
+        for part in [stream.counted] if stream.counted else (count[2:] for count in stream_counts):
             tally.add(*part)
         total.add(tally.rows, tally.kept, tally.dropped)
         each.append((tally.rows, tally.kept, dict(tally.dropped), used))
-    last = tuple(None if stream.counted else _last(found) for stream, found in zip(streams, counts))
+    last = tuple(None if stream.counted else _last(each) for stream, each in zip(streams, counts))
     return Report(total.rows, total.kept, dict(total.dropped), (), tuple(each) if len(streams) > 1 else (), last, full)
 
 
 def _last(counts):
-    "Source and part of the last count of any rows; before the first if there are none."
+    "Source and part of the last count with rows; before the first if there are none."
     return next(((source, group) for source, group, rows, *_ in reversed(counts) if rows), (0, -1))
 
 
 def bounds_of(report: Report, edges: list[int], layout: Layout) -> list[tuple[str, int, int]]:
-    "`shard_bounds` of the rows; the error for too few says where the rows went."
+    "`shard_bounds` of the kept rows; the error for too few lists the dropped ones by reason."
     if edges[-1] < 2:
         advice = "Use more source files, or keep shorter texts or lower scores"
         tally = str(Tally(report.rows, report.kept, Counter(report.dropped)))
@@ -460,7 +461,7 @@ def rows_between(texts: Iterable[pa.StringArray], start: int, stop: int) -> Iter
 
 # %% ../../nbs/08_shards/10_rechunk.ipynb #c449d10a
 def plot_report(report: Report):
-    "Rows kept and dropped by reason (left), and the bytes of every shard (right); gives the figure."
+    "A figure of the rows kept and dropped by reason (left) and of the bytes of each shard (right)."
     import matplotlib.pyplot as plt
 
     options = {"layout": "constrained", "width_ratios": (1, 1.3)}
@@ -479,7 +480,7 @@ def plot_report(report: Report):
 
 # %% ../../nbs/08_shards/10_rechunk.ipynb #56989ec3
 def record(items: Iterator, spans: list[tuple[float, float]]) -> Iterator:
-    "Passes items on and notes from when to when (seconds) each was being made."
+    "Yields the items and appends the span (seconds) in which each was produced."
     while True:
         start = time.perf_counter()
         item = next(items, None)
@@ -490,7 +491,7 @@ def record(items: Iterator, spans: list[tuple[float, float]]) -> Iterator:
 
 
 def plot_timeline(busy: dict[str, list[tuple[float, float]]]):
-    "One line a worker, coloured while it is busy, with its share of the whole time; gives the figure."
+    "A figure with one line a worker, coloured while it is busy, with its share of the time."
     import matplotlib.pyplot as plt
 
     start = min(spans[0][0] for spans in busy.values())

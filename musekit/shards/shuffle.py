@@ -23,11 +23,11 @@ from ..utils.hashing import text_sha256
 
 # %% ../../nbs/08_shards/09_shuffle.ipynb #8b34e57b
 SHUFFLE_FILE = "rows.shuffle"  # names the runs
-_RUN, _BUCKET = 128 << 20, 32 << 20  # bytes of text, about
+_RUN, _BUCKET = 128 << 20, 32 << 20  # approximate bytes of text
 
 
 def row_keys(seed: int, source: int, group: int, start: int, count: int):
-    "Random keys (uint64) of `count` kept rows of a part, the first of them its `start`-th."
+    "Random keys (uint64) of `count` kept rows of a part, from the `start`-th on."
     import numpy as np
 
     digest = bytes.fromhex(text_sha256(f"{seed} {source} {group}"))
@@ -41,17 +41,17 @@ def row_keys(seed: int, source: int, group: int, start: int, count: int):
 def shuffle(
     stream: Stream,
     seed: int,
-    folder: str | Path,  # for the runs, reachable for every worker; may be deleted once the shards are written
+    folder: str | Path,  # for the runs, shared by all workers; may be deleted after the shards are written
     executor: Executor | None = None,
-    progress: Callable[[int], object] | None = None,  # progress(rows read), now and then
-    groups_per_task: int | None = None,  # default: 32 for an executor; without one a source is opened only once
+    progress: Callable[[int], object] | None = None,  # called now and then as progress(rows read)
+    groups_per_task: int | None = None,  # default: 32 with an executor; without one, all of a source
 ) -> Stream:
-    "The kept rows of a stream in an order that follows from the seed alone, as another stream."
+    "A stream of the kept rows in an order that depends on the seed alone."
     if not isinstance(seed, Integral) or seed < 0:
         raise ValueError(f"shuffle={seed!r}: the seed is a whole number of at least 0.")
     Path(folder).mkdir(parents=True, exist_ok=True)
     contents = [check_source(source, stream.selection) for source in stream.sources]
-    size = 4 * sum(sum(each.bytes) for each in contents)  # texts are compressed to a quarter or so
+    size = 4 * sum(sum(each.bytes) for each in contents)  # texts compress to about a quarter
     bits = min(14, max(0, size // _BUCKET).bit_length())
     step = groups_per_task or (32 if executor else max(1, *(len(each.rows) for each in contents)))
     tasks = [(index, list(range(start, min(start + step, len(each.rows)))))
@@ -78,10 +78,10 @@ def scatter(
     source: int,
     groups: list[int],  # parts of that source
     seed: int,
-    bits: int,  # of a key, that say which bucket
+    bits: int,  # leading bits of a key, which select the bucket
     folder: str,
 ) -> tuple[list[str], list[int], int, int, dict]:
-    "Sorts the kept rows of some parts into runs: their names, rows in each bucket, and rows read, kept, dropped."
+    "Sorts the kept rows of some parts into runs; returns names, rows per bucket, rows read, kept, dropped."
     import numpy as np
 
     tally, kept_of = Tally(), Counter()
@@ -100,7 +100,7 @@ def scatter(
 
 
 def _pieces(pairs, most):
-    "Lists of texts and of their keys, of about `most` bytes each."
+    "(texts, keys) in lists of about `most` bytes."
     texts, keys, size = [], [], 0
     for some, their_keys in pairs:
         texts.append(some)
@@ -121,7 +121,7 @@ def _write_run(path, texts, keys, bits):
     edges = np.searchsorted(keys[order], [bucket << (64 - bits) for bucket in range(1, 2**bits)]) if bits else []
     edges = [0, *map(int, edges), len(keys)]
     options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
-    column = pa.concat_arrays(texts)  # to take rows of many pieces would copy them for every bucket
+    column = pa.concat_arrays(texts)  # taking rows of many pieces would copy them for every bucket
     texts.clear()
     with write_aside(path) as aside, pa.ipc.new_file(str(aside), RUN_SCHEMA, options=options) as writer:
         for start, stop in zip(edges, edges[1:]):
