@@ -228,7 +228,7 @@ def test_a_folder_from_end_to_end(place, here):
     hint = process.stdout.splitlines()[-1].split("train with it, on pictures with captions: ")[1]
     words = ["data=photos" if word.startswith("data=") else word for word in shlex.split(hint)]  # those have captions
     tiny = [word for word in TINY if "vq_model" not in word]
-    trained = here(place, *words[1:], *tiny, "experiment.output_dir=runs/whole")
+    trained = here(place, *words[1:], *tiny, "output=runs/whole")
     assert trained.returncode == 0, trained.stderr
     assert (place / "runs" / "whole" / "pipeline").is_dir()
 

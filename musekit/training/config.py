@@ -390,7 +390,7 @@ def describe(
     value_width = min(24, max(len(row[2]) for row in shown))
     lines = [f"{mark} {name:<{name_width}}  {value:<{value_width}}  {meaning}" for mark, name, value, meaning in shown]
     if len(shown) < len(rows):
-        lines.append(f"  and {len(rows) - len(shown)} more keys: musekit check --all")
+        lines.append(f"  and {len(rows) - len(shown)} more keys, which --all shows")
     return "\n".join(lines)
 
 # %% ../../nbs/04_training/02_config.ipynb #c380e098
