@@ -37,6 +37,7 @@ from musekit.evaluation.evaluate import (
     MetricsConfig, choose_prompts, draw_images, evaluate, find_judge, make_extractor, on_device,
 )
 from ..inference.pipeline import Pipeline
+from .configure import validate
 from musekit.recipes.networks import (
     VQ_MODELS, condition_sizes, describe_vq_model, load_text_encoder, load_vq_model, make_transformer, only_read,
 )
@@ -558,6 +559,7 @@ def train(
     base_dir: str | Path | None = None,  # where relative shard names are also looked for
 ) -> Recipe:  # with its models, times and `trainer`
     "Runs every stage of the recipe and saves the pipeline; goes on with a run that was stopped."
+    validate(config)  # also where a script did not make it by `configure`, or has changed it since
     check_library(config)
     chosen = settle_run_seed(config)
     refuse_other_run(config)
