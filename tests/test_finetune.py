@@ -192,7 +192,7 @@ def test_updates_from_a_pipeline(place, train):
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert old.keys() == new.keys() and changed == {name for name in old if name.removesuffix(".weight") in targets(old)}
     card = (run / "pipeline" / "README.md").read_text()
-    assert "| started from | transformer |" in card and "| rank of low-rank updates | 2 |" in card and "after 6 steps" in card
+    assert "| fine-tuned from | transformer |" in card and "| LoRA rank | 2 |" in card and "after 6 steps" in card
     model = MaskGiTUViT.from_pretrained(first / "pipeline" / "transformer")
     merged = merge_lora(load_lora(model, run / "adapter")).state_dict()
     assert all(torch.allclose(merged[name], new[name], atol=1e-6) for name in new)

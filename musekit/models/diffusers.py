@@ -109,14 +109,14 @@ def _settings(config, defaults, name):
     return defaults | settings
 
 def _allow(name, config, **allowed):
-    """Raises ValueError for the first setting whose value is not allowed."""
+    "Raises ValueError for the first setting whose value is not allowed."
     for key, values in allowed.items():
         if config[key] not in values:
             raise ValueError(f"{name} with {key}={config[key]!r} has no counterpart; it must be "
                              f"{' or '.join(map(repr, values))}.")
 
 def _expressible(config, cls, known):
-    """All settings of our model; ValueError for one outside `known` that is not at its default."""
+    "All settings of our model; ValueError for one outside `known` that is not at its default."
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
     full = ModelConfig({one.name: config.get(one.name, one.default) for one in parameters})
     _allow(cls.__name__, full, **{one.name: (one.default,) for one in parameters if one.name not in known})
@@ -124,7 +124,7 @@ def _expressible(config, cls, known):
 
 # %% ../../nbs/02_models/15_diffusers.ipynb #98129a22
 def _split_gates(weights):
-    """Splits every `ffn.wi` of 2 I rows into `ffn.wi_1`, the upper half, and `ffn.wi_0`, for the GELU."""
+    "Splits every `ffn.wi` of 2 I rows into `ffn.wi_1`, the upper half, and `ffn.wi_0`, for the GELU."
     cut = {name: tensor for name, tensor in weights.items() if ".ffn.wi." not in name}
     for name in [name for name in weights if ".ffn.wi." in name]:
         for part, half in zip((".ffn.wi_1.", ".ffn.wi_0."), weights[name].chunk(2)):
@@ -132,7 +132,7 @@ def _split_gates(weights):
     return cut
 
 def _join_gates(weights):
-    """The inverse of `_split_gates`."""
+    "The inverse of `_split_gates`."
     joined = {name: tensor for name, tensor in weights.items() if ".ffn.wi_" not in name}
     for name in [name for name in weights if ".ffn.wi_1." in name]:
         halves = weights[name], weights[name.replace(".wi_1.", ".wi_0.")]
@@ -140,18 +140,18 @@ def _join_gates(weights):
     return joined
 
 def _block_norms(weights):
-    """Names of the norms of attention blocks -> names of the queries, their only readers."""
+    "Names of the norms of attention blocks -> names of the queries, their only readers."
     queries = [name for name in weights if re.search(r"attention_blocks\.\d+\.\w+\.query\.weight", name)]
     return {name.replace("attention.query", "attn_layer_norm"): name for name in queries}
 
 def _fold_norms(weights):
-    """Multiplies the norms of attention blocks into the queries."""
+    "Multiplies the norms of attention blocks into the queries."
     norms = {norm: query for norm, query in _block_norms(weights).items() if norm in weights}
     folded = {query: weights[query] * weights[norm] for norm, query in norms.items()}
     return {name: tensor for name, tensor in (weights | folded).items() if name not in norms}
 
 def _unfold_norms(weights):
-    """Adds norm weights of one to attention blocks."""
+    "Adds norm weights of one to attention blocks."
     norms = _block_norms(weights).items()
     return weights | {norm: torch.ones_like(weights[query][0]) for norm, query in norms}
 
@@ -190,12 +190,12 @@ CONVERTERS["UVit2DModel"] = uvit_from_diffusers
 
 # %% ../../nbs/02_models/15_diffusers.ipynb #ef8e3cdd
 def _flip_levels(weights, levels):
-    """Numbers the levels of the decoder, `decoder.up.#`, from the other end."""
+    "Numbers the levels of the decoder, `decoder.up.#`, from the other end."
     flip = lambda match: f"decoder.up.{levels - 1 - int(match[1])}."
     return {re.sub(r"\bdecoder\.up\.(\d+)\.", flip, name): tensor for name, tensor in weights.items()}
 
 def _reshape_attention(weights, shape):
-    """Applies the function `shape` to every matrix of an attention."""
+    "Applies the function `shape` to every matrix of an attention."
     is_map = re.compile(r"\.(attn\.\d+|attn_1)\.(q|k|v|proj_out)\.weight$")
     return {name: shape(tensor) if is_map.search(name) else tensor for name, tensor in weights.items()}
 
@@ -266,7 +266,7 @@ CONVERTERS["VQModel"] = vq_from_diffusers
 
 # %% ../../nbs/02_models/15_diffusers.ipynb #07e9f4fb
 def to_diffusers(config, weights):
-    """A `MaskGiTUViT`'s or `VQGANModel`'s settings and tensors in diffusers' layout."""
+    "A `MaskGiTUViT`'s or `VQGANModel`'s settings and tensors in diffusers' layout."
     name = config["_class_name"]
     converters = {"MaskGiTUViT": uvit_to_diffusers, "VQGANModel": vq_to_diffusers}
     if name not in converters:

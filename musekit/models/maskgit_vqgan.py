@@ -14,7 +14,7 @@ from .vqgan import Decoder, Downsample, Encoder, Level, LevelTokenizer, Parts, R
 
 # %% ../../nbs/02_models/12_maskgit_vqgan.ipynb #7796261b
 class MaskGitLevel(Level):
-    """Residual blocks on (B, C, H, W), then average pooling (`downsample`) or doubling and `upsample`."""
+    "Residual blocks on (B, C, H, W), then average pooling (`downsample`) or doubling and `upsample`."
 
     def __init__(self, blocks, attentions=(), downsample=None, upsample=None):
         super().__init__(blocks, attentions, downsample)
@@ -28,7 +28,7 @@ class MaskGitLevel(Level):
 
 # %% ../../nbs/02_models/12_maskgit_vqgan.ipynb #94e0eb04
 class MaskGitParts(Parts):
-    """The parts of MaskGIT's encoder and decoder that differ from VQGAN's."""
+    "The parts of MaskGIT's encoder and decoder that differ from VQGAN's."
 
     level_class = MaskGitLevel
     extra_blocks = 0
@@ -50,7 +50,7 @@ class MaskGitParts(Parts):
 
 
 class MaskGitEncoder(Encoder):
-    """VQGAN's encoder with MaskGIT's parts, its first convolution without bias, its last one 1x1."""
+    "VQGAN's encoder with MaskGIT's parts, its first convolution without bias, its last one 1x1."
 
     def __init__(self, c):
         super().__init__(c, MaskGitParts)

@@ -31,14 +31,14 @@ class SpatialNorm(nn.Module):
 
 # %% ../../nbs/02_models/13_movq.ipynb #6377c952
 class MoVQParts(Parts):
-    """The parts of MoVQ's encoder: VQGAN's, with linear projections in attention."""
+    "The parts of MoVQ's encoder: VQGAN's, with linear projections in attention."
 
     def attention(self, channels):
         return AttentionBlock(channels, self.norm, nn.Linear)
 
 
 class MoVQDecoderParts(MoVQParts):
-    """The parts of MoVQ's decoder: the encoder's, with norms that read the codes."""
+    "The parts of MoVQ's decoder: the encoder's, with norms that read the codes."
 
     def norm(self, channels):
         return SpatialNorm(channels, self.c.quantized_embed_dim)
@@ -78,6 +78,6 @@ class MOVQ(LevelTokenizer):
             "out_channels": self.config.num_channels}
 
     def decode(self, quantized):
-        """Images of codes (B, quantized_embed_dim, height/f, width/f), not clipped to [0, 1]."""
+        "Images of codes (B, quantized_embed_dim, height/f, width/f), not clipped to [0, 1]."
         quantized = quantized.to(self.dtype)
         return self.decoder(self.post_quant_conv(quantized), quantized)

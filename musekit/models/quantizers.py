@@ -19,7 +19,7 @@ from .layers import resolve_grid
 
 # %% ../../nbs/02_models/09_quantizers.ipynb #628bad72
 def squared_distances(vectors, codes):
-    """Squared Euclidean distances (M, K) of vectors (M, C) to codes (K, C), always in float32."""
+    "Squared Euclidean distances (M, K) of vectors (M, C) to codes (K, C), always in float32."
     with torch.autocast(vectors.device.type, enabled=False):
         vectors, codes = vectors.float(), codes.float()
         squares = vectors.square().sum(1, keepdim=True) + codes.square().sum(1)
@@ -36,23 +36,23 @@ class Quantizer(nn.Module):
 
     @property
     def codes(self):
-        """All codes (K, C), in the order of their ids."""
+        "All codes (K, C), in the order of their ids."
         return self.code_of(torch.arange(self.num_embeddings, device=self.places.device))
 
     def project(self, vectors):
-        """The vectors (M, C), mapped into the space of the codes."""
+        "The vectors (M, C), mapped into the space of the codes."
         return vectors
 
     def flatten(self, z):
-        """The vectors (B*H*W, C) of a grid (B, C, H, W), row by row."""
+        "The vectors (B*H*W, C) of a grid (B, C, H, W), row by row."
         return z.permute(0, 2, 3, 1).flatten(0, 2)
 
     def lookup(self, ids, grid):
-        """The codes (B, C, height, width) of ids (B, height*width)."""
+        "The codes (B, C, height, width) of ids (B, height*width)."
         return self.code_of(ids).unflatten(1, tuple(grid)).permute(0, 3, 1, 2)
 
     def distances(self, z):
-        """Squared distances (B*H*W, K) of the vectors of z (B, C, H, W) to the codes."""
+        "Squared distances (B*H*W, K) of the vectors of z (B, C, H, W) to the codes."
         return squared_distances(self.project(self.flatten(z)), self.codes)
 
     def soft_codes(self, z, temp=1.0, stochastic=False, generator=None):
@@ -69,7 +69,7 @@ class Quantizer(nn.Module):
 
 # %% ../../nbs/02_models/09_quantizers.ipynb #bc738faf
 class VectorQuantizer(Quantizer):
-    """Replaces every vector of a grid by the nearest of K learned codes (van den Oord et al. 2017)."""
+    "Replaces every vector of a grid by the nearest of K learned codes (van den Oord et al. 2017)."
 
     def __init__(
         self,
@@ -87,20 +87,20 @@ class VectorQuantizer(Quantizer):
 
     @property
     def codes(self):
-        """All codes (K, C), the table's weight."""
+        "All codes (K, C), the table's weight."
         return self.get_submodule(self.table).weight
 
     def code_of(self, ids):
-        """The codes (..., C) of ids (...)."""
+        "The codes (..., C) of ids (...)."
         return F.embedding(ids, self.codes)
 
     def distances(self, z):
-        """Distances (B*H*W, K) of the vectors of z (B, C, H, W) to the codes, squared or plain."""
+        "Distances (B*H*W, K) of the vectors of z (B, C, H, W) to the codes, squared or plain."
         distances = super().distances(z)
         return distances if self.squared else distances.clamp_min(1e-12).sqrt()
 
     def forward(self, z):
-        """(Codes with the shape and gradient of z (B, C, H, W), ids (B, H*W) int64, loss)."""
+        "(Codes with the shape and gradient of z (B, C, H, W), ids (B, H*W) int64, loss)."
         ids = super().distances(z).argmin(1).view(z.shape[0], -1)
         codes = self.lookup(ids, z.shape[-2:])
         loss = F.mse_loss(codes, z.detach()) + self.commitment_cost * F.mse_loss(z, codes.detach())
@@ -122,18 +122,18 @@ class VectorQuantizer(Quantizer):
 
 # %% ../../nbs/02_models/09_quantizers.ipynb #42c5d38d
 def code_counts(ids, num_embeddings):
-    """The count of each code in ids of any shape: (K,) int64."""
+    "The count of each code in ids of any shape: (K,) int64."
     return torch.bincount(ids.flatten(), minlength=num_embeddings)
 
 
 def perplexity(counts):
-    """exp of the entropy of the code frequencies, from counts (K,): from 1 (a single code) to K (uniform)."""
+    "exp of the entropy of the code frequencies, from counts (K,): from 1 (a single code) to K (uniform)."
     frequencies = counts / counts.sum()
     return torch.special.entr(frequencies).sum().exp().item()
 
 # %% ../../nbs/02_models/09_quantizers.ipynb #6bcff8ea
 class FiniteScalarQuantizer(Quantizer):
-    """Rounds each channel to one of its levels (FSQ, Mentzer et al. 2023), without table or loss."""
+    "Rounds each channel to one of its levels (FSQ, Mentzer et al. 2023), without table or loss."
 
     def __init__(
         self,
@@ -150,18 +150,18 @@ class FiniteScalarQuantizer(Quantizer):
         self.register_buffer("places", torch.tensor(places), persistent=False)
 
     def project(self, vectors):
-        """The channels of (M, C) bounded to their ranges, before rounding, in float32."""
+        "The channels of (M, C) bounded to their ranges, before rounding, in float32."
         half = (self.levels - 1) / 2 + 1e-3  # slightly wider, so that the outermost levels are reached
         offset = (1 - self.levels % 2) / 2
         bounded = torch.tanh(vectors.float() + torch.atanh(offset / half)) * half - offset
         return bounded / (self.levels // 2)
 
     def code_of(self, ids):
-        """The codes (..., C) of ids (...), within [-1, 1]."""
+        "The codes (..., C) of ids (...), within [-1, 1]."
         return ids[..., None] // self.places % self.levels / (self.levels // 2) - 1
 
     def forward(self, z):
-        """(Codes of the shape of z (B, C, H, W), with gradient, ids (B, H*W) int64, a loss of 0)."""
+        "(Codes of the shape of z (B, C, H, W), with gradient, ids (B, H*W) int64, a loss of 0)."
         bounded, middle = self.project(self.flatten(z)), self.levels // 2
         digits = (bounded * middle).round().detach().long() + middle
         ids = (digits * self.places).sum(1).view(len(z), -1)
@@ -175,7 +175,7 @@ def _corner_bits(ids, count):
 
 
 class LookupFreeQuantizer(Quantizer):
-    """Replaces every channel by its sign, 2^dim codes (LFQ, Yu et al. 2023, MAGVIT-v2)."""
+    "Replaces every channel by its sign, 2^dim codes (LFQ, Yu et al. 2023, MAGVIT-v2)."
 
     def __init__(
         self,
@@ -196,11 +196,11 @@ class LookupFreeQuantizer(Quantizer):
         self.register_buffer("places", 2 ** torch.arange(dim), persistent=False)
 
     def code_of(self, ids):
-        """The codes (..., C) of ids (...): 1.0 where the bit is set, else -1.0."""
+        "The codes (..., C) of ids (...): 1.0 where the bit is set, else -1.0."
         return 2.0 * _corner_bits(ids, self.dim) - 1
 
     def entropies(self, z):
-        """(Mean entropy of each vector's code, entropy of the mean) of z (B, C, H, W), in nats."""
+        "(Mean entropy of each vector's code, entropy of the mean) of z (B, C, H, W), in nats."
         with torch.autocast(z.device.type, enabled=False):
             odds = self.flatten(z).float() * (4 / self.temperature)
             single = (F.softplus(odds) - odds * odds.sigmoid()).sum(1).mean()
@@ -212,7 +212,7 @@ class LookupFreeQuantizer(Quantizer):
         return F.softmax(odds @ bits.T.to(odds), -1).mean(0)
 
     def forward(self, z):
-        """(Codes with the shape and gradient of z (B, C, H, W), ids (B, H*W) int64, loss)."""
+        "(Codes with the shape and gradient of z (B, C, H, W), ids (B, H*W) int64, loss)."
         ids = ((self.flatten(z) > 0) * self.places).sum(1).view(len(z), -1)
         codes, (single, use) = self.lookup(ids, z.shape[-2:]).to(z.dtype), self.entropies(z)
         loss = self.commitment_cost * F.mse_loss(z, codes)
@@ -265,12 +265,12 @@ class ImageTokenizer(PretrainedModel):
 
     @property
     def codebook_size(self):
-        """The number of codes, K."""
+        "The number of codes, K."
         return self.quantize.num_embeddings
 
     @classmethod
     def from_config(cls, config):
-        """See `PretrainedModel.from_config`; `force_upcast`: activations overflow in half precision."""
+        "See `PretrainedModel.from_config`; `force_upcast`: activations overflow in half precision."
         settings = {name: value for name, value in config.items() if name != "force_upcast"}
         upcast = config.get("force_upcast", False)
         if not isinstance(upcast, bool):
@@ -281,14 +281,14 @@ class ImageTokenizer(PretrainedModel):
         return model
 
     def to(self, *args, **options):
-        """`nn.Module.to`, but float32 in place of float16 if `force_upcast` is set."""
+        "`nn.Module.to`, but float32 in place of float16 if `force_upcast` is set."
         device, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **options)
         if dtype == torch.float16 and self.config.get("force_upcast"):
             dtype = torch.float32
         return super().to(device=device, dtype=dtype, non_blocking=non_blocking, memory_format=layout)
 
     def half(self):
-        """See `to`."""
+        "See `to`."
         return self.to(torch.float16)
 
     def fit_images(self, pixel_values):
@@ -307,24 +307,24 @@ class ImageTokenizer(PretrainedModel):
         return pixel_values.to(self.dtype)
 
     def encode(self, pixel_values, return_loss=False):
-        """(Codes (B, C, height/f, width/f), ids (B, N)[, quantizer loss]) of images."""
+        "(Codes (B, C, height/f, width/f), ids (B, N)[, quantizer loss]) of images."
         quantized, ids, loss = self.quantize(self.latents(pixel_values))
         return (quantized, ids, loss) if return_loss else (quantized, ids)
 
     def get_code(self, pixel_values):
-        """The ids (B, N) int64 of images, row by row."""
+        "The ids (B, N) int64 of images, row by row."
         return self.encode(pixel_values)[1]
 
     def get_soft_code(self, pixel_values, temp=1.0, stochastic=False, generator=None):
-        """softmax(-distance / temp) (B, N, num_embeddings) and ids (B, N), sampled if `stochastic`."""
+        "softmax(-distance / temp) (B, N, num_embeddings) and ids (B, N), sampled if `stochastic`."
         return self.quantize.soft_codes(self.latents(pixel_values), temp, stochastic, generator)
 
     def decode_code(self, ids, grid=None):
-        """Images of ids (B, N); grid: (height/f, width/f), if None a square (ValueError if N is not one)."""
+        "Images of ids (B, N); grid: (height/f, width/f), if None a square (ValueError if N is not one)."
         return self.decode(self.quantize.lookup(ids, resolve_grid(ids.shape[1], grid)))
 
     def forward(self, pixel_values, return_loss=False):
-        """The reconstruction of images[, and the quantizer loss]."""
+        "The reconstruction of images[, and the quantizer loss]."
         quantized, ids, loss = self.encode(pixel_values, return_loss=True)
         images = self.decode(quantized)
         return (images, loss) if return_loss else images

@@ -17,7 +17,7 @@ from .quantizers import ImageTokenizer, make_quantizer
 
 # %% ../../nbs/02_models/10_vqgan.ipynb #9f7953fb
 def group_norm(channels):
-    """Group normalisation with 32 groups; ValueError if they do not divide the channels."""
+    "Group normalisation with 32 groups; ValueError if they do not divide the channels."
     if channels % 32:
         raise ValueError(f"{channels} channels do not split into 32 groups; choose a multiple of 32.")
     return nn.GroupNorm(32, channels, eps=1e-6)
@@ -69,7 +69,7 @@ class AttentionBlock(nn.Module):
 
 # %% ../../nbs/02_models/10_vqgan.ipynb #2d0b0ada
 class Downsample(nn.Module):
-    """Halves the sides of (B, C, H, W), by a strided convolution or (with_conv=False) by averaging."""
+    "Halves the sides of (B, C, H, W), by a strided convolution or (with_conv=False) by averaging."
 
     def __init__(self, channels, with_conv=True):
         super().__init__()
@@ -80,7 +80,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the sides of (B, C, H, W) by repetition, followed by a convolution unless with_conv=False."""
+    "Doubles the sides of (B, C, H, W) by repetition, followed by a convolution unless with_conv=False."
 
     def __init__(self, channels, with_conv=True):
         super().__init__()
@@ -113,7 +113,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Block, attention (unless it is None), block, at the coarsest resolution."""
+    "Block, attention (unless it is None), block, at the coarsest resolution."
 
     def __init__(self, block_1, attention, block_2):
         super().__init__()
@@ -147,12 +147,12 @@ class Parts:
         return AttentionBlock(channels, self.norm)
 
     def attentions(self, i, channels, count):
-        """The `count` attentions of level i, or none."""
+        "The `count` attentions of level i, or none."
         attended = self.c.resolution >> i in self.c.attn_resolutions
         return [self.attention(channels) for _ in range(count if attended else 0)]
 
     def level(self, i, widths, **resampling):
-        """Level i, 0 the finest, with a block from each width to the next."""
+        "Level i, 0 the finest, with a block from each width to the next."
         blocks = [self.block(a, b) for a, b in zip(widths, widths[1:])]
         return self.level_class(blocks, self.attentions(i, widths[-1], len(blocks)), **resampling)
 
@@ -168,7 +168,7 @@ class Parts:
 
 # %% ../../nbs/02_models/10_vqgan.ipynb #05f72b09
 class Encoder(nn.Module):
-    """Pixels (B, num_channels, h, w) to features (B, z_channels, h/f, w/f); c: settings of the model."""
+    "Pixels (B, num_channels, h, w) to features (B, z_channels, h/f, w/f); c: settings of the model."
 
     def __init__(self, c, parts=Parts):
         super().__init__()
@@ -190,7 +190,7 @@ class Encoder(nn.Module):
 
 # %% ../../nbs/02_models/10_vqgan.ipynb #91fb95cc
 class Decoder(nn.Module):
-    """Features (B, z_channels, h/f, w/f) to pixels (B, num_channels, h, w); c: settings of the model."""
+    "Features (B, z_channels, h/f, w/f) to pixels (B, num_channels, h, w); c: settings of the model."
 
     def __init__(self, c, parts=Parts):
         super().__init__()
@@ -212,13 +212,13 @@ class Decoder(nn.Module):
 
 # %% ../../nbs/02_models/10_vqgan.ipynb #4b485efe
 class LevelTokenizer(ImageTokenizer):
-    """Encoder, quantizer between 1x1 convolutions, and decoder; every level but one halves the sides."""
+    "Encoder, quantizer between 1x1 convolutions, and decoder; every level but one halves the sides."
 
     ignored_config = ("num_resolutions", "reduction_factor", "latent_size")
 
     @classmethod
     def from_config(cls, config):
-        """A new model; ValueError if derived entries of an old file contradict the levels."""
+        "A new model; ValueError if derived entries of an old file contradict the levels."
         model = super().from_config(config)
         levels, factor = len(model.config.channel_mult), model.downsample_factor
         follows = {"num_resolutions": levels, "reduction_factor": factor, "latent_size": model.config.resolution // factor}
@@ -232,11 +232,11 @@ class LevelTokenizer(ImageTokenizer):
         return 2 ** (len(self.config.channel_mult) - 1)
 
     def latents(self, pixel_values):
-        """The vectors (B, quantized_embed_dim, height/f, width/f) to quantize; see `fit_images`."""
+        "The vectors (B, quantized_embed_dim, height/f, width/f) to quantize; see `fit_images`."
         return self.quant_conv(self.encoder(self.fit_images(pixel_values)))
 
     def decode(self, quantized):
-        """Images of codes (B, quantized_embed_dim, height/f, width/f), not clipped to [0, 1]."""
+        "Images of codes (B, quantized_embed_dim, height/f, width/f), not clipped to [0, 1]."
         return self.decoder(self.post_quant_conv(quantized.to(self.dtype)))
 
 
@@ -274,7 +274,7 @@ class VQGANModel(LevelTokenizer):
 
 # %% ../../nbs/02_models/10_vqgan.ipynb #be249140
 def plot_reconstructions(model, pixel_values):
-    """A figure of images (B, C, h, w), their ids, and their reconstructions, in three rows."""
+    "A figure of images (B, C, h, w), their ids, and their reconstructions, in three rows."
     import matplotlib.pyplot as plt
 
     factor = model.downsample_factor
@@ -294,7 +294,7 @@ def plot_reconstructions(model, pixel_values):
 
 # %% ../../nbs/02_models/10_vqgan.ipynb #ee7e682d
 def compare_reconstructions(models, pixel_values):
-    """A figure of images (B, C, h, w) and, a row each, their reconstructions by a dictionary of models."""
+    "A figure of images (B, C, h, w) and, a row each, their reconstructions by a dictionary of models."
     import matplotlib.pyplot as plt
 
     with torch.no_grad():
