@@ -79,7 +79,7 @@ def test_heads_fit_the_channels(place):
 ])
 def test_values_of_another_network(setting, place):
     key = setting.partition("=")[0]
-    with pytest.raises(ValueError, match=rf"model\.transformer\.{key}=.* describes another network: a MaskGiTUViT is built with {key}="):
+    with pytest.raises(ValueError, match=rf"model\.transformer\.{key}=.* describes another network: a MaskGiTUViT supports {key}="):
         read("cc12m_uvit_clip", f"model.transformer.{setting}")
 
 

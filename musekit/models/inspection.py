@@ -48,7 +48,8 @@ def shape_table(
     parts = children if parts is None else parts
     unknown = [name for name in parts if name not in modules]
     if unknown:
-        raise ValueError(f"no part {unknown[0]!r} in this {type(model).__name__}; the top-level parts are {children}.")
+        raise ValueError(f"no part {unknown[0]!r} in this {type(model).__name__}; the top-level parts are "
+                         f"{children}.")
 
     def note(name):
         return lambda module, args, output: shapes.update({name: tuple(getattr(output, "shape", ()))})

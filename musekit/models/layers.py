@@ -258,7 +258,7 @@ def run_block(block, gradient_checkpointing, *inputs):
 
 # %% ../../nbs/02_models/02_layers.ipynb #c0de5702
 def stack_blocks(blocks):
-    "One tensor (B, blocks, parts, ...) of what is precomputed for every block, tensors (B, ...); None if nothing."
+    "One tensor (B, blocks, parts, ...) of the tensors (B, ...) of every block; None without blocks."
     return torch.stack([torch.stack(parts, 1) for parts in blocks], 1) if blocks else None
 
 

@@ -32,7 +32,8 @@ class PaellaBlock(nn.Module):
         return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
     def forward(self, x):
-        g, x = self.gammas, x.permute(0, 2, 3, 1).contiguous()
+        g = self.gammas
+        x = x.permute(0, 2, 3, 1).contiguous()  # channels-last in memory, here and in the result
         x = x + g[2] * conv_channels_last(self.depthwise, self.norm(x, g[0], g[1]))
         x = x + g[5] * self.channelwise(self.norm(x, g[3], g[4]))
         return x.permute(0, 3, 1, 2)
@@ -89,7 +90,7 @@ class PaellaVQModel(ImageTokenizer):
         return self.down_blocks(self.in_block(self.fit_images(pixel_values)))
 
     def encode(self, pixel_values, return_loss=False):
-        "(codes / scale_factor (B, c_latent, height/f, width/f), ids (B, N)[, the codebook's loss])."
+        "(codes / scale_factor (B, c_latent, height/f, width/f), ids (B, N)[, quantizer loss])."
         quantized, *rest = super().encode(pixel_values, return_loss)
         return quantized / self.config.scale_factor, *rest
 
@@ -98,6 +99,6 @@ class PaellaVQModel(ImageTokenizer):
         return self.out_block(self.up_blocks(quantized.to(self.dtype) * self.config.scale_factor))
 
     def decode_code(self, ids, grid=None):
-        "Images of ids (B, N); grid: (height/f, width/f), a square if None (ValueError if N is none)."
+        "Images of ids (B, N); grid: (height/f, width/f), None: a square (ValueError if N is not one)."
         codes = self.vquantizer.lookup(ids, resolve_grid(ids.shape[1], grid))
         return self.decode(codes / self.config.scale_factor)

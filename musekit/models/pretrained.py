@@ -234,8 +234,8 @@ class PretrainedModel(nn.Module):
         "Raises ValueError for a setting of `fixed_config` with an unsupported value."
         for key, supported in cls.fixed_config.items():
             if _single_value(config.get(key)) not in (None, supported):
-                raise ValueError(f"{key}={config[key]!r} describes another network: a {cls.__name__} supports "
-                                 f"{key}={supported!r} only; leave it out for a new model.")
+                raise ValueError(f"{key}={config[key]!r} describes another network: a {cls.__name__} "
+                                 f"supports {key}={supported!r} only; leave it out for a new model.")
 
     @classmethod
     def from_config(cls, config):
@@ -263,11 +263,12 @@ class PretrainedModel(nn.Module):
         except _UNFIT as error:
             invalid = _invalid_settings(cls, fitting, defaults).items()
             changes = " or ".join(f"{key}={value!r}" for key, value in invalid)
-            raise ValueError(f"these settings do not describe a {cls.__name__} ({error}); change {changes}.") from error
+            raise ValueError(f"these settings do not describe a {cls.__name__} ({error}); change "
+                             f"{changes}.") from error
         for key in set(cls.ignored_config) & set(config) & set(model.config):
             if config[key] not in (None, model.config[key]):
                 raise ValueError(f"{key}={config[key]!r} contradicts the other settings, which make it "
-                                 f"{model.config[key]!r}; weights trained with that value need another model.")
+                                 f"{model.config[key]!r}; weights trained with it need another model.")
         return model
 
     @classmethod
@@ -283,7 +284,7 @@ class PretrainedModel(nn.Module):
     ):
         """The model of a folder or a hub repository, in evaluation mode on the CPU.
 
-        `PretrainedModel` itself loads the class that config.json names. Models of other libraries are converted.
+        `PretrainedModel` itself loads the class that config.json names; other libraries' are converted.
         Raises FileNotFoundError for a missing folder or file, ValueError for weights that do not match or are
         not finite.
         """

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUANTIZERS', 'squared_distances', 'Quantizer', 'VectorQuantizer', 'code_counts', 'perplexity',
-           'FiniteScalarQuantizer', 'LookupFreeQuantizer', 'make_quantizer', 'ImageTokenizer']
+           'FiniteScalarQuantizer', 'LookupFreeQuantizer', 'make_quantizer', 'ImageTokenizer', 'plot_reconstructions']
 
 # %% ../../nbs/02_models/09_quantizers.ipynb #1568771a
 import inspect
@@ -63,9 +63,9 @@ class Quantizer(nn.Module):
         if temp <= 0:
             raise ValueError(f"temp must be positive, got {temp}; 0.01 gives nearly hard codes.")
         distances = self.distances(z)
-        soft = F.softmax(-distances / temp, -1)
-        ids = torch.multinomial(soft, 1, generator=generator)[:, 0] if stochastic else distances.argmin(-1)
-        return soft.unflatten(0, (len(z), -1)), ids.unflatten(0, (len(z), -1))
+        probs = F.softmax(-distances / temp, -1)
+        ids = torch.multinomial(probs, 1, generator=generator)[:, 0] if stochastic else distances.argmin(-1)
+        return probs.unflatten(0, (len(z), -1)), ids.unflatten(0, (len(z), -1))
 
 # %% ../../nbs/02_models/09_quantizers.ipynb #bc738faf
 class VectorQuantizer(Quantizer):
@@ -80,8 +80,11 @@ class VectorQuantizer(Quantizer):
         table="embedding",  # the codebook's name in checkpoints
     ):
         super().__init__()
-        self.num_embeddings, self.dim, self.commitment_cost = num_embeddings, dim, commitment_cost
-        self.squared, self.table = squared, table
+        self.num_embeddings = num_embeddings
+        self.dim = dim
+        self.commitment_cost = commitment_cost
+        self.squared = squared
+        self.table = table
         self.add_module(table, nn.Embedding(num_embeddings, dim))
         nn.init.uniform_(self.codes, -1 / num_embeddings, 1 / num_embeddings)
 
@@ -107,10 +110,14 @@ class VectorQuantizer(Quantizer):
         return z + (codes - z).detach(), ids, loss
 
     @torch.no_grad()
-    def revive(self, vectors, used, generator=None):
+    def revive(
+        self,
+        vectors,  # (M, C) outputs of the encoder, see `flatten`
+        used,  # (K,) bool, or counts, see `code_counts`
+        generator=None,
+    ):
         """Replaces every unused code by a random one of the encoder's vectors; returns how many.
 
-        vectors: (M, C) outputs of the encoder, see `flatten`; used: (K,) bool, or counts, see `code_counts`
         In distributed training, all processes must pass the same vectors, counts and generator state.
         """
         dead = (used == 0).nonzero().flatten()
@@ -189,10 +196,14 @@ class LookupFreeQuantizer(Quantizer):
         super().__init__()
         if not 1 <= dim <= 62 or group_bits < 1 or temperature <= 0:
             raise ValueError(f"dim {dim} must be 1 to 62, group_bits {group_bits} at least 1 and temperature "
-                             f"{temperature} positive; 18, 9 and 1.0 are a beginning.")
-        self.num_embeddings, self.dim, self.commitment_cost = 2 ** dim, dim, commitment_cost
-        self.entropy_weight, self.diversity_weight = entropy_weight, diversity_weight
-        self.temperature, self.group_bits = temperature, group_bits
+                             f"{temperature} positive; start with 18, 9 and 1.0.")
+        self.num_embeddings = 2 ** dim
+        self.dim = dim
+        self.commitment_cost = commitment_cost
+        self.entropy_weight = entropy_weight
+        self.diversity_weight = diversity_weight
+        self.temperature = temperature
+        self.group_bits = group_bits
         self.register_buffer("places", 2 ** torch.arange(dim), persistent=False)
 
     def code_of(self, ids):
@@ -202,41 +213,39 @@ class LookupFreeQuantizer(Quantizer):
     def entropies(self, z):
         "(Mean entropy of each vector's code, entropy of the mean) of z (B, C, H, W), in nats."
         with torch.autocast(z.device.type, enabled=False):
-            odds = self.flatten(z).float() * (4 / self.temperature)
-            single = (F.softplus(odds) - odds * odds.sigmoid()).sum(1).mean()
-            groups = odds.tensor_split(math.ceil(self.dim / self.group_bits), dim=1)
-            return single, sum(torch.special.entr(self._use(group)).sum() for group in groups)
+            logits = self.flatten(z).float() * (4 / self.temperature)
+            code_entropy = (F.softplus(logits) - logits * logits.sigmoid()).sum(1).mean()
+            groups = logits.tensor_split(math.ceil(self.dim / self.group_bits), dim=1)
+            return code_entropy, sum(torch.special.entr(self._mean_probs(group)).sum() for group in groups)
 
-    def _use(self, odds):
-        bits = _corner_bits(torch.arange(2 ** odds.shape[1], device=odds.device), odds.shape[1])
-        return F.softmax(odds @ bits.T.to(odds), -1).mean(0)
+    def _mean_probs(self, logits):
+        bits = _corner_bits(torch.arange(2 ** logits.shape[1], device=logits.device), logits.shape[1])
+        return F.softmax(logits @ bits.T.to(logits), -1).mean(0)
 
     def forward(self, z):
         "(Codes with the shape and gradient of z (B, C, H, W), ids (B, H*W) int64, loss)."
         ids = ((self.flatten(z) > 0) * self.places).sum(1).view(len(z), -1)
-        codes, (single, use) = self.lookup(ids, z.shape[-2:]).to(z.dtype), self.entropies(z)
+        codes = self.lookup(ids, z.shape[-2:]).to(z.dtype)
+        code_entropy, usage_entropy = self.entropies(z)
         loss = self.commitment_cost * F.mse_loss(z, codes)
-        loss = loss + self.entropy_weight * (single - self.diversity_weight * use)
+        loss = loss + self.entropy_weight * (code_entropy - self.diversity_weight * usage_entropy)
         return z + (codes - z).detach(), ids, loss
 
 # %% ../../nbs/02_models/09_quantizers.ipynb #a8fb4c1f
 QUANTIZERS = {"vq": VectorQuantizer, "fsq": FiniteScalarQuantizer, "lfq": LookupFreeQuantizer}
 
 
-def _given(**sizes):
-    return {name: size for name, size in sizes.items() if size is not None}
-
-
-def make_quantizer(kind="vq", num_embeddings=None, dim=None, params=None):
-    """The quantizer of a configuration.
-
-    kind: "vq", "fsq" or "lfq"; params: dictionary of arguments of its class, such as `levels` of "fsq"
-    num_embeddings, dim: its sizes; None: 1024 and 256 for "vq", else derived from the rest
-    Raises ValueError for unknown kinds and parameters, and for sizes that contradict each other.
-    """
+def make_quantizer(
+    kind="vq",  # "vq", "fsq" or "lfq"
+    num_embeddings=None,  # None: 1024 for "vq", else derived from the rest
+    dim=None,  # None: 256 for "vq", else derived from the rest
+    params=None,  # dictionary of arguments of its class, such as `levels` of "fsq"
+):
+    "The quantizer of a configuration; ValueError for unknown parameters and contradictory sizes."
     if kind not in QUANTIZERS:
         raise ValueError(f"quantizer {kind!r} is unknown; choose one of {', '.join(map(repr, QUANTIZERS))}.")
-    params, sizes = dict(params or {}), _given(num_embeddings=num_embeddings, dim=dim)
+    params, sizes = dict(params or {}), {"num_embeddings": num_embeddings, "dim": dim}
+    sizes = {name: size for name, size in sizes.items() if size is not None}
     if kind == "vq":
         params = {"num_embeddings": 1024, "dim": 256} | sizes | params
     elif kind == "lfq" and (dim or num_embeddings):
@@ -298,9 +307,10 @@ class ImageTokenizer(PretrainedModel):
         multiples of `downsample_factor`.
         """
         if pixel_values.ndim != 4 or not pixel_values.is_floating_point():
-            raise ValueError(f"images are (batch, channels, height, width) in floating point, from 0 to 1; got "
+            raise ValueError("images are (batch, channels, height, width) in floating point, from 0 to 1; got "
                              f"{tuple(pixel_values.shape)} of {pixel_values.dtype}.")
-        factor, (height, width) = self.downsample_factor, pixel_values.shape[-2:]
+        factor = self.downsample_factor
+        height, width = pixel_values.shape[-2:]
         if height % factor or width % factor:
             raise ValueError(f"images of {height}x{width} do not split into tokens of {factor}x{factor}; "
                              f"resize or crop them to multiples of {factor}.")
@@ -328,3 +338,28 @@ class ImageTokenizer(PretrainedModel):
         quantized, ids, loss = self.encode(pixel_values, return_loss=True)
         images = self.decode(quantized)
         return (images, loss) if return_loss else images
+
+# %% ../../nbs/02_models/09_quantizers.ipynb #c0de0901
+def plot_reconstructions(
+    models,  # dictionary of image tokenizers
+    pixel_values,  # (B, C, h, w) in [0, 1]
+):
+    "A figure of images and, for each tokenizer, of their ids and reconstructions."
+    import matplotlib.pyplot as plt
+
+    rows = {"image": (pixel_values, "gray", 1)}
+    for name, model in models.items():
+        height, width = (side // model.downsample_factor for side in pixel_values.shape[-2:])
+        with torch.no_grad():
+            ids = model.get_code(pixel_values)
+            images = model.decode_code(ids, (height, width)).clamp(0, 1)
+        rows[f"ids, {name}"] = ids.view(-1, 1, height, width), "tab20", model.codebook_size - 1
+        rows[name] = images, "gray", 1
+    size = len(pixel_values), 1.03 * len(rows)
+    fig, axes = plt.subplots(len(rows), len(pixel_values), figsize=size, squeeze=False)
+    for row, (label, (images, cmap, top)) in zip(axes, rows.items()):
+        for ax, image in zip(row, images):
+            ax.imshow(image.permute(1, 2, 0), cmap=cmap, vmin=0, vmax=top)
+            ax.set(xticks=[], yticks=[])
+        row[0].set_ylabel(label, fontsize=8)
+    return fig

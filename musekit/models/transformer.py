@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from musekit.models.layers import (
-    GLU, PointwiseConv, TokenEmbedding, TokenHead, TransformerLayer, check_width, conv_channels_last, key_mask,
-    make_norm, resolve_grid, run_block, stack_blocks, unstack_blocks,
+    GLU, PointwiseConv, TokenEmbedding, TokenHead, TransformerLayer, check_width, conv_channels_last,
+    key_mask, make_norm, resolve_grid, run_block, stack_blocks, unstack_blocks,
 )
 from .pretrained import PretrainedModel
 
@@ -23,8 +23,8 @@ from .pretrained import PretrainedModel
 def _positions(table, count):
     "The first `count` rows of a table of position embeddings; ValueError if there are fewer."
     if count > table.num_embeddings:
-        raise ValueError(f"{count} positions exceed the {table.num_embeddings} that the model has learned; pass "
-                         "fewer tokens, or build the model for more (max_position_embeddings).")
+        raise ValueError(f"{count} positions exceed the {table.num_embeddings} that the model has learned; "
+                         "pass fewer tokens, or build the model for more (max_position_embeddings).")
     return table.weight[:count]
 
 
@@ -184,7 +184,8 @@ class MaskGitTransformer(PretrainedModel):
         elif use_conv_in_out:
             self.mlm_layer = PatchHead(self.config, channels, out_size, norm)
         else:
-            self.mlm_layer = MlmHead(hidden_size, out_size, norm if use_mlm_layernorm else nn.Identity, use_bias)
+            head_norm = norm if use_mlm_layernorm else nn.Identity
+            self.mlm_layer = MlmHead(hidden_size, out_size, head_norm, use_bias)
         self._init_weights()
 
     def _init_weights(self):
@@ -211,7 +212,7 @@ class MaskGitTransformer(PretrainedModel):
         self,
         input_ids,  # (B, N) int64; masked positions hold `config.mask_token_id`
         encoder_hidden_states=None,  # (B, L, encoder_hidden_size) text states, with add_cross_attention
-        class_ids=None,  # (B,) int64 in 0 .. num_classes - 1, or num_classes for no class (a mask token in front)
+        class_ids=None,  # (B,) int64 in 0 .. num_classes - 1, or num_classes for no class (a mask token)
         *,
         token_mask=None,  # bool, of the shape of input_ids
         grid=None,  # (height, width) of the image tokens, used with `use_conv_in_out`; None: a square
@@ -244,8 +245,8 @@ class MaskGitTransformer(PretrainedModel):
             check_width("encoder_hidden_states", states, width, "encoder_hidden_size")
             states = states.to(self.dtype)
         elif states is not None or mask is not None:
-            raise ValueError("this model is not conditioned on text; leave encoder_hidden_states and their mask "
-                             "out, or build it with add_cross_attention=True.")
+            raise ValueError("this model is not conditioned on text; leave encoder_hidden_states and their "
+                             "mask out, or build it with add_cross_attention=True.")
         if self.encoder_proj is not None:
             states = self.encoder_proj_layer_norm(self.encoder_proj(states))
         return states, key_mask(mask)

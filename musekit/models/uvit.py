@@ -15,8 +15,9 @@ from torch import nn
 
 from .functional import response_linear
 from musekit.models.layers import (
-    AdaLNModulation, Attention, GLU, GlobalResponseNorm, NestedNorm, TokenEmbedding, TokenHead, TransformerLayer,
-    check_width, conv_channels_last, key_mask, make_norm, resolve_grid, run_block, stack_blocks, unstack_blocks,
+    AdaLNModulation, Attention, GLU, GlobalResponseNorm, NestedNorm, TokenEmbedding, TokenHead,
+    TransformerLayer, check_width, conv_channels_last, key_mask, make_norm, resolve_grid, run_block,
+    stack_blocks, unstack_blocks,
 )
 from .pretrained import PretrainedModel
 
@@ -96,7 +97,7 @@ class Stage(nn.Module):
 
     def precompute(self, cond, text):
         pairs = zip(self.res_blocks, self.attention_blocks)
-        return [res_block.precompute(cond) + attention_block.precompute(text) for res_block, attention_block in pairs]
+        return [res.precompute(cond) + attention.precompute(text) for res, attention in pairs]
 
     def forward(
         self,
@@ -124,7 +125,7 @@ def sinusoidal_code(
     dim,  # even
     max_period=10_000,
 ):
-    "(B, K * dim) float32: cosines, then sines, of `dim / 2` frequencies of each value (Vaswani et al. 2017, 3.5)."
+    "Cosines, then sines, of `dim / 2` frequencies of each value, (B, K * dim) (Vaswani et al. 2017, 3.5)."
     if dim % 2:
         raise ValueError(f"a code of cosines and sines has an even width, got {dim}; use {dim + 1}.")
     half = dim // 2
@@ -137,8 +138,9 @@ def _stage_width(block_out_channels):
     "The single width of `block_out_channels`, which is a number or a list of one."
     widths = (block_out_channels,) if isinstance(block_out_channels, int) else tuple(block_out_channels)
     if len(widths) != 1:
-        raise ValueError(f"block_out_channels must be one number, got {block_out_channels!r}; this model, as the "
-                         f"published one, has one stage on each side: use [{widths[-1] if widths else 768}].")
+        raise ValueError(f"block_out_channels must be one number, got {block_out_channels!r}; this model, as "
+                         "the published one, has one stage on each side: use "
+                         f"[{widths[-1] if widths else 768}].")
     return widths[0]
 
 # %% ../../nbs/02_models/08_uvit.ipynb #692bf691
@@ -156,8 +158,9 @@ class MaskGiTUViT(PretrainedModel):
                       "max_position_embeddings", "num_vq_tokens", "xavier_init_embed", "quant_embed_dim",
                       "use_empty_embeds_for_uncond")
     fixed_config = {
-        "add_cross_attention": True, "project_encoder_hidden_states": True, "use_codebook_size_for_output": True,
-        "use_conv_in_out": True, "use_mlm_layer": True, "use_mlm_layernorm": True, "block_has_attention": True,
+        "add_cross_attention": True, "project_encoder_hidden_states": True,
+        "use_codebook_size_for_output": True, "use_conv_in_out": True, "use_mlm_layer": True,
+        "use_mlm_layernorm": True, "block_has_attention": True,
         "patch_size": 1, "res_ffn_factor": 4, "ffn_type": "glu", "transformer_type": "default",
         "num_classes": None, "use_normformer": False, "use_encoder_layernorm": False,
         "layer_norm_before_mlm": False, "layer_norm_embeddings": False, "layer_norm_embedddings": False,
@@ -191,7 +194,8 @@ class MaskGiTUViT(PretrainedModel):
         norm = partial(make_norm, norm_type, eps=layer_norm_eps, use_bias=use_bias, elementwise_affine=affine)
         linear = partial(nn.Linear, bias=use_bias)
         res_block = partial(ConvNextBlock, width, hidden, norm, use_bias, hidden_dropout)
-        attention_block = partial(TextAttentionBlock, width, block_num_heads, hidden, norm, use_bias, attention_dropout)
+        attention_block = partial(TextAttentionBlock, width, block_num_heads, hidden, norm, use_bias,
+                                  attention_dropout)
 
         def resample(conv):
             modules = NestedNorm(norm(width)), conv(width, width, 2, stride=2, bias=use_bias)
@@ -238,8 +242,8 @@ class MaskGiTUViT(PretrainedModel):
     def published_config(self):
         config = self.config
         if not (config.add_cond_embeds and config.add_micro_cond_embeds):
-            raise ValueError("the published U-ViT is always conditioned on pooled text and micro-conditions, and "
-                             "this model is not; save it with safe_serialization=True.")
+            raise ValueError("the published U-ViT is always conditioned on pooled text and micro-conditions, "
+                             "and this model is not; save it with safe_serialization=True.")
         unpublished = "default_shape", "initializer_range"
         published = {key: value for key, value in config.items() if key not in unpublished}
         return published | {"use_fused_mlp": False, "use_fused_residual_norm": False}
@@ -288,8 +292,8 @@ class MaskGiTUViT(PretrainedModel):
         self,
         input_ids,  # (B, N) int64; masked positions hold `config.mask_token_id`
         encoder_hidden_states=None,  # (B, L, encoder_hidden_size) text states of any floating-point type
-        cond_embeds=None,  # (B, cond_embed_dim) pooled text, with add_cond_embeds
-        micro_conds=None,  # (B, 5) float32, with add_micro_cond_embeds: width, height, top, left, aesthetic score
+        cond_embeds=None,  # (B, cond_embed_dim) pooled text
+        micro_conds=None,  # (B, 5) float32 width, height, crop top, crop left, aesthetic score
         *,
         token_mask=None,  # (B, N) bool
         grid=None,  # (height, width); None: `default_shape` if that holds N tokens, else a square
@@ -298,6 +302,7 @@ class MaskGiTUViT(PretrainedModel):
     ):
         """Logits (B, N, codebook_size), or (M, codebook_size) for the M positions of `token_mask`, by row.
 
+        Pooled text and micro-conditions are needed where add_cond_embeds and add_micro_cond_embeds are set.
         Raises ValueError for a condition that is missing or of the wrong size, and for an invalid grid.
         """
         num_tokens = input_ids.shape[1]

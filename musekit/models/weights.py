@@ -51,8 +51,8 @@ def read_tensors(path):
     except pickle.UnpicklingError as error:
         kind = re.search(r"GLOBAL ([\w.]+)", str(error))
         content = f" ({kind[1]})" if kind else ""
-        raise ValueError(f"{path} holds more than tensors{content} and was refused: loading it could run code. "
-                         "Get the weights as safetensors from a source you trust.") from error
+        raise ValueError(f"{path} holds more than tensors{content} and was refused: loading it could run "
+                         "code. Get the weights as safetensors from a source you trust.") from error
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # damaged files raise any exception
@@ -78,7 +78,7 @@ def _shards(index):
     names = sorted(set(table.values()))
     for name in names:
         if Path(name).name != name:
-            raise ValueError(f"{index} names {name!r}, not a plain file name; shards must be in the same folder.")
+            raise ValueError(f"{index} names {name!r}, not a plain file name; shards must be in its folder.")
         if not (index.parent / name).is_file():
             raise FileNotFoundError(f"{index} names {name!r}, which is missing; fetch that shard.")
     return [index.parent / name for name in names]
@@ -108,8 +108,8 @@ def weight_variants(folder):
     return sorted(variants)
 
 _ENDINGS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
-_NOT_WEIGHTS = ("adapter_", "ema_parameters", "optimizer", "pytorch_lora_", "random_states", "rng_state", "scaler",
-                "scheduler", "training_args")  # prefixes of other files of a training run
+_NOT_WEIGHTS = ("adapter_", "ema_parameters", "optimizer", "pytorch_lora_", "random_states", "rng_state",
+                "scaler", "scheduler", "training_args")  # prefixes of other files of a training run
 
 def _only_file(folder, variant):
     "In a folder without plain weights: those of its only variant, or its only weight file of another name."
@@ -259,7 +259,7 @@ def find_folder(
     whole=False,  # download subfolders too, as a pipeline needs
     variant=None,  # prefer this variant of the weights, such as "fp16"; see `weight_paths`
 ):
-    "The local folder of a checkpoint, downloaded from the hub if needed; FileNotFoundError if there is neither."
+    "The local folder of a checkpoint, downloaded if needed; FileNotFoundError if there is neither."
     folder = Path(path).expanduser()
     if folder.is_file():
         raise FileNotFoundError(f"{path} is a file, where a folder is needed; name the folder that holds it.")
@@ -298,8 +298,10 @@ def push_folder(folder, repository, *, private=None, revision=None, message="Upl
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        options = {"revision": revision, "commit_message": message, "allow_patterns": _UPLOADED, "ignore_patterns": _NOT_UPLOADED}
-        return str(api.upload_folder(repo_id=repository, folder_path=folder, **options))
+        patterns = {"allow_patterns": _UPLOADED, "ignore_patterns": _NOT_UPLOADED}
+        return str(api.upload_folder(
+            repo_id=repository, folder_path=folder, revision=revision, commit_message=message, **patterns
+        ))
     except Exception as error:  # names, tokens and networks raise any exception
         reason = one_line(error)
         raise ValueError(f"{repository} was not uploaded: {reason} Log in with `hf auth login`.") from error
