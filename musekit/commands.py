@@ -142,10 +142,12 @@ def _images_of_seeds(options, prompts):
 
 def _decoding(pairs):
     "Settings of decoding, and no others."
-    from musekit.core.guidance import GenerationConfig, our_names, refuse_unknown
+    from musekit.core.guidance import GenerationConfig
+    from musekit.inference.prompts import from_diffusers_names
+    from musekit.utils.validation import check_names
 
-    settings = our_names(read_settings(pairs))
-    refuse_unknown(settings, list(vars(GenerationConfig())))
+    settings = from_diffusers_names(read_settings(pairs))
+    check_names(settings, list(vars(GenerationConfig())))
     return settings
 
 
