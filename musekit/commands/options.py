@@ -33,10 +33,12 @@ def number_between(low: int, high: int | None = None):
 # %% ../../nbs/10_commands/02_options.ipynb #e74d64a8
 def decoding_settings(pairs: list[str]) -> dict:
     "Settings of decoding from KEY=VALUE and KEY.OPTION=VALUE; a value is JSON or a plain word."
-    from musekit.core.guidance import GenerationConfig, our_names, refuse_unknown
+    from musekit.core.guidance import GenerationConfig
+    from musekit.inference.prompts import from_diffusers_names
+    from musekit.utils.validation import check_names
 
-    settings = our_names(_read_pairs(pairs))
-    refuse_unknown(settings, list(vars(GenerationConfig())))
+    settings = from_diffusers_names(_read_pairs(pairs))
+    check_names(settings, list(vars(GenerationConfig())))
     return settings
 
 
