@@ -307,8 +307,8 @@ class ImageTokenizer(PretrainedModel):
         multiples of `downsample_factor`.
         """
         if pixel_values.ndim != 4 or not pixel_values.is_floating_point():
-            raise ValueError("images are (batch, channels, height, width) in floating point, from 0 to 1; got "
-                             f"{tuple(pixel_values.shape)} of {pixel_values.dtype}.")
+            raise ValueError("images are (batch, channels, height, width) in floating point, from 0 to 1; "
+                             f"got {tuple(pixel_values.shape)} of {pixel_values.dtype}.")
         factor = self.downsample_factor
         height, width = pixel_values.shape[-2:]
         if height % factor or width % factor:
