@@ -20,7 +20,7 @@ from musekit.models.transformer import MaskGitTransformer
 from musekit.models.uvit import MaskGiTUViT
 from musekit.models.vqgan import VQGANModel
 from musekit.inference.pipeline import OUTPUT_TYPES, ImagePipeline, Pipeline, find_model_class
-from musekit.core.sampling import sampler_names
+from musekit.core.samplers import sampler_names
 from musekit.inference.sheets import Task, draw_again, draw_sheet, read_task, write_sheet
 
 PROMPTS = ["a red three on white paper", "two"]

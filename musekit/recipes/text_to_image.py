@@ -23,11 +23,12 @@ from PIL import Image
 from torch import nn
 
 from .clip import train_clip
-from ..data.encoded import BatchEncoder, encode_dataset, token_grid
+from ..data.token_parquet import encode_dataset
+from ..data.batch_encoder import BatchEncoder, token_grid
 from ..evaluation.features import FeatureTable, collect_features
 from ..data.image_text import SamplePool, make_loader
 from ..data.packing import file_facts, left_out
-from ..data.pre_encoded import EncodedSource, first_batch, open_encoded
+from ..data.tokens import EncodedSource, first_batch, open_encoded
 from ..data.pictures import to_images
 from ..utils.files import TAKEN, folder_aside, make_once, read_note, take_for
 from ..models.card import write_card
@@ -44,7 +45,7 @@ from musekit.recipes.networks import (
 from musekit.recipes.settings import (
     clip_training, draws, generation_config, image_text_config, packing_options, stage_facts, vq_training,
 )
-from ..data.sources import find_shards
+from ..data.image_text import find_shards
 from musekit.training.callbacks import (
     drawn_by_all, input_sheet, inpainting_sheet, prompt_sheet, sample_prompts, standard_callbacks,
 )
