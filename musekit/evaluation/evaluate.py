@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_extractor', 'on_device', 'choose_prompts', 'find_judge', 'MetricsConfig', 'draw_images', 'evaluate',
-           'QualityConfig', 'read_real', 'find_prompts', 'evaluate_pipeline', 'describe_quality']
+           'QualityConfig', 'real_features', 'read_real', 'find_prompts', 'evaluate_pipeline', 'describe_quality']
 
 # %% ../../nbs/06_evaluation/04_evaluate.ipynb #c1ff9501
 import random
@@ -211,6 +211,22 @@ class QualityConfig:
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 # %% ../../nbs/06_evaluation/04_evaluate.ipynb #ced06082
+def real_features(
+    batches: Iterable[dict],  # of real images, as `collect_features` takes them
+    extractor: Callable,
+    path: str | Path | None = None,  # file of the features: read if it exists, else written
+    limit: int | None = None,  # images; None: all
+    seed: int = 0,
+) -> FeatureTable:
+    "The features of real images, which are computed only once for a file."
+    if path and Path(path).is_file():
+        return FeatureTable.load(path)
+    table = collect_features(batches, extractor, limit=limit, seed=seed)
+    if path:
+        table.save(path)
+    return table
+
+
 def read_real(
     config: QualityConfig,
     extractor: Callable,
@@ -220,10 +236,10 @@ def read_real(
     classes: list[str] | None = None,  # for "class", the class names by number
 ) -> tuple[FeatureTable, list[str]]:
     "Features and captions of the real images."
-    texts, path = [], config.statistics and Path(config.statistics)
-    stored = FeatureTable.load(path) if path and path.is_file() else None
+    texts = []
+    stored = bool(config.statistics) and Path(config.statistics).is_file()
     if stored and (config.prompts or config.data == "digits"):
-        return stored, texts
+        return FeatureTable.load(config.statistics), texts
 
     def batches(loader):
         for batch in watched(loader, progress, desc="real images", unit="batch"):
@@ -237,15 +253,12 @@ def read_real(
         layout = "classification" if kind == "class" else "image_text"
         names = dict(enumerate(classes)) if classes else None
         reading = ImageTextConfig(resolution=side, batch_size=64, layout=layout, captions=captions, fields=fields, class_names=names)
-        loader = make_loader(urls, reading, training=False)
-        if stored:
-            for _ in batches(loader):
+        read = batches(make_loader(urls, reading, training=False))
+        table = real_features(read, extractor, config.statistics, config.real, config.seed)
+        if stored:  # the captions are still needed
+            for _ in read:
                 if config.real and len(texts) >= config.real:
                     break
-            return stored, texts
-        table = collect_features(batches(loader), extractor, limit=config.real, seed=config.seed)
-    if path:
-        table.save(path)
     return table, texts
 
 
