@@ -90,7 +90,7 @@ def test_evaluate_against_a_folder_of_images(place, capsys):
     assert first["extractor"].startswith("clip-") and first["real"] == 60 and -1 <= first["agreement"] <= 1
     assert musekit(*common, "--features", clip, "--statistics", statistics, "--out", out) == 0
     assert json.loads(out.read_text()) == first, "read statistics give what was computed"
-    assert musekit(*common) == 2 and "say what looks at the images" in capsys.readouterr().err
+    assert musekit(*common) == 2 and "needs a feature extractor" in capsys.readouterr().err
     assert musekit(*common, "--features", "inception=nowhere.pth") == 2
     assert "no weights nowhere.pth" in capsys.readouterr().err
 

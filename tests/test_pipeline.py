@@ -20,7 +20,7 @@ from musekit.models.transformer import MaskGitTransformer
 from musekit.models.uvit import MaskGiTUViT
 from musekit.models.vqgan import VQGANModel
 from musekit.inference.pipeline import OUTPUT_TYPES, ImagePipeline, Pipeline, find_model_class
-from musekit.core.sampling import sampler_names
+from musekit.core.samplers import sampler_names
 from musekit.inference.sheets import Task, draw_again, draw_sheet, read_task, write_sheet
 
 PROMPTS = ["a red three on white paper", "two"]
@@ -303,8 +303,8 @@ def test_seeds_on_the_command_line(folder, tmp_path, capsys, monkeypatch):
     assert drawn("generate", "--again", four[2], "--out", "again.png")
     assert np.array_equal(Image.open("again.png"), Image.open(four[2]))
     assert drawn("generate", "--again", "generated.png", "--seed", "7,8,9,10", "--out", "other.png")
-    assert "one for each of the 6 pictures" in told(capsys, "generate", *PROMPTS, "--num-images", 3, "--seed", "1,2", "--model", folder)
-    assert "one for each of the 8 pictures" in told(capsys, "generate", *PROMPTS, "--seed", "1,2,3", "--model", folder)
+    assert "one for each of the 6 images" in told(capsys, "generate", *PROMPTS, "--num-images", 3, "--seed", "1,2", "--model", folder)
+    assert "one for each of the 8 images" in told(capsys, "generate", *PROMPTS, "--seed", "1,2,3", "--model", folder)
     for seed in ("1,", "1,x", "-1,2", "1.5"):
         with pytest.raises(SystemExit):
             main(["generate", "two", f"--seed={seed}"])

@@ -6,7 +6,8 @@
 __all__ = ['AESTHETIC_KEYS', 'WATERMARK_KEYS', 'PERSON_WORDS', 'IMAGE_EXTENSIONS', 'TEXT_EXTENSIONS', 'LAYOUTS', 'TEXT_FIELDS',
            'CLASS_FIELDS', 'MOST_CLASSES', 'field_value', 'present_numbers', 'aesthetic_score', 'micro_conditions',
            'MetadataFilter', 'filter_report', 'clean_caption', 'is_image', 'decode_text', 'Sample', 'first_text',
-           'field_text', 'read_metadata', 'class_number', 'read_sample', 'load_class_names', 'Fields', 'class_list']
+           'field_text', 'read_metadata', 'class_number', 'read_sample', 'load_class_names', 'read_prompts', 'Fields',
+           'class_list']
 
 # %% ../../nbs/03_data/01_samples.ipynb #4acf3dd5
 import json
@@ -328,6 +329,20 @@ def load_class_names(path) -> dict[int, str]:
         return {int(key): name[-1] if isinstance(name, list) else str(name) for key, name in pairs}
     except (TypeError, ValueError, IndexError) as error:
         raise ValueError(f"{path} must hold a list or an object of class names: {error}") from error
+
+
+def read_prompts(
+    path: str | Path,  # a text file, one prompt a line
+    name: str = "prompts",  # the setting that names it, for the message
+) -> list[str]:
+    "The non-empty lines of a text file; a ValueError if there are none."
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{name}={path} does not exist.")
+    lines = decode_text(Path(path).read_bytes(), f"{name}={path}").splitlines()
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{name}={path} holds no prompt; write one a line.")
+    return prompts
 
 # %% ../../nbs/03_data/01_samples.ipynb #d19ec647
 TEXT_FIELDS = ("text", "caption", "txt", "captions", "prompt")  # column names of captions, by precedence

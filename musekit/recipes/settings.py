@@ -22,6 +22,7 @@ from ..data.locate import locate
 from ..data.columns import is_parquet, parquet_classes
 from ..data.pre_encoded import MANIFEST, EncodedSource, open_encoded
 from ..core.guidance import GenerationConfig
+from ..inference.prompts import from_diffusers_names
 from musekit.training.config import (
     Config, class_names, condition_of, known_classes, layout_of, num_classes, reads_pooled,
 )
@@ -211,7 +212,7 @@ def generation_config(config: Config) -> GenerationConfig:
         temperature=training.generation_temperature, schedule=config.mask_schedule.schedule,
         schedule_params=config.mask_schedule.params, noise_type=training.noise_type,
     )
-    return usual.override(**(training.generation_params or {}))
+    return usual.override(**from_diffusers_names(training.generation_params or {}))
 
 
 def draws(config: Config) -> bool:
