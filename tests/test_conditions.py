@@ -22,16 +22,17 @@ from musekit.cli import main
 from musekit.models.text_encoders import TextEncoder
 from musekit.recipes.clip import train_bpe
 from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples, test_prompts as held_out_prompts
-from musekit.data.encoded import BatchEncoder, encode_dataset
+from musekit.data.token_parquet import encode_dataset
+from musekit.data.batch_encoder import BatchEncoder
 from musekit.evaluation.features import FeatureTable, collect_features
 from musekit.data.image_text import ImageTextConfig, make_loader
 from musekit.data.packing import write_shards, write_tars
-from musekit.data.pre_encoded import open_encoded
-from musekit.data.token_shards import member_name, token_members, write_unconditional
+from musekit.data.tokens import open_encoded
+from musekit.data.token_tars import member_name, token_members, write_unconditional
 from musekit.evaluation.metrics import DigitFeatures
 from musekit.models.paella_vq import PaellaVQModel
 from musekit.inference.pipeline import Pipeline
-from musekit.data.sources import find_shards
+from musekit.data.image_text import find_shards
 from musekit.recipes.text_to_image import Recipe, _captions, make_batches, make_trainer, show_inputs, train
 from musekit.recipes.configure import configure
 from musekit.recipes.image_tokenizer import find_images
@@ -202,7 +203,7 @@ def test_dropped_classes_are_the_mask_token(place):
 
 def test_a_class_that_is_none_is_an_unusable_sample(place):
     config = configure(None, settings_of(place, "few", CLASSES, "model.transformer.num_classes=5"))
-    with pytest.raises(ValueError, match=r"class \d is none of the 5 known classes"):
+    with pytest.raises(ValueError, match=r"class \d is none of the 5 classes"):
         train(config, progress=False)
 
 
@@ -278,7 +279,7 @@ def test_pre_encoded_classes(place):
     batch = next(iter(recipe.batches.train(0)))
     assert batch["class_ids"].dtype == torch.long and len(pipeline([1, 2])) == 2
     few = configure(None, [*settings_of(place, "few codes"), *told, "model.transformer.num_classes=5"])
-    with pytest.raises(ValueError, match=r"holds class \d, which is none of the 5 known classes"):
+    with pytest.raises(ValueError, match=r"holds class \d, which is none of the 5 classes"):
         train(few, progress=False)
 
 
@@ -349,10 +350,10 @@ def test_codes_and_pictures_are_told_apart(place, form):
     given = [*settings_of(place, "bad", networks), *pre_encoded(codes)]
     for name in ("", "/digits.parquet" if form == "parquet" else "/tokens-000000.tar"):
         pictures_wanted = configure(None, [*given, "training.pre_encode=false", f"data={codes}/train{name}"])
-        with pytest.raises(ValueError, match="holds codes and no pictures; to train on them set training.pre_encode=true"):
+        with pytest.raises(ValueError, match="holds tokens and no images; to train on them set training.pre_encode=true"):
             train(pictures_wanted, progress=False)
     for name in ("", "/shard-000000.tar"):
-        with pytest.raises(ValueError, match="holds pictures and no codes; set training.pre_encode=false"):
+        with pytest.raises(ValueError, match="holds images and no tokens; set training.pre_encode=false"):
             train(configure(None, [*given, f"data={place}/digits/train{name}"]), progress=False)
 
 
@@ -366,7 +367,7 @@ def test_pictures_beside_a_table_of_metadata(place, tmp_path):
     pq.write_table(pa.table({"file_name": ["0.png", "1.png"]}), photos / "metadata.parquet")
     assert len(find_shards(str(photos), tmp_path / "work")) == 1
     assert len(find_images("photos", tmp_path / "work", base_dir=tmp_path)) == 2
-    with pytest.raises(ValueError, match="holds pictures and no codes"):
+    with pytest.raises(ValueError, match="holds images and no tokens"):
         open_encoded(photos)
 
 
@@ -375,7 +376,7 @@ def test_classes_of_columns_are_read_once(place, monkeypatch):
     config = ImageTextConfig(batch_size=4, class_names={number: str(number) for number in range(10)})
     source.loader(config, training=False)
     monkeypatch.setattr(source.dataset, "paths", [])  # whoever reads again finds no class
-    with pytest.raises(ValueError, match="holds class 5, which is none of the 5 known classes"):
+    with pytest.raises(ValueError, match="holds class 5, which is none of the 5 classes"):
         source.loader(replace(config, class_names=dict(list(config.class_names.items())[:5])), training=False)
 
 

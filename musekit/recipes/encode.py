@@ -24,20 +24,21 @@ from torch import nn
 from transformers.utils import logging
 
 from ..models.text_encoders import TextEncoder
-from ..data.encoded import BatchEncoder, encode_dataset
+from ..data.token_parquet import encode_dataset
+from ..data.batch_encoder import BatchEncoder
 from ..data.image_text import ImageTextConfig, ShardReader
 from ..data.packing import left_out, write_tar
 from ..data.locate import Located, locate_pictures
 from ..data.samples import Fields
-from musekit.data.pre_encoded import (
+from musekit.data.token_manifest import (
     Counts, Totals, clear_parts, facts_digest, finished_record, network_digest, refuse_other_codes,
     shard_names, source_fact, text_probe, write_manifest,
 )
-from ..data.token_shards import member_name, token_members, write_unconditional
+from ..data.token_tars import member_name, token_members, write_unconditional
 from ..utils.files import write_aside
 from ..utils.progress import watched
 from ..utils.workers import map_ahead, worker_pool
-from ..data.sources import find_shards
+from ..data.image_text import find_shards
 from .settings import image_text_config, packing_options
 from .networks import MOST_CODES, load_text_encoder, load_vq_model
 from .configure import configure, validate_encoding

@@ -20,7 +20,8 @@ from ..data.samples import Fields, MetadataFilter
 from ..data.packing import file_facts, folder_classes
 from ..data.locate import locate
 from ..data.columns import is_parquet, parquet_classes
-from ..data.pre_encoded import MANIFEST, EncodedSource, open_encoded
+from ..data.token_manifest import MANIFEST
+from ..data.tokens import EncodedSource, open_encoded
 from ..core.guidance import GenerationConfig
 from ..inference.prompts import from_diffusers_names
 from musekit.training.config import (

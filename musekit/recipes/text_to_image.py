@@ -24,10 +24,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .clip import train_clip
-from ..data.encoded import BatchEncoder, token_grid
-from ..data.image_text import ImageTextConfig, SamplePool, make_loader
+from ..data.batch_encoder import BatchEncoder, token_grid
+from ..data.image_text import ImageTextConfig, SamplePool, find_shards, make_loader
 from ..data.packing import file_facts, left_out
-from ..data.pre_encoded import Counts, EncodedSource, first_batch
+from ..data.token_manifest import Counts
+from ..data.tokens import EncodedSource, first_batch
 from ..data.pictures import to_images
 from ..utils.files import TAKEN, folder_aside, make_once, read_note, take_for
 from ..models.card import write_card
@@ -46,7 +47,6 @@ from musekit.recipes.networks import (
 from musekit.recipes.settings import (
     clip_training, draws, generation_config, image_text_config, open_codes, packing_options, stage_facts, vq_training,
 )
-from ..data.sources import find_shards
 from musekit.training.callbacks import (
     drawn_by_all, input_sheet, inpainting_sheet, prompt_sheet, sample_prompts, standard_callbacks,
 )
