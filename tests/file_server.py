@@ -53,7 +53,7 @@ class FileHandler(BaseHTTPRequestHandler):
                 self.send_header(name, str(value))
         self.end_headers()
         self.write(body, pause, piece)
-        self.close_connection = close
+        self.close_connection |= close
 
     def write(self, body, pause=0.0, piece=1 << 14):
         for start in range(0, len(body), piece):

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from ..utils.files import write_aside
 from ..utils.hashing import file_hash
+from ..utils.progress import watched
 from .catalog import ENDPOINT, Dataset, address_key, file_format, hub_address, shown
 from musekit.shards.remote import (
     ATTEMPTS, LONGEST_WAIT, TemporaryError, authorization, content_range, hub_token, is_encoded, range_size,
@@ -397,7 +398,7 @@ def file_names(urls: Iterable[str]) -> list[str]:
 
 def _count_bytes(stop, quiet, watch):
     "A progress bar and the `watch` function that moves it, which also ends the calling threads once `stop` is set."
-    bar = tqdm(unit="B", unit_scale=True, desc="download", total=0, disable=True if quiet else None)
+    bar = watched(None, False if quiet else None, unit="B", unit_scale=True, desc="download", total=0)
     sizes, positions, lock = {}, {}, threading.Lock()
 
     def count(path, event, value):
@@ -411,8 +412,6 @@ def _count_bytes(stop, quiet, watch):
             if event in ("attempt", "bytes"):
                 bar.update(value - positions.get(path, 0))
                 positions[path] = value
-            if event == "done" and bar.disable and not quiet:  # no terminal
-                print(f"{path.name}: complete, {value / 1e6:,.1f} MB", flush=True)
 
     return bar, count
 
