@@ -3,29 +3,29 @@ import base64
 import hashlib
 import json
 import re
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-
-class Hub(ThreadingHTTPServer):
-    "Repositories as {id: {revision: {path: bytes}}}; `asked` lists the requests."
-
-    def __init__(self, repositories, kind="models"):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.repositories, self.kind, self.asked = repositories, kind, []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+from file_server import FileHandler, FileServer, content_range
 
 
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *told):
+class Hub(FileServer):
+    "Repositories of models or of datasets as {id: {revision: {path: bytes}}}."
+
+    def __init__(self, repositories, kind="models", handler=None):
+        self.repositories, self.kind = repositories, kind
+        super().__init__(handler or Handler)
+
+
+class Handler(FileHandler):
+    protocol_version = "HTTP/1.0"
+
+    def log_message(self, *_):
         self.server.requests.append(f"{self.command} {unquote(self.path)}")
 
     def do_HEAD(self):
-        self.do_GET()
+        self.respond()
 
-    def do_GET(self):
+    def respond(self):
         path = unquote(urlsplit(self.path).path)
         listed = re.fullmatch(rf"/api/{self.server.kind}/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.*))?)?", path)
         wanted = re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)

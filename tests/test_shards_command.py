@@ -726,7 +726,7 @@ def test_advice_is_that_of_the_hub(server, cache, monkeypatch, capsys, more):
         store.moods["a"] = [(403, {})] * 9
         server.moods[path] = [(302, {"Location": store.url.replace("127.0.0.1", "localhost") + "/a"})] * 9
         assert main(arguments) == 1
-        assert_one_line(capsys, "the answer is that of localhost", "not about the dataset's terms")
+        assert_one_line(capsys, "the answer is from localhost", "not about the dataset's terms")
 
 
 @pytest.mark.parametrize("more", [[], ["--remote"]], ids=str)
@@ -921,7 +921,7 @@ def test_a_damaged_file_of_a_server_is_not_to_be_deleted(server, cache, monkeypa
     address = "datasets/me/words/resolve/main/part-1.parquet"
     server.files[address] = server.files[address][:2000] + bytes(2000) + server.files[address][4000:]
     assert main(["--repo", "me/words", "--pattern", "part-{0..1}.parquet", "--remote", "--quiet", "--cache-dir", str(cache.folder)]) == 1
-    assert_one_line(capsys, "part-1.parquet, row group 0", "tell those who keep it")
+    assert_one_line(capsys, "part-1.parquet, row group 0", "tell its publisher")
 
 
 def test_ctrl_c_before_the_command_is_loaded(monkeypatch, capsys):
