@@ -17,7 +17,7 @@ from typing import Callable, Iterator
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, patch_environment
 from torch import Tensor, distributed, nn
 
 from .config import Config
@@ -27,11 +27,16 @@ from .log import check_trackers
 _SHARED = (PartialState, AcceleratorState, GradientState)
 
 
-def new_accelerator(**options) -> Accelerator:  # of `Accelerator`
-    "An accelerator whose state is its own, whatever was run before in this process."
+def new_accelerator(
+    alone: bool = False,  # only this process trains: without FSDP and DeepSpeed, whatever the launch says
+    **options,  # of `Accelerator`
+) -> Accelerator:
+    "An accelerator with its own state, independent of earlier runs in this Python process."
     for shared in _SHARED:
         shared._shared_state = type(shared._shared_state)()
-    accelerator = Accelerator(step_scheduler_with_optimizer=False, **options)
+    sharding = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if alone else ()
+    with patch_environment(**dict.fromkeys(sharding, "false")):
+        accelerator = Accelerator(step_scheduler_with_optimizer=False, **options)
     accelerator.own_states = [shared._shared_state for shared in _SHARED]
     return accelerator
 

@@ -190,7 +190,7 @@ class VQTrainer(Loop):
         alone: bool = False,  # only this process trains
         fresh: bool = True,  # revive codes; False for a pretrained model
     ):
-        accelerator = accelerator or new_accelerator(mixed_precision=config.training.mixed_precision)
+        accelerator = accelerator or new_accelerator(alone, mixed_precision=config.training.mixed_precision)
         super().__init__(data, config, accelerator, callbacks, alone)
         self.max_grad_norm = self.max_grad_norm or math.inf  # infinite: no clipping, but the norm is logged
         module, self.eval_batches = Autoencoder(model, config.codebook), eval_batches
