@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
-from hub_server import serving
+from hub_server import Hub
 from musekit.models.maskgit_vqgan import MaskGitVQGAN
 from musekit.models.movq import MOVQ
 from musekit.models.paella_vq import PaellaVQModel
@@ -342,10 +342,10 @@ def files_of(folder, prefix=""):
 def test_the_hub_and_its_cache(tmp_path, saved, model):
     other = {"vqvae/model.safetensors": b"not for us", "model.safetensors": b"neither", "transformer/pytorch_model.bin": b"nor this"}
     wanted = "load", "someone/model", {"subfolder": "transformer", "revision": "v1"}
-    with serving({"someone/model": {"main": other, "v1": {**files_of(saved, "transformer/"), **other}}}) as hub:
+    with Hub({"someone/model": {"main": other, "v1": {**files_of(saved, "transformer/"), **other}}}) as hub:
         missing, revision = ("load", "someone/nothing", {}), ("load", "someone/model", {"revision": "v2"})
         told = ask(tmp_path, hub.url, wanted, missing, revision)
-        fetched = {line.split("/resolve/")[1].split("/", 1)[1] for line in hub.asked if line.startswith("GET /someone")}
+        fetched = {line.split("/resolve/")[1].split("/", 1)[1] for line in hub.requests if line.startswith("GET /someone")}
     assert told[0] == total(model)
     assert fetched == {"transformer/config.json", "transformer/model.safetensors"}
     assert told[1].startswith("FileNotFoundError someone/nothing is no folder here") and "no such repository" in told[1]
@@ -358,7 +358,7 @@ def test_the_hub_and_its_cache(tmp_path, saved, model):
 def test_pickles_and_shards_from_the_hub(tmp_path, saved, model):
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     as_bin(saved)
-    with serving({"someone/shards": {"main": files_of(tmp_path / "shards")}, "someone/old": {"main": files_of(saved)}}) as hub:
+    with Hub({"someone/shards": {"main": files_of(tmp_path / "shards")}, "someone/old": {"main": files_of(saved)}}) as hub:
         assert ask(tmp_path, hub.url, ("load", "someone/shards", {}), ("load", "someone/old", {})) == 2 * [total(model)]
 
 
@@ -367,13 +367,13 @@ def test_variants_on_the_hub(tmp_path, saved, model):
     plain = files_of(saved)
     model.half().save_pretrained(saved)
     half = {"config.json": plain["config.json"], "model.fp16.safetensors": (saved / "model.safetensors").read_bytes()}
-    with serving({"a/both": {"main": plain | half}, "a/half": {"main": half}}) as hub:
+    with Hub({"a/both": {"main": plain | half}, "a/half": {"main": half}}) as hub:
         requests = ("a/both", {}), ("a/both", {"variant": "fp16"}), ("a/half", {}), ("a/half", {"variant": "bf16"})
         fetched = []
         for number, (name, options) in enumerate(requests):
-            hub.asked.clear()
+            hub.requests.clear()
             told, = ask(tmp_path / str(number), hub.url, ("load", name, options))
-            names = {line.rsplit("/", 1)[1] for line in hub.asked if line.startswith("GET /a/") and line.endswith("safetensors")}
+            names = {line.rsplit("/", 1)[1] for line in hub.requests if line.startswith("GET /a/") and line.endswith("safetensors")}
             fetched.append((names, told == total(model.float()), told))
     assert fetched[0][:2] == ({"model.safetensors"}, False) and fetched[0][2].startswith("sum")
     assert fetched[1][:2] == fetched[2][:2] == ({"model.fp16.safetensors"}, True)
@@ -384,7 +384,7 @@ def test_push_to_hub(tmp_path, saved, model):
     def push(repository, **options):
         return "push", str(saved), {"repository": repository, **options}
 
-    with serving({}) as hub:
+    with Hub({}) as hub:
         pushed = push("me/new", facts={"loss": "1.5 after 40 steps"}, license="mit")
         told = ask(tmp_path, hub.url, pushed, ("load", "me/new", {}), push("new"), push("locked/new"))
     uploaded = hub.repositories["me/new"]["main"]
@@ -403,7 +403,7 @@ def test_a_pipeline_to_the_hub_and_back(tmp_path, model):
     run = tmp_path / "run"
     Pipeline(model, PaellaVQModel(levels=2, c_hidden=16, codebook_size=16)).save_pretrained(run / "pipeline")
     (run / "config.yaml").write_text("training: {seed: 7}\n")
-    with serving({}) as hub:
+    with Hub({}) as hub:
         told = ask(tmp_path, hub.url, ("command", "push", [str(run), "me/whole", "--license", "apache-2.0"]), ("pipeline", "me/whole", {}),
                    ("command", "push", [str(tmp_path), "me/whole"]))
     uploaded = hub.repositories["me/whole"]["main"]
