@@ -17,8 +17,9 @@ _MODULES = {  # what each module puts into the face of the package; it is import
     "models.text_encoders": ["TextEncoder", "ClassEncoder", "NoEncoder"],
     "core.guidance": ["GenerationConfig", "generate_guided"],
     "core.masking": ["MaskingConfig", "mask_tokens"],
-    "core.sampling": [
-        "generate_ids", "sampler_names", "get_sampler", "register_sampler", "confidence_order", "random_order",
+    "core.decoding": ["generate_ids"],
+    "core.samplers": [
+        "SamplerState", "sampler_names", "get_sampler", "register_sampler", "confidence_order", "random_order",
         "entropy_order", "halton_order", "first_hitting", "remasking",
     ],
     "core.schedules": [

@@ -43,7 +43,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 EXPLAINED = ROOT / "tests" / "mutants.txt"
 GUARDS = {  # module -> test files beside its notebook, those that run in one process
-    "core.sampling": ["test_samplers.py"],
+    "core.noise": ["test_samplers.py"],
+    "core.samplers": ["test_samplers.py"],
+    "core.decoding": ["test_samplers.py"],
     "core.guidance": ["test_samplers.py"],
     "models.pretrained": ["test_checkpoints.py"],
     "training.checkpoint": ["test_going_on.py"],

@@ -10,7 +10,7 @@ from musekit.cli import main
 from musekit.models.text_encoders import ClassEncoder, TextEncoder
 from musekit.recipes.clip import ClipTrainingConfig, build_clip, text_tower, train_bpe
 from musekit.data.digits import draw, test_prompts as held_out_prompts
-from musekit.data.encoded import EncodedDataset, encoded_loader
+from musekit.data.token_parquet import EncodedDataset, encoded_loader
 from musekit.evaluation.features import collect_features
 from musekit.data.packing import write_shards
 from musekit.evaluation.metrics import DigitFeatures
@@ -90,7 +90,7 @@ def test_evaluate_against_a_folder_of_images(place, capsys):
     assert first["extractor"].startswith("clip-") and first["real"] == 60 and -1 <= first["agreement"] <= 1
     assert musekit(*common, "--features", clip, "--statistics", statistics, "--out", out) == 0
     assert json.loads(out.read_text()) == first, "read statistics give what was computed"
-    assert musekit(*common) == 2 and "say what looks at the images" in capsys.readouterr().err
+    assert musekit(*common) == 2 and "needs a feature extractor" in capsys.readouterr().err
     assert musekit(*common, "--features", "inception=nowhere.pth") == 2
     assert "no weights nowhere.pth" in capsys.readouterr().err
 

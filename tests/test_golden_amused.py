@@ -304,8 +304,8 @@ def test_a_pipeline_of_diffusers_asks_and_answers_alike(theirs, folder):
 def test_tokens_are_the_schedulers_where_chance_has_no_say(theirs, folder, monkeypatch, steps):
     "The likeliest id in place of a drawn one, and a re-masking temperature of zero: both decode the same tokens."
     monkeypatch.setattr(torch, "multinomial", lambda probs, count, generator=None: probs.argmax(-1, keepdim=True))
-    monkeypatch.setattr("musekit.core.sampling.gumbel_noise", lambda shape, generator=None, device=None: torch.zeros(shape))
-    monkeypatch.setattr("musekit.core.sampling._invert", lambda probs, u: probs.max(-1)[::-1])
+    monkeypatch.setattr("musekit.core.samplers.gumbel_noise", lambda shape, generator=None, device=None: torch.zeros(shape))
+    monkeypatch.setattr("musekit.core.noise._invert", lambda probs, u: probs.max(-1)[::-1])
     expected = theirs(PROMPTS, num_inference_steps=steps, temperature=(0, 0), output_type="latent").images
     found = Pipeline.from_pretrained(folder).ids(PROMPTS, steps=steps, temperature=(0.0, 0.0))
     assert torch.equal(found, expected.flatten(1)) and len(found.unique()) > 2

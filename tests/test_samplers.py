@@ -4,11 +4,11 @@ import math
 import pytest
 import torch
 
-from musekit.core import sampling
+from musekit.core import noise
 from musekit.core.guidance import GenerationConfig
-from musekit.core.sampling import (
-    exact_noise, generate_ids, get_sampler, gumbel_noise, halton_ranks, hide_lowest, register_sampler, sample_tokens, sampler_names,
-)
+from musekit.core.decoding import generate_ids
+from musekit.core.samplers import get_sampler, halton_ranks, hide_lowest, register_sampler, sampler_names
+from musekit.core.noise import exact_noise, gumbel_noise, sample_tokens
 
 V = N = 3
 STATES = torch.cartesian_prod(*[torch.arange(V)] * N)
@@ -104,7 +104,7 @@ def test_gumbel_noise_draws_rare_ids_as_often_as_it_should_and_half_precision_ne
     share = float(SKEWED.softmax(-1)[4:].sum())
     deviation = (4_000 * share * (1 - share)) ** 0.5
     assert abs(rare_draws() - 4_000 * share) < 4 * deviation
-    monkeypatch.setattr(sampling, "exact_noise", rounded(torch.float16))
+    monkeypatch.setattr(noise, "exact_noise", rounded(torch.float16))
     assert rare_draws() < 4_000 * share - 6 * deviation
 
 
@@ -125,7 +125,7 @@ def test_an_id_far_out_on_the_line_is_reached_with_double_precision_alone(monkey
     "Between 1 - 2^-28 and 1 lies an id; u = 1 - 2^-30 falls on it, unless u has lost its last bits."
     bits = {None: 53, torch.float32: 24, torch.float16: 11}[dtype]
     near_one = math.floor((1 - 2.0**-30) * 2**bits) / 2**bits
-    monkeypatch.setattr(sampling, "exact_noise", lambda shape, *rest: torch.full(shape, near_one, dtype=torch.float64))
+    monkeypatch.setattr(noise, "exact_noise", lambda shape, *rest: torch.full(shape, near_one, dtype=torch.float64))
     logits = torch.tensor([[0.0, -28 * math.log(2)]])
     assert bool(sample_tokens(logits)[0] == 1) == reached
 
@@ -147,9 +147,9 @@ def test_halton_ranks_of_any_grid_are_a_permutation_spread_evenly():
 
 def test_a_sampler_of_ones_own_is_a_setting():
     @register_sampler("last_first")
-    def last_first(moment, *, stop=1.0):
-        place = torch.arange(moment.hidden.shape[1]).float() * stop
-        return hide_lowest(place.masked_fill(~moment.hidden, math.inf), moment.counts)
+    def last_first(state, *, stop=1.0):
+        place = torch.arange(state.hidden.shape[1]).float() * stop
+        return hide_lowest(place.masked_fill(~state.hidden, math.inf), state.counts)
 
     settings = GenerationConfig(sampler="last_first", sampler_params={"stop": 2.0})
     flat = lambda ids, hidden, step: torch.zeros(int(hidden.sum()), 2)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_extractor', 'on_device', 'choose_prompts', 'find_judge', 'MetricsConfig', 'draw_images', 'evaluate',
-           'QualityConfig', 'read_real', 'find_prompts', 'evaluate_pipeline', 'describe_quality']
+           'QualityConfig', 'real_features', 'read_real', 'evaluate_pipeline', 'describe_quality']
 
 # %% ../../nbs/06_evaluation/04_evaluate.ipynb #c1ff9501
 import random
@@ -21,18 +21,19 @@ from torch import Tensor, nn
 
 from ..data.digits import test_prompts
 from ..data.image_text import ImageTextConfig, make_loader
-from ..data.samples import Fields
-from ..data.sources import find_shards
+from ..data.samples import Fields, read_prompts
+from ..data.image_text import find_shards
 from .features import ClipFeatures, FeatureTable, InceptionFeatures, collect_features, extractor_name
 from .metrics import DigitFeatures, compare_features, inception_score
 from ..inference.pipeline import Pipeline
-from ..training.callbacks import read_prompts
 from ..utils.seeds import step_seed
 from ..utils.progress import watched
 
 # %% ../../nbs/06_evaluation/04_evaluate.ipynb #0a6f4381
-def make_extractor(name: str):
-    "The feature extractor named `digits`, `inception=FILE` or `clip=FOLDER`."
+def make_extractor(
+    name: str,  # digits, inception=FILE or clip=FOLDER
+):
+    "The feature extractor of this name; a ValueError for any other."
     kind, _, path = name.partition("=")
     if kind == "digits" and not path:
         return DigitFeatures()
@@ -49,14 +50,19 @@ def on_device(extractor, device):
     return extractor.to(device) if isinstance(extractor, nn.Module) else extractor
 
 # %% ../../nbs/06_evaluation/04_evaluate.ipynb #f2f3f866
+def _condition(encoder):
+    "The kind of a pipeline's text encoder: clip, t5, class or none."
+    return encoder.settings["kind"] if encoder else "none"
+
+
 def choose_prompts(
     texts: list[str] | None,  # captions or lines of a file; None: the held-out digit prompts
     encoder: nn.Module | None,  # the pipeline's text encoder
     digits: bool = False,  # whether the classes are digits
     seed: int = 0,
-) -> list:
-    "The shuffled prompts; with the entries that a judge of digits reads."
-    kind = encoder.settings["kind"] if encoder else "none"
+) -> list[str | dict]:
+    "The shuffled prompts, with the entries that the judge of digits reads."
+    kind = _condition(encoder)
     if kind == "none":
         return [""]
     prompts = test_prompts() if texts is None else list(texts)
@@ -68,20 +74,21 @@ def choose_prompts(
 
 def _class_prompt(encoder, text, digits):
     "The prompt of a class number or name, with its digit if the classes are digits."
-    number, names = encoder.find(text), list(encoder.names.values())
+    number = encoder.find(text)
     name = encoder.names.get(number, "")
+    unique = list(encoder.names.values()).count(name) == 1
     label = {"digit": number} if digits and number < 10 else {}
-    return {"text": name if names.count(name) == 1 else str(number), **label}
+    return {"text": name if unique else str(number), **label}
 
 
-def find_judge(judge, prompts: list) -> Callable | None:
+def find_judge(judge, prompts: list[str | dict]) -> Callable | None:
     "The judge's `agreement`, or None if it cannot read these prompts."
     if isinstance(judge, DigitFeatures):
-        reads = all(isinstance(prompt, dict) and "digit" in prompt for prompt in prompts)
+        readable = all(isinstance(prompt, dict) and "digit" in prompt for prompt in prompts)
     else:  # CLIP reads texts, not class numbers
         texts = [prompt["text"] if isinstance(prompt, dict) else prompt for prompt in prompts]
-        reads = all(text and not text.isdecimal() for text in texts)
-    return getattr(judge, "agreement", None) if reads else None
+        readable = all(text and not text.isdecimal() for text in texts)
+    return getattr(judge, "agreement", None) if readable else None
 
 # %% ../../nbs/06_evaluation/04_evaluate.ipynb #fcf187a0
 @dataclass
@@ -102,30 +109,33 @@ class MetricsConfig:
                              f"blocks={self.blocks} (2 or more) and neighbours={self.neighbours} (1 or more)")
 
 
-_AT_ONCE = 256  # images held as pixels at a time
+_BATCH = 256  # images held as pixels at a time
 
 
 def draw_images(
     pipeline: Callable[..., list[Image.Image]],  # as `evaluate` takes it
     prompts: list[str | dict],
     config: MetricsConfig,
+    progress: bool | None = False,  # as in `watched`
 ) -> Iterator[tuple[list, Tensor]]:  # (prompts, pixels (B, 3, H, W))
     "Batches of prompts, repeated until there are enough, with their images."
-    endless, number = cycle(prompts), 0
-    for first in range(0, config.samples, _AT_ONCE):
-        some = list(islice(endless, min(_AT_ONCE, config.samples - first)))
-        texts = [prompt if isinstance(prompt, str) else prompt["text"] for prompt in some]
-        images = pipeline(texts, seed=step_seed(config.seed, first, "evaluate"), **config.options)
-        pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
-        yield some, torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    endless = cycle(prompts)
+    with watched(None, progress, total=config.samples, desc="generated images", unit="image") as bar:
+        for first in range(0, config.samples, _BATCH):
+            batch = list(islice(endless, min(_BATCH, config.samples - first)))
+            texts = [prompt if isinstance(prompt, str) else prompt["text"] for prompt in batch]
+            images = pipeline(texts, seed=step_seed(config.seed, first, "evaluate"), **config.options)
+            bar.update(len(images))
+            pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+            yield batch, torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
 
 
 def _doubts(real, fake):
     "Reasons not to trust the numbers."
-    width, few = len(real.mean), min(real.count, fake.count)
+    width, fewest = len(real.mean), min(real.count, fake.count)
     doubts = []
-    if few < 2 * width:
-        doubts.append(f"{few} images for {width} features: the Fréchet distance is biased far upwards")
+    if fewest < 2 * width:
+        doubts.append(f"{fewest} images for {width} features: the Fréchet distance is biased far upwards")
     if real.count != fake.count:
         doubts.append(f"{real.count} real and {fake.count} generated images: precision and recall compare "
                       "only between evaluations with the same counts")
@@ -134,8 +144,8 @@ def _doubts(real, fake):
 
 def _own_classifier(extractor):
     "The extractor's `probabilities`; None without them, as for an Inception without its last layer."
-    cannot = getattr(extractor, "class_weights", ()) is None
-    return None if cannot else getattr(extractor, "probabilities", None)
+    lacks_layer = getattr(extractor, "class_weights", ()) is None
+    return None if lacks_layer else getattr(extractor, "probabilities", None)
 
 
 def evaluate(
@@ -146,31 +156,32 @@ def evaluate(
     judge: Callable[[Tensor, list], Tensor] | None = None,  # (pixels, prompts) -> (B,), such as `agreement`
     config: MetricsConfig | None = None,
     classifier: Callable[[Tensor], Tensor] | None = None,  # pixels -> (B, classes); None: the extractor's
+    progress: bool | None = False,  # as in `watched`
 ) -> dict:  # JSON types: of `compare_features`, "doubts", and if measured "agreement", "inception_score"
     "Generates images and compares them with real ones."
     config = config or MetricsConfig()
     if not prompts:
-        raise ValueError("no prompt to draw; give a list of texts")
+        raise ValueError("no prompts; give a list of texts")
     if not isinstance(real, FeatureTable):
         real = collect_features(real, extractor, keep=config.keep, seed=config.seed)
     classifier = classifier or _own_classifier(extractor)
-    scores, answers = [], []
+    alignments, probabilities = [], []
 
     def batches():
-        for some, pixels in draw_images(pipeline, prompts, config):
+        for batch, pixels in draw_images(pipeline, prompts, config, progress):
             if judge:
-                scores.extend(judge(pixels, some).tolist())
+                alignments.extend(judge(pixels, batch).tolist())
             if classifier:
-                answers.append(classifier(pixels).cpu())
+                probabilities.append(classifier(pixels).cpu())
             yield pixels
 
     fake = collect_features(batches(), extractor, keep=config.keep, seed=config.seed)
     result = compare_features(real, fake, config.neighbours, config.blocks)
     if judge:
-        error = float(np.std(scores) / len(scores) ** 0.5)
-        result |= {"agreement": float(np.mean(scores)), "agreement_error": error}
+        error = float(np.std(alignments) / len(alignments) ** 0.5)
+        result |= {"agreement": float(np.mean(alignments)), "agreement_error": error}
     if classifier:
-        result["inception_score"] = inception_score(torch.cat(answers))
+        result["inception_score"] = inception_score(torch.cat(probabilities))
     return {"extractor": extractor_name(extractor), **result, "doubts": _doubts(real, fake)}
 
 # %% ../../nbs/06_evaluation/04_evaluate.ipynb #2dc2c1ea
@@ -193,121 +204,127 @@ class QualityConfig:
     device: str | None = None  # None: a GPU if available
 
     def __post_init__(self):
+        networks = "inception=FILE or clip=FOLDER"
         if self.features is None and self.data != "digits":
-            raise ValueError(f"say what looks at the images of {self.data}: features inception=FILE or "
-                             "clip=FOLDER; the built-in classifier knows digits only")
+            raise ValueError(f"{self.data} needs a feature extractor: features {networks}; the built-in one is for "
+                             "data=digits only")
         if self.prompts and not Path(self.prompts).is_file():
             raise FileNotFoundError(f"there is no file of prompts {self.prompts}")
         if self.samples < 20:
             raise ValueError(f"samples={self.samples} must be at least 20, for ten blocks in the kernel distance")
         self.features = self.features or "digits"
         if self.judge and self.judge.startswith("inception"):
-            raise ValueError(f"judge {self.judge!r} knows no texts; use clip=FOLDER, or digits")
+            raise ValueError(f"judge {self.judge!r} has no text encoder; use clip=FOLDER, or digits")
         if self.classifier and self.classifier.startswith("clip"):
             raise ValueError(f"classifier {self.classifier!r} has no classes; use inception=FILE, or digits")
         if self.features == "digits" != self.data:
-            raise ValueError(f"the classifier of digits cannot look at {self.data}; use inception=FILE or "
-                             "clip=FOLDER")
+            raise ValueError(f"features digits are for data=digits, not for {self.data}; use {networks}")
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 # %% ../../nbs/06_evaluation/04_evaluate.ipynb #ced06082
-def read_real(
-    config: QualityConfig,
+def real_features(
+    batches: Iterable[dict],  # of real images, as `collect_features` takes them
     extractor: Callable,
-    side: int,  # pixels
-    kind: str = "clip",  # of the pipeline's text encoder; for "class" the captions are class labels
-    progress: bool | None = None,
-    classes: list[str] | None = None,  # for "class", the class names by number
-) -> tuple[FeatureTable, list[str]]:
-    "Features and captions of the real images."
-    texts, path = [], config.statistics and Path(config.statistics)
-    stored = FeatureTable.load(path) if path and path.is_file() else None
-    if stored and (config.prompts or config.data == "digits"):
-        return stored, texts
-
-    def batches(loader):
-        for batch in watched(loader, progress, desc="real images", unit="batch"):
-            texts.extend(map(str, batch["class_ids"].tolist()) if kind == "class" else batch["text"])
-            yield batch
-
-    with tempfile.TemporaryDirectory() as place:
-        captions = kind not in ("class", "none") and not config.prompts
-        fields = Fields(*config.fields)
-        urls = find_shards(config.data, place, "test", captions=captions, fields=fields, classes=classes)
-        layout = "classification" if kind == "class" else "image_text"
-        names = dict(enumerate(classes)) if classes else None
-        reading = ImageTextConfig(resolution=side, batch_size=64, layout=layout, captions=captions, fields=fields, class_names=names)
-        loader = make_loader(urls, reading, training=False)
-        if stored:
-            for _ in batches(loader):
-                if config.real and len(texts) >= config.real:
-                    break
-            return stored, texts
-        table = collect_features(batches(loader), extractor, limit=config.real, seed=config.seed)
+    path: str | Path | None = None,  # file of the features: read if it exists, else written
+    limit: int | None = None,  # images; None: all
+    seed: int = 0,
+) -> FeatureTable:
+    "The features of real images, which are computed only once for a file."
+    if path and Path(path).is_file():
+        return FeatureTable.load(path)
+    table = collect_features(batches, extractor, limit=limit, seed=seed)
     if path:
         table.save(path)
-    return table, texts
+    return table
 
 
-def find_prompts(config: QualityConfig, captions: list[str], encoder: nn.Module | None) -> list:
-    "The shuffled prompts: of a file, the held-out digit prompts, or the captions."
-    digits, texts = config.data == "digits", None if config.data == "digits" else captions
-    texts = read_prompts(config.prompts) if config.prompts else texts
-    return choose_prompts(texts, encoder, digits, config.seed)
+def read_real(
+    config: QualityConfig,
+    extractor: Callable[[Tensor], Tensor],
+    side: int,  # pixels
+    kind: str = "clip",  # of the pipeline's text encoder; for "class" the texts are class labels
+    progress: bool | None = None,
+    classes: list[str] | None = None,  # for "class", the class names by number
+) -> tuple[FeatureTable, list[str] | None]:
+    "Features of the real images, and the texts of the prompts; None: the held-out digit prompts."
+    stored = bool(config.statistics) and Path(config.statistics).is_file()
+    texts = read_prompts(config.prompts) if config.prompts else None
+    if stored and (texts or config.data == "digits"):
+        return FeatureTable.load(config.statistics), texts
+    labels = []  # captions or classes of the images
+
+    def with_labels(batches):
+        for batch in batches:
+            labels.extend(map(str, batch["class_ids"].tolist()) if kind == "class" else batch["text"])
+            yield batch
+
+    with tempfile.TemporaryDirectory() as folder:  # for the shards of a folder of images
+        fields = Fields(*config.fields)
+        captions = kind not in ("class", "none") and not texts
+        urls = find_shards(config.data, folder, "test", captions=captions, fields=fields, classes=classes)
+        names = dict(enumerate(classes)) if classes else None
+        layout = "classification" if kind == "class" else "image_text"
+        reading = ImageTextConfig(resolution=side, batch_size=64, layout=layout, captions=captions, fields=fields, class_names=names)
+        loader = make_loader(urls, reading, training=False)
+        batches = with_labels(watched(loader, progress, desc="real images", unit="batch"))
+        table = real_features(batches, extractor, config.statistics, config.real, config.seed)
+        if stored:  # the captions are still needed
+            for _ in batches:
+                if config.real and len(labels) >= config.real:
+                    break
+    return table, texts if texts or config.data == "digits" else labels
 
 # %% ../../nbs/06_evaluation/04_evaluate.ipynb #b4893cb6
 def evaluate_pipeline(config: QualityConfig, progress: bool | None = None) -> dict:  # JSON types
-    "Evaluates a saved pipeline against real images, deterministically."
+    "The metrics of a saved pipeline against real images; equal seeds give equal numbers."
     pipeline = Pipeline.from_pretrained(config.model, config.device)
     extractor, judge, classifier = _extractors(config)
-    kind = pipeline.text_encoder.settings["kind"] if pipeline.text_encoder else "none"
-    classes = _classes_of(pipeline.text_encoder) if kind == "class" else None
-    real, captions = read_real(config, extractor, min(pipeline.grid) * pipeline.factor, kind, progress, classes)
-    prompts = find_prompts(config, captions, pipeline.text_encoder)
-    agreement = find_judge(judge, prompts)
+    encoder = pipeline.text_encoder
+    kind = _condition(encoder)
+    classes = _class_names(encoder) if kind == "class" else None
+    side = min(pipeline.grid) * pipeline.factor
+    real, texts = read_real(config, extractor, side, kind, progress, classes)
+    prompts = choose_prompts(texts, encoder, config.data == "digits", config.seed)
     metrics = MetricsConfig(samples=config.samples, seed=config.seed, options=config.options)
-    with watched(None, progress, total=config.samples, desc="drawn images", unit="image") as bar:
-
-        def counted(texts, **options):
-            images = pipeline(texts, **options)
-            bar.update(len(images))
-            return images
-
-        scores = evaluate(counted, real, prompts, extractor, agreement, metrics, classifier)
+    agreement = find_judge(judge, prompts)
+    scores = evaluate(pipeline, real, prompts, extractor, agreement, metrics, classifier, progress)
     settings = {"model": str(config.model), "data": config.data, "prompts": len(prompts), "seed": config.seed}
     return settings | {"options": config.options} | scores
 
 
-def _classes_of(encoder):
+def _class_names(encoder):
     "The model's class names, by number."
     return [encoder.names.get(number, str(number)) for number in range(encoder.num_classes)]
 
 
 def _extractors(config):
     "The extractor, the judge of prompt alignment, and the classifier of the Inception score."
-    make = lambda name: on_device(make_extractor(name), config.device)
-    extractor = make(config.features)
-    classifier = make(config.classifier).probabilities if config.classifier else None
-    return extractor, make(config.judge) if config.judge else extractor, classifier
+    extractor = on_device(make_extractor(config.features), config.device)
+    judge = on_device(make_extractor(config.judge), config.device) if config.judge else extractor
+    if not config.classifier:
+        return extractor, judge, None
+    return extractor, judge, on_device(make_extractor(config.classifier), config.device).probabilities
 
 # %% ../../nbs/06_evaluation/04_evaluate.ipynb #dbed55e0
 _MEANING = {
-    "frechet_distance": ("Fréchet distance", "0 where both are distributed alike"),
-    "kernel_distance": ("kernel distance", "0 where both are distributed alike, unbiased"),
-    "precision": ("precision", "share of the drawn images among the real ones, up to 1"),
-    "recall": ("recall", "share of the real images among the drawn ones, up to 1"),
-    "agreement": ("agreement", "of an image with its prompt, up to 1"),
-    "inception_score": ("Inception score", "1 to the number of classes: sure of each drawn image, and all classes"),
+    "frechet_distance": ("Fréchet distance", "0 for equal distributions"),
+    "kernel_distance": ("kernel distance", "0 for equal distributions; unbiased"),
+    "precision": ("precision", "share of generated images among the real ones, up to 1"),
+    "recall": ("recall", "share of real images among the generated ones, up to 1"),
+    "agreement": ("agreement", "of images with their prompts, up to 1"),
+    "inception_score": ("Inception score", "1 to the number of classes: each image certain, all classes equally often"),
 }
 
 
-def describe_quality(result: dict) -> str:
-    "The numbers of `evaluate_pipeline` as a table."
-    lines = [f"{result['model']} against {result['data']}, in the eyes of {result['extractor']}"]
+def describe_quality(
+    result: dict,  # of `evaluate_pipeline`
+) -> str:
+    "The numbers as a table."
+    lines = [f"{result['model']} against {result['data']}, by features of {result['extractor']}"]
     for key, (name, meaning) in _MEANING.items():
         if key in result:
             error = f"± {result[f'{key}_error']:.4f}" if f"{key}_error" in result else ""
             lines.append(f"  {name:<17}{result[key]:>10.4f} {error:<9}  {meaning}")
-    counts = f"drawn for {result['prompts']} prompts, {result['real']} real"
+    counts = f"generated for {result['prompts']} prompts, {result['real']} real"
     lines.append(f"  {'images':<17}{result['samples']:>10} {counts}")
     return "\n".join([*lines, *(f"  note: {doubt}" for doubt in result["doubts"])])

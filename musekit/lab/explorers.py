@@ -25,7 +25,7 @@ from ..core.guidance import GUIDANCE_SCHEDULES
 from .panel import Panel, choice, slider
 from ..core.masking import NOISE_TYPES, MaskingConfig, mask_tokens
 from ..inference.pipeline import ImagePipeline
-from ..core.sampling import sampler_names
+from ..core.samplers import sampler_names
 from ..core.schedules import get_schedule, plot_schedules, schedule_names
 
 # %% ../../nbs/09_lab/03_explorers.ipynb #562b05ec

@@ -1,0 +1,1 @@
+"""The commands of `musekit`, one module each."""
