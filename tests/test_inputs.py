@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hub_server import serving
+from hub_server import Hub
 from musekit.recipes.memory import data_report
 from musekit.data.image_text import make_loader
 from musekit.data.packing import left_out
@@ -120,7 +120,7 @@ def layouts(tmp_path_factory):
 
 
 def texts_of(recipe):
-    return sorted(text for batch in recipe.everything(recipe.train_urls) for text in batch["text"])
+    return sorted(text for batch in recipe.batches.data.everything() for text in batch["text"])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -130,7 +130,7 @@ def test_every_layout_trains_and_goes_on(place, layouts, name):  # noqa: F811
     assert texts_of(recipe) == sorted(sample["text"] for sample in digits(0, 40))
     assert len(pipeline("a red one", seed=0)) == 1
     if name == "album":
-        told = left_out(recipe.train_urls)
+        told = left_out(recipe.batches.data.sources["train"].urls)
         assert told == ["3 in hidden files or system folders", "1 file of other kinds: 1 .heic"]
 
 
@@ -210,7 +210,7 @@ def test_class_folders(place, zoo, kind, tmp_path):  # noqa: F811
     recipe, pipeline = run_and_resume(place, f"zoo {kind}", CLASSES, *data)
     assert recipe.config.dataset.params.class_names == ["ant", "bee", "cat"] and pipeline.transformer.config.num_classes == 3
     assert pipeline(["bee"], seed=0)[0].tobytes() == pipeline([1], seed=0)[0].tobytes()
-    batch = next(iter(recipe.everything(recipe.train_urls)))
+    batch = next(iter(recipe.batches.data.everything()))
     assert [("ant", "bee", "cat")[number] for number in batch["class_ids"].tolist()] == batch["text"]
     config = configure_encoding(None, settings_of(place, "x", CLASSES, *data))
     assert encode_shards(config, EncodeOptions(tmp_path / "codes"), progress=False).samples == 40
@@ -293,7 +293,7 @@ def test_a_dataset_of_the_hub(place, layouts, tmp_path):  # noqa: F811
     "hf://datasets/owner/name trains, is encoded and trains a tokenizer; what is not there is one line."
     repositories = {"some/digits": {"main": files_under(layouts / "clone" / "train")},
                     "some/tars": {"main": files_under(layouts / "zipped" / "train")}, "some/words": {"main": {"README.md": b"nothing"}}}
-    with serving(repositories, kind="datasets") as hub:
+    with Hub(repositories, kind="datasets") as hub:
         environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_none"}
         command = lambda *arguments: musekit(tmp_path, *arguments, **environment)
         settings = [each for each in settings_of(place, "hub", clip(place)) if not each.startswith(("data=", "dataset.params.eval", "experiment.output"))]
