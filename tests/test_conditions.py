@@ -16,25 +16,24 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
 from conftest import ROOT
-import musekit.recipes.text_to_image
+import musekit.recipes.networks
 from musekit.recipes.memory import find_networks, memory_report, training_memory
 from musekit.cli import main
 from musekit.models.text_encoders import TextEncoder
 from musekit.recipes.clip import train_bpe
 from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples, test_prompts as held_out_prompts
-from musekit.data.encoded import BatchEncoder, encode_dataset
+from musekit.data.token_parquet import encode_dataset
+from musekit.data.batch_encoder import BatchEncoder
 from musekit.evaluation.features import FeatureTable, collect_features
 from musekit.data.image_text import ImageTextConfig, make_loader
 from musekit.data.packing import write_shards, write_tars
-from musekit.data.pre_encoded import open_encoded
-from musekit.data.token_shards import member_name, token_members, write_unconditional
+from musekit.data.tokens import open_encoded
+from musekit.data.token_tars import member_name, token_members, write_unconditional
 from musekit.evaluation.metrics import DigitFeatures
 from musekit.models.paella_vq import PaellaVQModel
 from musekit.inference.pipeline import Pipeline
-from musekit.data.sources import find_shards
-from musekit.recipes.text_to_image import (
-    Recipe, _captions, encode, find_data, make_text_encoder, make_trainer, make_vq_model, show_inputs, train,
-)
+from musekit.data.image_text import find_shards
+from musekit.recipes.text_to_image import Recipe, _captions, make_batches, make_trainer, show_inputs, train
 from musekit.recipes.configure import configure
 from musekit.recipes.image_tokenizer import find_images
 from musekit.training.log import read_log
@@ -152,14 +151,14 @@ def test_texts(place, name):
     assert pipeline.text_encoder.use_pooled == (name in ("clip, pooled", "names of classes"))
     assert len(pipeline(["a red one", "a blue two"], seed=0)) == 2
     if name == "names of classes":
-        assert next(iter(recipe.everything(recipe.eval_urls)))["text"][0].startswith("the digit ")
+        assert next(iter(recipe.batches.data.everything("test")))["text"][0].startswith("the digit ")
 
 
 @pytest.mark.parametrize("encode_first", [False, True], ids=["images", "encoded"])
 def test_classes(place, encode_first, capsys):
     recipe, pipeline = run_and_resume(place, f"classes {encode_first}", CLASSES, "model.transformer.num_classes=10",
                                       f"training.encode_first={str(encode_first).lower()}")
-    assert pipeline.transformer.config.num_classes == 10 and recipe.unconditional["class_ids"].item() == 10
+    assert pipeline.transformer.config.num_classes == 10 and recipe.batches.unconditional["class_ids"].item() == 10
     numbers, texts = pipeline([3, 7], seed=0), pipeline(["3", "7"], seed=0)
     assert [image.tobytes() for image in numbers] == [image.tobytes() for image in texts]
     ids = lambda prompts, **options: pipeline.ids(prompts, seed=0, **options)
@@ -180,7 +179,7 @@ def test_classes(place, encode_first, capsys):
 def test_classes_with_names(place, capsys):
     recipe, pipeline = run_and_resume(place, "named classes", CLASSES, names(place), NO_TEXT)
     assert torch.equal(pipeline.ids("the digit 4", seed=0), pipeline.ids(4, seed=0))
-    assert set(recipe.text_encoder.names) == set(range(10))
+    assert set(recipe.batches.networks.text_encoder.names) == set(range(10))
     draw = lambda *prompts: main(["generate", *prompts, "--model", str(recipe.folder), "--out", str(place / "named.png"), "--num-images", "1"])
     assert draw("the digit 4", "7") == 0
     assert draw() == 2 and "say which class to draw: a number, 0 to 9, or the name of one, such as the digit 0" in capsys.readouterr().err
@@ -189,7 +188,7 @@ def test_classes_with_names(place, capsys):
 def test_dropped_classes_are_the_mask_token(place):
     "What the trainer puts in front of half the rows is what an unknown class is when drawing."
     recipe = train(configure(None, settings_of(place, "dropped", CLASSES, "model.transformer.num_classes=10")), progress=False)
-    batch = next(iter(recipe.train_batches(0)))
+    batch = next(iter(recipe.batches.train(0)))
     given, seen = batch["class_ids"], []
     for step in range(50):
         told = recipe.trainer.make_micro_batch(batch, step, 0).conditions["class_ids"]
@@ -204,14 +203,14 @@ def test_dropped_classes_are_the_mask_token(place):
 
 def test_a_class_that_is_none_is_an_unusable_sample(place):
     config = configure(None, settings_of(place, "few", CLASSES, "model.transformer.num_classes=5"))
-    with pytest.raises(ValueError, match=r"class \d is none of the 5 known classes"):
+    with pytest.raises(ValueError, match=r"class \d is none of the 5 classes"):
         train(config, progress=False)
 
 
 def test_nothing(place):
     recipe, pipeline = run_and_resume(place, "nothing", NO_TEXT)
     assert len(pipeline(num_images_per_prompt=3, seed=0)) == 3
-    assert recipe.unconditional == {} and pipeline.generation.guidance_scale == 1
+    assert recipe.batches.unconditional == {} and pipeline.generation.guidance_scale == 1
     with pytest.raises(ValueError, match="draws without prompts and cannot read 'a cat'"):
         pipeline("a cat")
     assert main(["generate", "--model", str(recipe.folder), "--out", str(place / "any.png"), "--num-images", "3"]) == 0
@@ -235,7 +234,7 @@ def test_pictures_without_captions(place):
 ])
 def test_layouts(place, key, data, size):
     recipe, pipeline = run_and_resume(place, key, f"dataset.params.{key}=true", clip(place), data=data)
-    batch = next(iter(recipe.everything(recipe.eval_urls)))
+    batch = next(iter(recipe.batches.data.everything("test")))
     assert batch["micro_conds"][0].tolist() == [*size, 0, 0, 5]
     picture = digits(100, 1)[0]["image"]
     if key != "is_ds_clean_upscaled":  # the one picture that counts is the digit, pixel by pixel
@@ -271,16 +270,16 @@ def pre_encoded(folder):
 @pytest.mark.parametrize("form", ["parquet", "tar"])
 def test_pre_encoded_texts(place, form):
     recipe, pipeline = run_and_resume(place, f"pre {form}", clip(place), *pre_encoded(encoded(place, form, True)))
-    assert recipe.prepare is None and len(pipeline("a red one")) == 1
+    assert recipe.batches.prepare is None and len(pipeline("a red one")) == 1
 
 
 def test_pre_encoded_classes(place):
     told = CLASSES, "model.transformer.num_classes=10", *pre_encoded(encoded(place, "parquet", False))
     recipe, pipeline = run_and_resume(place, "pre classes", *told)
-    batch = next(iter(recipe.train_batches(0)))
+    batch = next(iter(recipe.batches.train(0)))
     assert batch["class_ids"].dtype == torch.long and len(pipeline([1, 2])) == 2
     few = configure(None, [*settings_of(place, "few codes"), *told, "model.transformer.num_classes=5"])
-    with pytest.raises(ValueError, match=r"holds class \d, which is none of the 5 known classes"):
+    with pytest.raises(ValueError, match=r"holds class \d, which is none of the 5 classes"):
         train(few, progress=False)
 
 
@@ -309,34 +308,38 @@ def test_encoded_data_needs_networks_only_to_draw(place, tmp_path, capsys):
 def test_encoded_data_frees_what_it_loads_to_draw(place, monkeypatch):
     loaded = []
     for name in ("load_vq_model", "load_text_encoder"):
-        load = getattr(musekit.recipes.text_to_image, name)
-        monkeypatch.setattr(musekit.recipes.text_to_image, name, lambda *given, load=load, name=name: (loaded.append(name), load(*given))[1])
+        load = getattr(musekit.recipes.networks, name)
+        monkeypatch.setattr(musekit.recipes.networks, name, lambda *given, load=load, name=name: (loaded.append(name), load(*given))[1])
     codes = pre_encoded(encoded(place, "parquet", True))
-    recipe = make_recipe(place, "frees", clip(place), *codes, "experiment.generate_every=4")
-    assert not loaded and not {"vq_model", "text_encoder"} & set(vars(recipe)), "the data has the sizes and the empty prompt"
-    recipe.trainer.fit()
-    assert loaded.count("load_vq_model") == 2 and not {"vq_model", "text_encoder"} & set(vars(recipe)), "for the inputs and the samples"
+    recipe, batches, trainer = before_training(place, "frees", clip(place), *codes, "experiment.generate_every=4")
+    assert not loaded and not in_memory(batches.networks), "the data has the sizes and the empty prompt"
+    trainer.fit()
+    assert loaded.count("load_vq_model") == 2 and not in_memory(batches.networks), "for the inputs and the samples"
     networks = find_networks(recipe.config)
     assert "frozen networks" not in training_memory(networks, recipe.config)
     recipe.config.training.pre_encode = False
     assert "frozen networks" in training_memory(networks, recipe.config)
 
 
-def make_recipe(place, name, *settings):
-    "A run that is about to train."
+def before_training(place, name, *settings):
+    "A run, its batches and its trainer, which has not started."
     recipe = Recipe(configure(None, settings_of(place, name, *settings)), progress=False)
-    for stage in (find_data, make_vq_model, make_text_encoder, encode, make_trainer):
-        stage(recipe)
-    return recipe
+    batches = make_batches(recipe)
+    return recipe, batches, make_trainer(recipe, batches)
+
+
+def in_memory(networks):
+    return {"vq_model", "text_encoder"} & set(vars(networks))
 
 
 def test_the_first_inputs_are_shown(place):
     "Pictures and captions, or what codes decode to, whoever encoded."
     for more in (["training.encode_first=true"], ["training.encode_first=false"], pre_encoded(encoded(place, "parquet", True))):
-        recipe = make_recipe(place, "inputs", clip(place), *more, f"experiment.output_dir={place}/runs/inputs{len(more)}{more[0][-5:]}")
-        recipe.trainer.train_step()
-        shown = show_inputs(recipe, recipe.trainer)
-        captions = _captions(recipe, recipe.trainer.last_batch)
+        folder = f"experiment.output_dir={place}/runs/inputs{len(more)}{more[0][-5:]}"
+        recipe, batches, trainer = before_training(place, "inputs", clip(place), *more, folder)
+        trainer.train_step()
+        shown = show_inputs(recipe.config, batches, trainer)
+        captions = _captions(batches, trainer.last_batch)
         assert shown.width > 8 * 90 and len(captions) >= 4 and all(" on " in caption or len(caption) > 5 for caption in captions)
 
 
@@ -347,10 +350,10 @@ def test_codes_and_pictures_are_told_apart(place, form):
     given = [*settings_of(place, "bad", networks), *pre_encoded(codes)]
     for name in ("", "/digits.parquet" if form == "parquet" else "/tokens-000000.tar"):
         pictures_wanted = configure(None, [*given, "training.pre_encode=false", f"data={codes}/train{name}"])
-        with pytest.raises(ValueError, match="holds codes and no pictures; to train on them set training.pre_encode=true"):
+        with pytest.raises(ValueError, match="holds tokens and no images; to train on them set training.pre_encode=true"):
             train(pictures_wanted, progress=False)
     for name in ("", "/shard-000000.tar"):
-        with pytest.raises(ValueError, match="holds pictures and no codes; set training.pre_encode=false"):
+        with pytest.raises(ValueError, match="holds images and no tokens; set training.pre_encode=false"):
             train(configure(None, [*given, f"data={place}/digits/train{name}"]), progress=False)
 
 
@@ -364,7 +367,7 @@ def test_pictures_beside_a_table_of_metadata(place, tmp_path):
     pq.write_table(pa.table({"file_name": ["0.png", "1.png"]}), photos / "metadata.parquet")
     assert len(find_shards(str(photos), tmp_path / "work")) == 1
     assert len(find_images("photos", tmp_path / "work", base_dir=tmp_path)) == 2
-    with pytest.raises(ValueError, match="holds pictures and no codes"):
+    with pytest.raises(ValueError, match="holds images and no tokens"):
         open_encoded(photos)
 
 
@@ -373,7 +376,7 @@ def test_classes_of_columns_are_read_once(place, monkeypatch):
     config = ImageTextConfig(batch_size=4, class_names={number: str(number) for number in range(10)})
     source.loader(config, training=False)
     monkeypatch.setattr(source.dataset, "paths", [])  # whoever reads again finds no class
-    with pytest.raises(ValueError, match="holds class 5, which is none of the 5 known classes"):
+    with pytest.raises(ValueError, match="holds class 5, which is none of the 5 classes"):
         source.loader(replace(config, class_names=dict(list(config.class_names.items())[:5])), training=False)
 
 

@@ -23,10 +23,11 @@ from musekit.utils import files
 from musekit.models.text_encoders import TextEncoder
 from musekit.recipes.clip import ClipTrainingConfig, build_clip, text_tower, train_bpe
 from musekit.data.digits import train_samples
-from musekit.data.encoded import BatchEncoder
+from musekit.data.batch_encoder import BatchEncoder
 from musekit.data.image_text import ImageTextConfig, make_loader
 from musekit.data.packing import write_shards, write_tars
-from musekit.data.pre_encoded import MANIFEST, open_encoded
+from musekit.data.tokens import open_encoded
+from musekit.data.token_manifest import MANIFEST
 from musekit.recipes.encode import EncodeOptions, Totals, configure_encoding, encode_shards, load_networks
 from musekit.recipes.settings import image_text_config
 from musekit.recipes.networks import VQ_MODELS
@@ -174,7 +175,7 @@ def test_two_ranks_write_what_one_writes(place, whole, tmp_path):
 def test_codes_are_not_encoded_again(place, whole, tmp_path, monkeypatch, world):
     monkeypatch.setenv("WORLD_SIZE", str(world))
     write_tars([{"vq.pth": b"ids", "txt": b"a cat"}], tmp_path / "codes")
-    with pytest.raises(ValueError, match="holds codes and no pictures"):
+    with pytest.raises(ValueError, match="holds tokens and no images"):
         encode(place, tmp_path / "out", f"data={tmp_path}/codes")
 
 
@@ -261,7 +262,7 @@ def test_codes_of_another_tokenizer_are_refused(place, whole, tmp_path):
     torch.manual_seed(1)
     vq_model, text_encoder = load_networks(config)
     stranger = VQ_MODELS["paella_vq"].from_config(vq_model.config)
-    with pytest.raises(ValueError, match="codes of the tokenizer"):
+    with pytest.raises(ValueError, match="tokens of the tokenizer"):
         open_encoded(place / "parquet").check(stranger, text_encoder)
     with pytest.raises(ValueError, match="text states of the text encoder"):
         open_encoded(place / "tar").check(vq_model, None)
@@ -271,7 +272,7 @@ def test_codes_of_another_tokenizer_are_refused(place, whole, tmp_path):
     with pytest.raises(ValueError, match="length, padding, pooling"):
         open_encoded(place / "parquet").check(vq_model, longer)
     stranger.save_pretrained(tmp_path / "vq")
-    with pytest.raises(ValueError, match="codes made otherwise .*vq_model.digest"):
+    with pytest.raises(ValueError, match="tokens encoded with other settings .*vq_model.digest"):
         encode(place, place / "parquet", f"model.vq_model.pretrained={tmp_path}/vq")
 
 

@@ -10,7 +10,7 @@ from musekit.cli import main
 from musekit.models.text_encoders import ClassEncoder, TextEncoder
 from musekit.recipes.clip import ClipTrainingConfig, build_clip, text_tower, train_bpe
 from musekit.data.digits import draw, test_prompts as held_out_prompts
-from musekit.data.encoded import EncodedDataset, encoded_loader
+from musekit.data.token_parquet import EncodedDataset, encoded_loader
 from musekit.evaluation.features import collect_features
 from musekit.data.packing import write_shards
 from musekit.evaluation.metrics import DigitFeatures

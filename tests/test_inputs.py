@@ -19,10 +19,10 @@ from hub_server import serving
 from musekit.recipes.memory import data_report
 from musekit.data.image_text import make_loader
 from musekit.data.packing import left_out
-from musekit.data.pre_encoded import open_encoded
+from musekit.data.tokens import open_encoded
 from musekit.recipes.encode import EncodeOptions, configure_encoding, encode_shards
 from musekit.recipes.settings import image_text_config, packing_options
-from musekit.data.sources import find_shards
+from musekit.data.image_text import find_shards
 from musekit.recipes.text_to_image import train
 from musekit.recipes.configure import configure
 from musekit.recipes.image_tokenizer import configure_tokenizer, train_tokenizer
@@ -120,7 +120,7 @@ def layouts(tmp_path_factory):
 
 
 def texts_of(recipe):
-    return sorted(text for batch in recipe.everything(recipe.train_urls) for text in batch["text"])
+    return sorted(text for batch in recipe.batches.data.everything() for text in batch["text"])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -130,7 +130,7 @@ def test_every_layout_trains_and_goes_on(place, layouts, name):  # noqa: F811
     assert texts_of(recipe) == sorted(sample["text"] for sample in digits(0, 40))
     assert len(pipeline("a red one", seed=0)) == 1
     if name == "album":
-        told = left_out(recipe.train_urls)
+        told = left_out(recipe.batches.data.sources["train"].urls)
         assert told == ["3 in hidden files or system folders", "1 file of other kinds: 1 .heic"]
 
 
@@ -153,7 +153,7 @@ def test_workers_and_ranks_share_every_layout(layouts, place, name):  # noqa: F8
 
 def train_urls(config, work):
     from musekit.recipes.settings import packing_options
-    from musekit.data.sources import find_shards
+    from musekit.data.image_text import find_shards
 
     return find_shards(config.dataset.params.train_shards_path_or_url, work, **packing_options(config))
 
@@ -164,7 +164,7 @@ def test_every_layout_is_encoded(place, layouts, name, tmp_path):  # noqa: F811
     config = configure_encoding(None, settings_of(place, "encoded", *settings))
     totals = encode_shards(config, EncodeOptions(tmp_path / "codes"), progress=False)
     assert (totals.samples, totals.skipped) == (40, 0)
-    assert sorted(open_encoded(tmp_path / "codes").dataset.words()) == sorted(sample["text"] for sample in digits(0, 40))
+    assert sorted(open_encoded(tmp_path / "codes").dataset.captions()) == sorted(sample["text"] for sample in digits(0, 40))
     assert encode_shards(config, EncodeOptions(tmp_path / "codes"), progress=False).already == totals.shards
 
 
@@ -210,7 +210,7 @@ def test_class_folders(place, zoo, kind, tmp_path):  # noqa: F811
     recipe, pipeline = run_and_resume(place, f"zoo {kind}", CLASSES, *data)
     assert recipe.config.dataset.params.class_names == ["ant", "bee", "cat"] and pipeline.transformer.config.num_classes == 3
     assert pipeline(["bee"], seed=0)[0].tobytes() == pipeline([1], seed=0)[0].tobytes()
-    batch = next(iter(recipe.everything(recipe.train_urls)))
+    batch = next(iter(recipe.batches.data.everything()))
     assert [("ant", "bee", "cat")[number] for number in batch["class_ids"].tolist()] == batch["text"]
     config = configure_encoding(None, settings_of(place, "x", CLASSES, *data))
     assert encode_shards(config, EncodeOptions(tmp_path / "codes"), progress=False).samples == 40

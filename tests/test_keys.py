@@ -16,8 +16,8 @@ from musekit.recipes.clip import train_bpe
 from musekit.core.losses import saved_bytes
 from musekit.models.paella_vq import PaellaVQModel
 from musekit.recipes.settings import generation_config, image_text_config
-from musekit.recipes.networks import make_transformer
-from musekit.recipes.text_to_image import Recipe, encode, make_text_encoder, make_vq_model
+from musekit.recipes.networks import FrozenNetworks, make_transformer
+from musekit.recipes.text_to_image import Data, ImageSource, Recipe, encode
 from musekit.recipes.configure import configure
 from musekit.training.callbacks import Evaluate, sample_prompts, standard_callbacks
 from musekit.training.config import known_keys, load_config
@@ -249,13 +249,12 @@ def networks(tmp_path_factory):
     return folder
 
 
-def staged(networks, *settings):
-    "A run whose stages before training are done, but for the data."
+def batches_of(networks, *settings):
+    "The batches of a run that encodes its images in every step; there are none."
     given = [f"model.vq_model.pretrained={networks}/vq", f"model.text_encoder.pretrained={networks}/clip", "training.encode_first=false"]
-    recipe = Recipe(configure(None, ["data=digits", "dataset.preprocessing.max_seq_length=12", *given, *settings]), progress=False)
-    for stage in (make_vq_model, make_text_encoder, encode):
-        stage(recipe)
-    return recipe
+    config = configure(None, ["data=digits", "dataset.preprocessing.max_seq_length=12", *given, *settings])
+    no_data = Data({"train": ImageSource([])}, image_text_config(config))
+    return encode(Recipe(config, progress=False), no_data, FrozenNetworks(config))
 
 
 PIXELS = {"pixel_values": torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)), "text": ["a red seven"] * 6}
@@ -263,10 +262,10 @@ PIXELS = {"pixel_values": torch.rand(6, 3, 32, 32, generator=torch.Generator().m
 
 def test_soft_targets(networks, data, tmp_path):
     soft = "training.use_soft_code_target=true"
-    warm, cold = (staged(networks, soft, f"training.soft_code_temp={temperature}").prepare(PIXELS) for temperature in (1.0, 0.05))
+    warm, cold = (batches_of(networks, soft, f"training.soft_code_temp={temperature}").prepare(PIXELS) for temperature in (1.0, 0.05))
     entropy = lambda targets: -(targets * targets.clamp(min=1e-12).log()).sum(-1).mean()
     assert warm["soft_targets"].shape == (6, 64, 32) and entropy(cold["soft_targets"]) < entropy(warm["soft_targets"])
-    assert torch.equal(warm["soft_targets"].argmax(-1), warm["image_ids"]) and "soft_targets" not in staged(networks).prepare(PIXELS)
+    assert torch.equal(warm["soft_targets"].argmax(-1), warm["image_ids"]) and "soft_targets" not in batches_of(networks).prepare(PIXELS)
 
     trainer, micros = micro(tmp_path, data, soft, count=1)
     soft = torch.rand(8, 16, 64, generator=torch.Generator().manual_seed(1)).softmax(-1)
@@ -283,37 +282,38 @@ def test_soft_targets(networks, data, tmp_path):
 
 
 def test_codes_that_are_drawn(networks):
-    best = staged(networks).prepare(PIXELS)["image_ids"]
-    prepare = staged(networks, "training.use_stochastic_code=true").prepare
+    best = batches_of(networks).prepare(PIXELS)["image_ids"]
+    prepare = batches_of(networks, "training.use_stochastic_code=true").prepare
     first, second = prepare(PIXELS)["image_ids"], prepare(PIXELS)["image_ids"]
     assert not torch.equal(first, second) and not torch.equal(first, best)
 
 
 def test_encoding_in_parts(networks):
     def encoded(*settings):
-        recipe, sizes = staged(networks, *settings), []
-        recipe.vq_model.in_block.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
-        return recipe.prepare(PIXELS)["image_ids"], sizes
+        batches, sizes = batches_of(networks, *settings), []
+        batches.networks.vq_model.in_block.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
+        return batches.prepare(PIXELS)["image_ids"], sizes
 
     (parts, sizes), (whole, one) = encoded("training.split_vae_encode=4"), encoded()
     assert (sizes, one) == ([4, 2], [6]) and torch.equal(parts, whole)
 
 
 def test_prompts_are_as_long(networks):
-    length = lambda most: staged(networks, f"dataset.preprocessing.max_seq_length={most}").prepare(PIXELS)["encoder_hidden_states"].shape[1]
+    length = lambda most: batches_of(networks, f"dataset.preprocessing.max_seq_length={most}").prepare(PIXELS)["encoder_hidden_states"].shape[1]
     assert [length(5), length(12)] == [5, 12]
 
 
 def test_padding(networks):
-    last = lambda *settings: staged(networks, *settings).text_encoder.tokenize(["a red seven"])[0, -1].item()
+    last = lambda *settings: batches_of(networks, *settings).networks.text_encoder.tokenize(["a red seven"])[0, -1].item()
     assert last("model.text_encoder.pad_token_id=0") == 0 != last()
 
 
 def test_what_is_told_instead(networks):
-    recipe, told = staged(networks), "encoder_hidden_states"
-    assert torch.equal(recipe.unconditional[told], recipe.text_encoder([""])[told][0]) and recipe.unconditional["cond_embeds"].any()
-    zeros = staged(networks, "training.use_empty_embeds_for_uncond=false").unconditional
-    assert not zeros["cond_embeds"].any() and not zeros[told].any()
+    batches, states = batches_of(networks), "encoder_hidden_states"
+    empty = batches.networks.text_encoder([""])
+    assert torch.equal(batches.unconditional[states], empty[states][0]) and batches.unconditional["cond_embeds"].any()
+    zeros = batches_of(networks, "training.use_empty_embeds_for_uncond=false").unconditional
+    assert not zeros["cond_embeds"].any() and not zeros[states].any()
 
 
 # What the loader is told, whose own tests show what it makes of it (notebooks 20 and 22)
@@ -443,9 +443,9 @@ SMALLEST = {"hidden_size": 16, "in_channels": 16, "block_out_channels": "[16]", 
 def made(networks, *settings):
     "The transformer of a run."
     sizes = [] if any("pretrained_model_path" in setting for setting in settings) else [f"model.transformer.{name}={size}" for name, size in SMALLEST.items()]
-    recipe = staged(networks, *sizes, *settings)
-    num_tokens = math.prod(recipe.grid)
-    return make_transformer(recipe.config, recipe.num_codes, recipe.condition_sizes, num_tokens)
+    batches = batches_of(networks, *sizes, *settings)
+    num_tokens = math.prod(batches.grid)
+    return make_transformer(batches.networks.config, batches.codebook_size, batches.condition_sizes, num_tokens)
 
 
 def test_updates(networks, tmp_path):

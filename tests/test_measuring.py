@@ -12,7 +12,7 @@ from musekit.recipes.clip import train_bpe
 from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples
 from musekit.data.packing import write_shards
 from musekit.models.paella_vq import PaellaVQModel
-from musekit.recipes.text_to_image import MEASURED, measurement, train
+from musekit.recipes.text_to_image import MEASURED, Measurement, train
 from musekit.recipes.configure import configure
 from musekit.training.log import read_log
 from toy_training import free_port
@@ -58,7 +58,7 @@ def test_a_run_measures_itself(place):
     lines = [line for line in read_log(recipe.folder) if "frechet_distance" in line]
     assert [line["step"] for line in lines] == [3, 4] and all(set(MEASURED) <= set(line) for line in lines)
     assert (place / "real.safetensors").is_file() and 1 <= lines[-1]["inception_score"] <= 10
-    again = measurement(recipe)(recipe.trainer)
+    again = Measurement(recipe, recipe.batches)(recipe.trainer)
     assert again == {name: pytest.approx(lines[-1][name]) for name in MEASURED}
 
 

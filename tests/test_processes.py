@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 
-from musekit.data.encoded import EncodedDataset, encoded_loader
+from musekit.data.token_parquet import EncodedDataset, encoded_loader
 from musekit.core.diagnostics import bucket_sums, image_entropy, mask_bucket, token_probability_histogram
 from musekit.core.masking import MaskedTokens
 from musekit.training.callbacks import Callback, Checkpoint, Evaluate, Log, read_log, token_diagnostics

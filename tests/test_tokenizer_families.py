@@ -26,8 +26,8 @@ def shards(tmp_path_factory):
     return folder
 
 
-def recipe(folder, shards, name, **section):
-    "A run whose tokenizer is the one named, on small pictures."
+def made_tokenizer(folder, shards, name, **section):
+    "The folder of a run on small pictures, its data and its tokenizer."
     vq_model = {"type": name.split()[0], **section}
     text = {"type": "clip", "train": {"steps": 1, "hidden_size": 32, "layers": 1}}
     transformer = {
@@ -42,10 +42,9 @@ def recipe(folder, shards, name, **section):
         "training": {"max_train_steps": 1, "batch_size": 4, "encode_first": True},
     }
     OmegaConf.save(given, folder / "given.yaml")
-    made = Recipe(configure(folder / "given.yaml"), progress=False)
-    find_data(made)
-    make_vq_model(made)
-    return made
+    recipe = Recipe(configure(folder / "given.yaml"), progress=False)
+    data = find_data(recipe)
+    return recipe.folder, data, make_vq_model(recipe, data)
 
 
 @pytest.mark.parametrize("name", FRESH)
@@ -53,16 +52,15 @@ def test_made_by_one_run_and_given_to_another(tmp_path, shards, name):
     (tmp_path / "first").mkdir()
     (tmp_path / "second").mkdir()
     training = {"steps": 12, "log_every": 12}
-    first = recipe(tmp_path / "first", shards, name, params=SMALL | FRESH[name], train=training)
-    made = first.folder / "vq_model"
-    second = recipe(tmp_path / "second", shards, name, pretrained=str(made))
-    pixels = next(first.pool.batches(4))["pixel_values"]
-    ids = first.vq_model.get_code(pixels)
-    assert torch.equal(second.vq_model.get_code(pixels), ids) and not (second.folder / "vq_model").exists()
-    assert ids.shape == (4, 16) and 0 <= ids.min() and ids.max() < second.vq_model.codebook_size
-    assert first.vq_model.codebook_size == {"vqgan lfq": 4096}.get(name, 16)
+    folder, data, trained = made_tokenizer(tmp_path / "first", shards, name, params=SMALL | FRESH[name], train=training)
+    other, _, loaded = made_tokenizer(tmp_path / "second", shards, name, pretrained=str(folder / "vq_model"))
+    pixels = next(data.pool.batches(4))["pixel_values"]
+    ids = trained.get_code(pixels)
+    assert torch.equal(loaded.get_code(pixels), ids) and not (other / "vq_model").exists()
+    assert ids.shape == (4, 16) and 0 <= ids.min() and ids.max() < loaded.codebook_size
+    assert trained.codebook_size == {"vqgan lfq": 4096}.get(name, 16)
 
 
 def test_of_a_table_there_must_be_fewer_codes_than_tokens(tmp_path, shards):
     with pytest.raises(ValueError, match="fewer than the tokenizer's 4096 codes"):
-        recipe(tmp_path, shards, "movq", params=SMALL | {"num_embeddings": 4096}, train={"steps": 1})
+        made_tokenizer(tmp_path, shards, "movq", params=SMALL | {"num_embeddings": 4096}, train={"steps": 1})

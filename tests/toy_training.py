@@ -6,7 +6,7 @@ import socket
 import torch
 
 from children import CHILDREN
-from musekit.data.encoded import EncodedDataset, encode_dataset, encoded_loader
+from musekit.data.token_parquet import EncodedDataset, encode_dataset, encoded_loader
 from musekit.models.uvit import MaskGiTUViT
 from musekit.training.callbacks import Callback, Checkpoint, Log
 from musekit.training.config import load_config

@@ -225,5 +225,5 @@ def locate_pictures(spec, base_dir: str | Path | None = None) -> Located:
     "Like `locate`, but a ValueError for codes without images."
     located = locate(spec, base_dir)
     if located.forms == {"codes"}:
-        raise ValueError(f"{spec} holds codes and no pictures; to train on them set training.pre_encode=true")
+        raise ValueError(f"{spec} holds tokens and no images; to train on them set training.pre_encode=true")
     return located

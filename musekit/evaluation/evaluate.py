@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_extractor', 'on_device', 'choose_prompts', 'find_judge', 'MetricsConfig', 'draw_images', 'evaluate',
-           'QualityConfig', 'read_real', 'evaluate_pipeline', 'describe_quality']
+           'QualityConfig', 'real_features', 'read_real', 'evaluate_pipeline', 'describe_quality']
 
 # %% ../../nbs/06_evaluation/04_evaluate.ipynb #c1ff9501
 import random
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..data.digits import test_prompts
 from ..data.image_text import ImageTextConfig, make_loader
 from ..data.samples import Fields, read_prompts
-from ..data.sources import find_shards
+from ..data.image_text import find_shards
 from .features import ClipFeatures, FeatureTable, InceptionFeatures, collect_features, extractor_name
 from .metrics import DigitFeatures, compare_features, inception_score
 from ..inference.pipeline import Pipeline
@@ -222,6 +222,22 @@ class QualityConfig:
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 # %% ../../nbs/06_evaluation/04_evaluate.ipynb #ced06082
+def real_features(
+    batches: Iterable[dict],  # of real images, as `collect_features` takes them
+    extractor: Callable,
+    path: str | Path | None = None,  # file of the features: read if it exists, else written
+    limit: int | None = None,  # images; None: all
+    seed: int = 0,
+) -> FeatureTable:
+    "The features of real images, which are computed only once for a file."
+    if path and Path(path).is_file():
+        return FeatureTable.load(path)
+    table = collect_features(batches, extractor, limit=limit, seed=seed)
+    if path:
+        table.save(path)
+    return table
+
+
 def read_real(
     config: QualityConfig,
     extractor: Callable[[Tensor], Tensor],
@@ -231,11 +247,10 @@ def read_real(
     classes: list[str] | None = None,  # for "class", the class names by number
 ) -> tuple[FeatureTable, list[str] | None]:
     "Features of the real images, and the texts of the prompts; None: the held-out digit prompts."
-    path = Path(config.statistics) if config.statistics else None
-    table = FeatureTable.load(path) if path and path.is_file() else None
+    stored = bool(config.statistics) and Path(config.statistics).is_file()
     texts = read_prompts(config.prompts) if config.prompts else None
-    if table and (texts or config.data == "digits"):
-        return table, texts
+    if stored and (texts or config.data == "digits"):
+        return FeatureTable.load(config.statistics), texts
     labels = []  # captions or classes of the images
 
     def with_labels(batches):
@@ -252,14 +267,11 @@ def read_real(
         reading = ImageTextConfig(resolution=side, batch_size=64, layout=layout, captions=captions, fields=fields, class_names=names)
         loader = make_loader(urls, reading, training=False)
         batches = with_labels(watched(loader, progress, desc="real images", unit="batch"))
-        if table:
+        table = real_features(batches, extractor, config.statistics, config.real, config.seed)
+        if stored:  # the captions are still needed
             for _ in batches:
                 if config.real and len(labels) >= config.real:
                     break
-        else:
-            table = collect_features(batches, extractor, limit=config.real, seed=config.seed)
-            if path:
-                table.save(path)
     return table, texts if texts or config.data == "digits" else labels
 
 # %% ../../nbs/06_evaluation/04_evaluate.ipynb #b4893cb6

@@ -24,7 +24,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor, nn
 
-from ..data.samples import LAYOUTS, read_sample
+from ..data.samples import SAMPLE_LAYOUTS, read_sample
 from ..data.folders import is_data
 from ..data.pictures import open_picture, to_images
 from ..data.grids import image_grid
@@ -127,8 +127,8 @@ class TarShard:
     "A tar of image-text samples, read sample by sample."
 
     def __init__(self, path: str | Path, layout: str = "image_text"):
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout={layout!r} is none of {', '.join(LAYOUTS)}")
+        if layout not in SAMPLE_LAYOUTS:
+            raise ValueError(f"layout={layout!r} is none of {', '.join(SAMPLE_LAYOUTS)}")
         self.path, self.layout, self.places = Path(path), layout, {}
         with tarfile.open(self.path) as tar:
             for member in tar:

@@ -74,7 +74,7 @@ def measure(recipe: Recipe, pipeline: Pipeline, prompts: list[dict]) -> dict:
     seed = recipe.config.training.seed
     return {
         "prompts": len(prompts), "seed": seed, **judge_prompts(pipeline, DigitJudge(), prompts, seed),
-        "tokenizer": codebook_report(pipeline.vq_model, recipe.everything(recipe.eval_urls)),
+        "tokenizer": codebook_report(pipeline.vq_model, recipe.batches.data.everything("test")),
     }
 
 

@@ -27,7 +27,7 @@ from ..data.image_text import ImageTextConfig, ShardReader, make_loader
 from ..data.packing import REPORT, left_out, pack_folder
 from ..data.locate import locate_pictures
 from ..data.samples import is_image
-from ..data.pre_encoded import first_batch, open_encoded
+from ..data.tokens import first_batch, open_encoded
 from ..models.lora import add_lora
 from ..models.inspection import num_parameters
 from ..core.losses import _CrossEntropy, saved_bytes

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['VQ_MODELS', 'TRANSFORMERS', 'PRECISIONS', 'MOST_CODES', 'stored_config', 'describe_vq_model', 'load_vq_model',
-           'load_text_encoder', 'read_conditions', 'only_read', 'condition_sizes', 'build_transformer', 'drop_unread',
-           'make_transformer', 'try_networks', 'check_codes']
+           'load_text_encoder', 'FrozenNetworks', 'read_conditions', 'only_read', 'condition_sizes',
+           'build_transformer', 'drop_unread', 'make_transformer', 'try_networks', 'check_codes']
 
 # %% ../../nbs/07_recipes/04_networks.ipynb #12bd4fe0
 import inspect
 import warnings
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -75,6 +76,35 @@ def load_text_encoder(config: Config, path: str | Path | None = None) -> nn.Modu
         max_seq_length=config.dataset.preprocessing.max_seq_length, pad_token_id=section.pad_token_id,
         use_pooled=reads_pooled(config) and section.type == "clip",
     )
+
+
+class FrozenNetworks:
+    "The image tokenizer and the text encoder of a run, loaded when first used."
+
+    def __init__(
+        self,
+        config: Config,
+        device: str | torch.device = "cpu",
+        vq_model: nn.Module | None = None,  # None: loaded from where the configuration says
+        text_encoder: nn.Module | None = None,
+    ):
+        self.config, self.device = config, device
+        loaded = {"vq_model": vq_model, "text_encoder": text_encoder}
+        vars(self).update({name: network for name, network in loaded.items() if network is not None})
+
+    @cached_property
+    def vq_model(self) -> nn.Module:
+        return load_vq_model(self.config).to(self.device)
+
+    @cached_property
+    def text_encoder(self) -> nn.Module:
+        return load_text_encoder(self.config).to(self.device)
+
+    def free(self):
+        "Frees the memory of networks that training does not need: with encoded data, which needs them to sample only."
+        if self.config.training.pre_encode:
+            vars(self).pop("vq_model", None)
+            vars(self).pop("text_encoder", None)
 
 # %% ../../nbs/07_recipes/04_networks.ipynb #111f55f8
 _SWITCHES = {  # condition -> the setting without which it is not read

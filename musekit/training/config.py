@@ -334,7 +334,7 @@ LAYOUT_KEYS = {
 
 
 def layout_of(config: Config) -> str:
-    "The layout of the samples' member names, a key of `LAYOUTS`."
+    "The layout of the samples' member names, a key of `SAMPLE_LAYOUTS`."
     params = config.dataset.params
     layouts = {f"dataset.params.{key}": name for key, name in LAYOUT_KEYS.items() if getattr(params, key)}
     if config.dataset.type == "classification":

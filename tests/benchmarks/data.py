@@ -25,11 +25,12 @@ import webdataset
 from PIL import Image
 from torch.utils.data import default_collate
 
-from musekit.data.encoded import BatchEncoder, encode_dataset
+from musekit.data.token_parquet import encode_dataset
+from musekit.data.batch_encoder import BatchEncoder
 from musekit.data.image_text import ImageTextConfig, make_loader
 from musekit.data.packing import write_shards, write_tars
-from musekit.data.pre_encoded import open_encoded
-from musekit.data.token_shards import member_name, token_members, write_unconditional
+from musekit.data.tokens import open_encoded
+from musekit.data.token_tars import member_name, token_members, write_unconditional
 
 RESOLUTION, BATCH, BUFFER = 256, 64, 256
 NAMES = dict(vq_checkpoint="vq", text_checkpoint="text")
