@@ -27,9 +27,19 @@ from .utils.validation import one_line
 
 # %% ../nbs/10_commands/11_cli.ipynb #2b4429b9
 _COMMANDS = (  # in the order of the help
-    add_demo, add_check, add_train, add_train_tokenizer, add_encode, add_generate, add_inpaint, add_evaluate, add_plot,
-    add_push,
+    add_demo, add_check, add_train, add_train_tokenizer, add_encode, add_generate, add_inpaint, add_evaluate,
+    add_plot, add_push,
 )
+
+
+_FIRST_STEPS = """first steps:
+  musekit demo                              # a model of handwritten digits, in ten minutes
+  musekit generate "a blue three on yellow paper"
+  musekit train data=photos/                # your images, each with a text file beside it
+  musekit generate "a prompt" --model runs/small/pipeline
+
+musekit COMMAND --help explains a command. MUSEKIT_REHEARSAL=1 before a command runs all its stages in
+a few steps. Public text for language models: musekit-shards --help."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,14 +50,7 @@ class _Parser(argparse.ArgumentParser):
 def _make_parser():
     parser = _Parser(
         prog="musekit", description="Train masked generative transformers and draw images with them.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="first steps:\n"
-        "  musekit demo                              # a model of handwritten digits, in ten minutes\n"
-        "  musekit generate \"a blue three on yellow paper\"\n"
-        "  musekit train data=photos/                # your images, each with a text file beside it\n"
-        "  musekit generate \"a prompt\" --model runs/small/pipeline\n\n"
-        "Every command explains itself: musekit train --help. MUSEKIT_REHEARSAL=1 before a command runs it in a\n"
-        "few steps, to see whether all goes well. Public text for language models: musekit-shards --help.",
+        epilog=_FIRST_STEPS, formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
@@ -74,11 +77,11 @@ def _interrupt(number, frame):
 def _interruption(options):
     "The message of an interrupted command: commands with `resumes` continue where they were."
     resumes = vars(options).get("resumes") and not vars(options).get("check")
-    return "interrupted" + ("; what is finished is kept, and the same command goes on from there" if resumes else "")
+    return "interrupted; finished stages are kept, and the same command resumes" if resumes else "interrupted"
 
 
 def _format_warning(default, message, category, filename, lineno, line=None):
-    "A warning of musekit as one line, in the first of several processes only; one of a library as `default` has it."
+    "A warning of musekit on one line, in the first process only; one of a library as `default` formats it."
     if not os.path.abspath(filename).startswith(os.path.join(resources.files("musekit"), "")):
         return default(message, category, filename, lineno, line)
     if os.environ.get("RANK", "0") != "0":

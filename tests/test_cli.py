@@ -296,7 +296,7 @@ def test_interrupted_run_goes_on(place, trained, here):
     assert complaints.count("\n") == 1 and "Traceback" not in complaints
     saved = checkpoints(run)[-1]
     assert saved.name in complaints and not (run / "pipeline").exists()
-    command = shlex.split(complaints.strip().split("go on with: ")[1])
+    command = shlex.split(complaints.strip().split("resume with: ")[1])
     resumed = here(place, *command[1:])
     assert resumed.returncode == 0 and checkpoints(run)[-1].name == "checkpoint-120"
     steps = [line["step"] for line in read_log(run) if "loss" in line]
@@ -314,7 +314,7 @@ def test_interrupted_stage_leaves_nothing_half_made(place, trained, here):
     killer.start()
     process = here(place, "train", "data=photos", f"experiment.output_dir={run}", *TINY, "model.vq_model.train.steps=100000")
     killer.join()
-    assert process.returncode == 130 and process.stderr.count("\n") == 1 and "interrupted; what is finished is kept" in process.stderr
+    assert process.returncode == 130 and process.stderr.count("\n") == 1 and "interrupted; finished stages are kept" in process.stderr
     assert [path.name for path in run.iterdir()] == ["data"]
 
 

@@ -3,6 +3,8 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
+from pathlib import Path
 
 import musekit
 import pytest
@@ -11,9 +13,17 @@ from conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9][0-9]_*/[0-9][0-9]_*.ipynb"))  # in the order of the book
 PACKAGE = ROOT / "musekit"
-
-
-ROOMS = ["utils", "core", "models", "data", "training", "inference", "evaluation", "shards", "recipes", "plots", "lab", "commands", "cli"]  # the ground first
+ROOMS = [  # the ground first
+    "utils", "core", "models", "data", "training", "inference", "evaluation", "shards", "recipes", "plots", "lab",
+    "commands", "cli",
+]
+NAMES_IN_TWO_MODULES = {"main", "MANIFEST", "Task", "read_manifest", "recover"}
+PRIVATE_IMPORTS = {("musekit.recipes.memory", "_CrossEntropy")}
+ROOMS_WITH_LONG_LINES = {
+    "utils", "core", "models", "data", "training", "inference", "evaluation", "shards", "recipes", "lab",
+}
+ROOMS_WITH_NAMED_LAMBDAS = {"core", "models", "data", "training", "inference", "evaluation", "recipes", "plots", "lab"}
+ROOMS_WITH_LONG_DESCRIPTIONS = {"utils", "models", "data", "training", "evaluation", "shards", "recipes", "lab"}
 
 
 def exported_from() -> dict[str, int]:
@@ -32,11 +42,20 @@ def room_of(module: str) -> str:
     return module.split(".")[1]
 
 
+def path_of(module: str) -> Path:
+    return (ROOT / module.replace(".", "/")).with_suffix(".py")
+
+
+@cache
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(path_of(module).read_text(encoding="utf-8"))
+
+
 def imports_of(module: str) -> set[str]:
     """Modules of this package that a module imports, whatever the form of the statement."""
-    path, names = (ROOT / module.replace(".", "/")).with_suffix(".py"), set()
+    names = set()
     package = module.split(".")[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -78,18 +97,63 @@ def test_no_two_notebooks_share_a_number():
     assert len(set(numbers)) == len(numbers), numbers
 
 
-def longest_function(path) -> tuple[int, str]:
-    """Lines and name of the longest function of a file, a method counted as one."""
-    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    functions = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    return max(((node.end_lineno - node.lineno + 1, node.name) for node in functions), default=(0, ""))
+def nodes_of(module: str, *kinds: type) -> list:
+    return [node for node in ast.walk(tree_of(module)) if isinstance(node, kinds)]
 
 
-@pytest.mark.parametrize("module", PLACES)
-def test_functions_stay_short(module):
-    path = (ROOT / module.replace(".", "/")).with_suffix(".py")
-    lines, name = longest_function(path)
-    assert lines <= 60, f"{name} has {lines} lines"
+def public_names(module: str) -> list[str]:
+    """The module's `__all__`."""
+    assignments = nodes_of(module, ast.Assign)
+    return next(ast.literal_eval(node.value) for node in assignments if ast.unparse(node.targets[0]) == "__all__")
+
+
+def test_a_public_name_means_one_thing():
+    modules_of = {}
+    for module in PLACES:
+        for name in public_names(module):
+            modules_of.setdefault(name, []).append(module)
+    shared = {name: modules for name, modules in modules_of.items() if len(modules) > 1}
+    assert shared.keys() <= NAMES_IN_TWO_MODULES, shared
+
+
+def test_private_names_stay_in_their_module():
+    imports = [(module, node) for module in PLACES for node in nodes_of(module, ast.ImportFrom)]
+    own = [(module, node) for module, node in imports if node.level or node.module.split(".")[0] == "musekit"]
+    private = {(module, alias.name) for module, node in own for alias in node.names if re.match("_[^_]", alias.name)}
+    assert private <= PRIVATE_IMPORTS, private
+
+
+def test_functions_stay_short():
+    """A method counts as one, with the functions in it."""
+    functions = [(module, node) for module in PLACES for node in nodes_of(module, ast.FunctionDef, ast.AsyncFunctionDef)]
+    lengths = {f"{module}.{node.name}": node.end_lineno - node.lineno + 1 for module, node in functions}
+    assert not {name: lines for name, lines in lengths.items() if lines > 60}
+
+
+def long_lines(module: str) -> list[str]:
+    """Lines of more than 110 columns, but for the `__all__` and the comments that nbdev writes."""
+    text = path_of(module).read_text(encoding="utf-8")
+    text = re.sub(r"^__all__ = \[[^\]]*\]$|^# %% [^\n]*$", "", text, flags=re.MULTILINE)
+    return [line for line in text.splitlines() if len(line) > 110]
+
+
+def test_lines_stay_short():
+    modules = [module for module in PLACES if room_of(module) not in ROOMS_WITH_LONG_LINES]
+    assert not {module: long_lines(module) for module in modules if long_lines(module)}
+
+
+def test_a_function_with_a_name_is_no_lambda():
+    assignments = [(module, node) for module in PLACES for node in nodes_of(module, ast.Assign)]
+    named = [(module, node.lineno) for module, node in assignments if isinstance(node.value, ast.Lambda)]
+    assert not [(module, line) for module, line in named if room_of(module) not in ROOMS_WITH_NAMED_LAMBDAS]
+
+
+def test_a_module_is_about_one_thing():
+    """A description of one line with two "and"s is about several."""
+    descriptions = {module: ast.get_docstring(tree_of(module)) for module in PLACES}
+    assert not [text for text in descriptions.values() if "\n" in text]
+    several = {module for module, text in descriptions.items() if len(re.findall(r"\band\b", text)) > 1}
+    assert not {module for module in several if room_of(module) not in ROOMS_WITH_LONG_DESCRIPTIONS}
 
 
 def loaded_by(statement: str) -> set[str]:

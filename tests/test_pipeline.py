@@ -248,7 +248,7 @@ def test_a_picture_that_cannot_be_made_again_is_named(pipeline, folder, tmp_path
     monkeypatch.chdir(tmp_path)
     sheet, task = draw_sheet(pipeline, Task("two", num_images_per_prompt=2))
     write_sheet(sheet, task, "no model.png")
-    assert "no model.png does not say which model" in told(capsys, "generate", "--again", "no model.png")
+    assert "no model.png does not name the model" in told(capsys, "generate", "--again", "no model.png")
     assert main(["generate", "--again", "no model.png", "--model", str(folder)]) == 0 and not capsys.readouterr().err
     for text in ("[1, 2]", '{"seed": 1}', '{"generation": [1]}', "not json", '{"prompts": ["two"], "generation": [1]}'):
         info = PngImagePlugin.PngInfo()
@@ -260,7 +260,7 @@ def test_a_picture_that_cannot_be_made_again_is_named(pipeline, folder, tmp_path
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     said = told(capsys, "generate", "--again", "../moved.png")
-    assert "../moved.png was drawn by runs/of/mine" in said and "--model" in said
+    assert "../moved.png was drawn with runs/of/mine" in said and "--model" in said
     assert main(["generate", "--again", "../moved.png", "--model", "../runs/of/mine"]) == 0
 
 
@@ -273,7 +273,7 @@ def test_a_picture_is_never_written_over_what_it_is_made_from(folder, tmp_path, 
     assert drawn("generate", "two", "--model", folder, "--num-images", 1) == ["generated-2.png"]
     Image.new("RGB", (16, 16), "white").save("mask.png")
     for words in (["generate", "--again", "generated.png", "--out", "./generated.png"], ["inpaint", "singles/001.png", "mask.png", "two", "--out", "mask.png"]):
-        assert "is a picture that is read, too" in told(capsys, *words)
+        assert "is also an input" in told(capsys, *words)
     assert "singles/001.png has the name of one" in told(capsys, "generate", "--again", "singles/001.png", "--singles", "singles", "--seed", 7)
     assert before == {path: Path(path).read_bytes() for path in before}
 
@@ -380,7 +380,7 @@ def test_long_work_is_seen_and_a_far_too_large_picture_told(folder, tmp_path, ca
         assert "step 2 of 3, " in said and ("warning: 33x33 pixels are more than 4 times" in said) == warned
     assert main(["generate", "two", "--model", str(folder), "--steps", "3", "--out", "two.jpg"]) == 0
     said = capsys.readouterr().err
-    assert "step 2 of 3, " in said and said.count("two.jpg keeps no settings") == 1
+    assert "step 2 of 3, " in said and said.count("two.jpg stores no settings") == 1
 
 
 def test_an_interrupted_drawing_promises_nothing(folder, tmp_path, capsys, monkeypatch):

@@ -248,7 +248,7 @@ def test_interrupted_command_goes_on(place, here, monkeypatch):
     monkeypatch.setattr(room, "_callbacks", usual)
     assert process.returncode == 130 and "stopped at step 5, saved in runs/stopped/checkpoint-5" in process.stderr
     assert not (place / "runs" / "stopped" / "report.json").exists()
-    resumed = here(place, *shlex.split(process.stderr.split("go on with: ")[1])[1:])
+    resumed = here(place, *shlex.split(process.stderr.split("resume with: ")[1])[1:])
     assert resumed.returncode == 0, resumed.stderr
     assert here(place, *command[:-1], "experiment.output_dir=runs/calm").returncode == 0
     ours, theirs = (load_file(place / "runs" / name / "model.safetensors") for name in ("stopped", "calm"))
@@ -263,7 +263,7 @@ def test_the_command_in_two_processes(place):
 
 
 @pytest.mark.parametrize("arguments, told", [
-    ([], "say what to train on"),
+    ([], "no data: name them"),
     (["nowhere.yaml"], "nowhere.yaml"),
     (["data=nowhere"], "no shard, folder or YAML list at nowhere"),
     (["data=empty"], "no image in empty"),

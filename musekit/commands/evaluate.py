@@ -10,7 +10,9 @@ import json
 import os
 from argparse import RawDescriptionHelpFormatter
 
-from .options import check_writable, decoding_settings, disable_progress_bars, number_between
+from musekit.commands.options import (
+    add_decoding_options, check_writable, decoding_settings, disable_progress_bars, number_between,
+)
 from ..utils.validation import is_rehearsal
 
 # %% ../../nbs/10_commands/08_evaluate.ipynb #4dc8d039
@@ -20,7 +22,7 @@ def _run_evaluate(options):
 
     disable_progress_bars()
     if options.out and os.path.splitext(options.out)[1] != ".json":
-        raise ValueError(f"--out {options.out} gets the numbers as JSON; call it .json")
+        raise ValueError(f"--out {options.out} is written as JSON; use the extension .json")
     if options.out:
         check_writable(os.path.dirname(os.path.abspath(options.out)), f"--out {options.out}")
     result = evaluate_pipeline(_quality_config(options))
@@ -34,8 +36,8 @@ def _quality_config(options):
     from musekit.evaluation.evaluate import QualityConfig
 
     data = [argument.removeprefix("data=") for argument in options.data]
-    decoding = {name: getattr(options, name) for name in ("steps", "guidance_scale", "temperature", "batch_size")}
-    decoding = {name: value for name, value in decoding.items() if value is not None}
+    of_decoding = ("steps", "guidance_scale", "temperature", "batch_size")
+    decoding = {name: getattr(options, name) for name in of_decoding if getattr(options, name) is not None}
     names = ("features", "judge", "classifier", "prompts", "statistics", "real", "seed")
     return QualityConfig(
         options.model,
@@ -47,38 +49,41 @@ def _quality_config(options):
     )
 
 
+_DESCRIPTION = """Draws images for the captions of real images, or for the prompts of a file, and computes
+Fréchet and kernel distance, precision, recall, prompt alignment, and the Inception score."""
+
+_EXAMPLES = """examples:
+  musekit evaluate runs/demo data=digits
+  musekit evaluate runs/small data=held-out/ --features inception=pt_inception-2015-12-05-6726825d.pth
+  musekit evaluate runs/small 'data=test/{000..009}.tar' --features clip=openai/clip-vit-base-patch32 \\
+      --statistics test.safetensors --samples 10000 --out evaluation.json"""
+
+
 def add_evaluate(commands):
     "Adds the parser of `musekit evaluate` and returns it."
     parser = commands.add_parser(
         "evaluate", help="compare a model's images with real ones",
-        formatter_class=RawDescriptionHelpFormatter,
-        description="Draws images for the captions of real images, or for prompts of a file, and computes\n"
-        "Fréchet and kernel distance, precision, recall, the agreement with the prompts, and the Inception score.",
-        epilog="examples:\n"
-        "  musekit evaluate runs/demo data=digits\n"
-        "  musekit evaluate runs/small data=held-out/ --features inception=pt_inception-2015-12-05-6726825d.pth\n"
-        "  musekit evaluate runs/small 'data=test/{000..009}.tar' --features clip=openai/clip-vit-base-patch32 \\\n"
-        "      --statistics test.safetensors --samples 10000 --out evaluation.json",
+        description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=RawDescriptionHelpFormatter,
     )
     add, whole = parser.add_argument, number_between(1)
     add("model", metavar="MODEL", help="folder of a run or a pipeline, or hub id")
-    add("data", nargs="+", metavar="data=...", help="digits, images with captions, or shards, not trained on")
+    add("data", nargs="+", metavar="data=...", help="held-out data: digits, images with captions, or shards")
     add("--samples", type=whole, default=1000, metavar="N", help="images to draw (default: %(default)s)")
     add("--real", type=whole, metavar="N", help="real images to take (default: all)")
     add("--features", metavar="WHAT", help="digits, inception=FILE or clip=FOLDER (default: digits)")
-    add("--judge", metavar="WHAT", help="of prompts: digits or clip=FOLDER (default: the features)")
-    add("--classifier", metavar="WHAT", help="of the Inception score: digits or inception=FILE (default: the features)")
+    add("--judge", metavar="WHAT", help="for prompt alignment: digits or clip=FOLDER (default: the features)")
+    add("--classifier", metavar="WHAT",
+        help="for the Inception score: digits or inception=FILE (default: the features)")
     add("--prompts", metavar="FILE", help="a prompt on every line (default: the captions of the data)")
-    add("--statistics", metavar="FILE", help="features of the real images: read if there, else written")
+    add("--statistics", metavar="FILE", help="features of the real images, read if it exists, else written")
     for field in ("image", "caption", "class"):
-        add(f"--{field}-field", metavar="NAME", help=f"column or JSON key of the data's {field} (default: the usual ones)")
+        add(f"--{field}-field", metavar="NAME",
+            help=f"column or JSON key of the data's {field} (default: the usual ones)")
     add("--seed", type=number_between(0), default=0, help="same seed, same numbers (default: %(default)s)")
     add("--batch-size", type=whole, metavar="N", help="images drawn at once (default: 64)")
-    add("--steps", type=whole, metavar="N", help="decoding steps (default: the pipeline's)")
-    add("--guidance-scale", type=float, metavar="W", help="weight of the prompt (default: the pipeline's)")
-    add("--temperature", type=float, metavar="T", help="randomness of the order (default: the pipeline's)")
+    add_decoding_options(parser)
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting of decoding, "
         "such as sampler=halton or guidance_schedule=linear")
-    add("--out", metavar="FILE.json", help="write the numbers, too")
+    add("--out", metavar="FILE.json", help="also write the numbers")
     parser.set_defaults(run=_run_evaluate, words="data")
     return parser

@@ -11,7 +11,8 @@ import os
 import re
 
 from musekit.commands.options import (
-    check_writable, decoding_settings, disable_progress_bars, number_between, print_message,
+    add_decoding_options, check_writable, decoding_settings, disable_progress_bars, number_between,
+    print_message,
 )
 
 # %% ../../nbs/10_commands/07_generate.ipynb #d62ecc74
@@ -22,7 +23,7 @@ def check_picture_file(path: str):
     Image.init()
     writable = [extension for extension, name in Image.registered_extensions().items() if name in Image.SAVE]
     if os.path.splitext(path)[1].lower() not in writable:
-        raise ValueError(f"--out {path} names no kind of picture; use .png, .jpg or .webp")
+        raise ValueError(f"--out {path} is no picture file; use .png, .jpg or .webp")
     if os.path.isdir(path):
         raise ValueError(f"--out {path} is a folder; name a file in it")
     check_writable(os.path.dirname(os.path.abspath(path)), f"--out {path}")
@@ -46,17 +47,18 @@ def _choose_out(options):
     if not options.named:
         options.out = _free_name()
     if os.path.realpath(options.out) in map(os.path.realpath, _pictures_read(options)):
-        raise ValueError(f"--out {options.out} is a picture that is read, too; choose another name")
+        raise ValueError(f"--out {options.out} is also an input; choose another name")
     check_picture_file(options.out)
 
 
 def _check_singles(folder, *paths):
-    "Raises if the folder of `--singles` cannot be written, or one of its pictures would overwrite one of `paths`."
+    "Raises if the folder of `--singles` cannot be written, or its pictures would replace one of `paths`."
     check_writable(folder, f"--singles {folder}")
     for path in paths:
         parent, name = os.path.split(os.path.realpath(path))
         if parent == os.path.realpath(folder) and re.fullmatch(r"\d+\.png", name):
-            raise ValueError(f"{path} has the name of one of the pictures of --singles; choose another name or folder")
+            problem = f"{path} has the name of one of the pictures of --singles"
+            raise ValueError(f"{problem}; choose another name or folder")
 
 # %% ../../nbs/10_commands/07_generate.ipynb #af22abbf
 def _read_seeds(text):
@@ -78,7 +80,7 @@ def _default_prompts(encoder, again=False):
     if condition == "class":
         names = ", ".join(list(encoder.names.values())[:3])
         named = f", or the name of one, such as {names}" if names else ""
-        raise ValueError(f"say which class to draw: a number, 0 to {encoder.num_classes - 1}{named}")
+        raise ValueError(f"name a class to draw: a number, 0 to {encoder.num_classes - 1}{named}")
     if condition != "none":
         hint = ", or --again PICTURE" if again else " for the whole picture"
         raise ValueError(f'give at least one PROMPT, such as "a blue three on yellow paper"{hint}')
@@ -95,11 +97,14 @@ def _check_demo(model):
 
 def _changes(options, prompts):
     "The parts of a task that were typed; None for the others."
-    names = ("negative_prompt", "seed", "model", "lora", "lora_scale", "steps", "guidance_scale", "temperature", "sampler")
-    typed = {name: getattr(options, name) for name in names}
-    typed["prompts"] = options.prompts or None
-    typed["num_images_per_prompt"] = options.num_images or _count_images(options.seed, options.prompts or prompts)
-    return typed | decoding_settings(options.set)
+    names = (
+        "negative_prompt", "seed", "model", "lora", "lora_scale",
+        "steps", "guidance_scale", "temperature", "sampler",
+    )
+    changes = {name: getattr(options, name) for name in names}
+    changes["prompts"] = options.prompts or None
+    num_images = options.num_images or _count_images(options.seed, options.prompts or prompts)
+    return changes | {"num_images_per_prompt": num_images} | decoding_settings(options.set)
 
 
 def _load(options, task):
@@ -111,27 +116,26 @@ def _load(options, task):
 
     again = vars(options).get("again") if options.model is None else None
     if again and task.model is None:
-        raise ValueError(f"{again} does not say which model drew it; name one with --model")
+        raise ValueError(f"{again} does not name the model that drew it; name one with --model")
     try:
         pipeline = Pipeline.from_pretrained(task.model, "cuda" if torch.cuda.is_available() else "cpu")
     except FileNotFoundError as error:
         if not again:
             raise
-        raise FileNotFoundError(
-            f"{again} was drawn by {task.model}, which is not found from here; name its place with --model ({error})"
-        ) from error
+        problem = f"{again} was drawn with {task.model}, which does not exist here"
+        raise FileNotFoundError(f"{problem}; name its path with --model ({error})") from error
     return add_updates(pipeline, task)
 
 
 def _warn(out, pipeline, image):
     "Warns of a format that keeps no settings, and of an image much larger than those of the training."
     if not out.lower().endswith("png"):
-        print_message(f"warning: {out} keeps no settings; a PNG does, for --again")
+        print_message(f"warning: {out} stores no settings for --again; a PNG does")
     height, width = (side * pipeline.factor for side in pipeline.grid)
     if image and image.width * image.height > 4 * height * width:
         print_message(
-            f"warning: {image.width}x{image.height} pixels are more than 4 times those of the training pictures, "
-            f"{width}x{height}; that takes long and may look bad: resize the picture and its mask first"
+            f"warning: {image.width}x{image.height} pixels are more than 4 times those of the training "
+            f"images, {width}x{height}; that is slow and may look bad: resize the picture and its mask first"
         )
 
 
@@ -171,37 +175,35 @@ def _run_generate(options):
 def _add_drawing_options(parser):
     add, whole = parser.add_argument, number_between(1)
     add("--model", metavar="FOLDER", help=f"pipeline or hub id (default: {DEMO_MODEL})")
-    add("--lora", metavar="FOLDER", help="low-rank updates to add to the model: of a run, peft or diffusers")
-    add("--lora-scale", type=float, metavar="X", help="how much they count (default: 1)")
-    add("--out", metavar="FILE", help="picture to write; a PNG keeps all settings (default: generated.png, "
-        "or generated-1.png and so on where that is there)")
-    add("--singles", metavar="FOLDER", help="write each picture there, too: a PNG that keeps how to draw it again")
-    add("--num-images", type=whole, metavar="N", help="images a prompt (default: 4)")
-    add("--seed", type=_read_seeds, metavar="N[,N...]", help="same seed, same images (default: 0); 1,2,3 gives "
-        "each image its own, so that it comes out the same in any company")
-    add("--negative-prompt", metavar="PROMPT", help="what to steer away from")
-    add("--steps", type=whole, metavar="N", help="decoding steps (default: the pipeline's)")
-    add("--guidance-scale", type=float, metavar="W", help="weight of the prompt (default: the pipeline's)")
-    add("--temperature", type=float, metavar="T", help="randomness of the order (default: the pipeline's)")
+    add("--lora", metavar="FOLDER", help="low-rank updates to add to the model, of a run, peft or diffusers")
+    add("--lora-scale", type=float, metavar="X", help="scale of the updates (default: 1)")
+    add("--out", metavar="FILE", help="picture to write; a PNG stores all settings (default: generated.png, "
+        "or generated-1.png and so on if that exists)")
+    add("--singles", metavar="FOLDER", help="also write each image there, as a PNG that stores its settings")
+    add("--num-images", type=whole, metavar="N", help="images per prompt (default: 4)")
+    add("--seed", type=_read_seeds, metavar="N[,N...]", help="same seed, same images (default: 0); 1,2,3 "
+        "gives each image its own seed, independent of the others")
+    add("--negative-prompt", metavar="PROMPT", help="prompt to steer away from")
+    add_decoding_options(parser)
     add("--sampler", metavar="NAME", help="confidence, random, halton, entropy, remasking or first_hitting")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting of decoding, such "
         "as sampler_params.eta=0.2, guidance_schedule=power-cosine or guidance_interval=[0.2,0.8]")
     add("--batch-size", type=whole, metavar="N",
-        help="drawn at once (default: 64; 1 where each image has its own seed)")
-    add("--compile", action="store_true", help="let torch.compile fuse operators; pays for many images")
+        help="images drawn at once (default: 64, or 1 if each image has its own seed)")
+    add("--compile", action="store_true", help="use torch.compile, which pays for many images")
 
 
 def add_generate(commands):
     "Adds the parser of `musekit generate` and returns it."
     parser = commands.add_parser(
-        "generate", help="draw images from prompts, or a picture again from itself",
+        "generate", help="draw images from prompts, or redraw a picture from its settings",
         description="Draws images from prompts with a saved pipeline and writes them as one picture. A PNG "
-        "keeps the prompts and all settings; --again draws it once more, with what else is given changed.",
+        "stores the prompts and all settings; --again redraws it, with the other options changed.",
     )
     add = parser.add_argument
-    add("prompts", nargs="*", metavar="PROMPT", help='such as "a blue three on yellow paper"; of a model '
-        "of classes their numbers or names; of a model that is told nothing none")
-    add("--again", metavar="PICTURE", help="a PNG that musekit wrote, the start of the settings")
+    add("prompts", nargs="*", metavar="PROMPT", help='such as "a blue three on yellow paper"; class '
+        "numbers or names for a class-conditional model; none for an unconditional one")
+    add("--again", metavar="PICTURE", help="a PNG that musekit wrote, to start from its settings")
     _add_drawing_options(parser)
     parser.set_defaults(run=_run_generate, words="prompts")
     return parser
@@ -238,13 +240,13 @@ def _run_inpaint(options):
 def add_inpaint(commands):
     "Adds the parser of `musekit inpaint` and returns it."
     parser = commands.add_parser(
-        "inpaint", help="draw a part of a picture anew",
-        description="Draws what is white in the mask anew, as the prompts say; the rest stays as it is.",
+        "inpaint", help="inpaint the masked part of a picture",
+        description="Inpaints what is white in the mask, as the prompts say; the rest stays as it is.",
     )
     add = parser.add_argument
-    add("image", metavar="IMAGE", help="picture of any size, best of that of the training pictures")
-    add("mask", metavar="MASK", help="picture of the same size, white where to draw anew")
-    add("prompts", nargs="*", metavar="PROMPT", help="what the whole picture shall show; as of generate")
+    add("image", metavar="IMAGE", help="picture of any size, ideally that of the training images")
+    add("mask", metavar="MASK", help="picture of the same size, white where to inpaint")
+    add("prompts", nargs="*", metavar="PROMPT", help="what the whole picture shows; as for generate")
     _add_drawing_options(parser)
     parser.set_defaults(run=_run_inpaint, words="prompts")
     return parser

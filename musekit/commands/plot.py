@@ -18,20 +18,22 @@ def _run_plot(options):
         print(path)
 
 
+_DESCRIPTION = """Plots what a run of musekit train or train-tokenizer has logged, also while it trains:
+losses, learning rate, speed, evaluations, diagnostics, gradients, samples. Several runs share the axes."""
+
+_EXAMPLES = """examples:
+  musekit plot runs/demo
+  musekit plot runs/small runs/shards --out comparison/"""
+
+
 def add_plot(commands):
     "Adds the parser of `musekit plot` and returns it."
     parser = commands.add_parser(
-        "plot", help="draw the figures of a run, or compare runs",
-        formatter_class=RawDescriptionHelpFormatter,
-        description="Draws what a run has logged: losses, learning rate, speed, evaluations, diagnostics,\n"
-        "gradients, sample images over time, also while the run goes on. Several runs share the axes.\n"
-        "For runs of musekit train and of musekit train-tokenizer.",
-        epilog="examples:\n"
-        "  musekit plot runs/demo\n"
-        "  musekit plot runs/small runs/shards --out comparison/",
+        "plot", help="plot a run, or compare runs",
+        description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a run, such as runs/demo")
-    add("--out", metavar="FOLDER", help="where to (default: plots/ in the folder of the first run)")
+    add("--out", metavar="FOLDER", help="folder for the figures (default: plots/ in that of the first run)")
     parser.set_defaults(run=_run_plot, words="runs")
     return parser

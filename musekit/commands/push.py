@@ -15,20 +15,23 @@ def _run_push(options):
     print(push(options.folder, options.repository, license=options.license, private=options.private or None))
 
 
+_DESCRIPTION = """Uploads a model or a pipeline (of a run: its pipeline) to the Hugging Face hub, with a model
+card on its sizes, its training and how to load it. Needs a token with write access: hf auth login."""
+
+_EXAMPLES = """examples:
+  musekit push runs/demo your-name/handwriting --license apache-2.0 --private"""
+
+
 def add_push(commands):
     "Adds the parser of `musekit push` and returns it."
     parser = commands.add_parser(
         "push", help="upload a trained model to the Hugging Face hub",
-        formatter_class=RawDescriptionHelpFormatter,
-        description="Uploads a model or a pipeline, of a run the pipeline, to the Hugging Face hub, with a page\n"
-        "of its sizes, its training and how to load it. Needs a token that may write: hf auth login.",
-        epilog="examples:\n"
-        "  musekit push runs/demo your-name/handwriting --license apache-2.0 --private",
+        description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("folder", metavar="FOLDER", help="of a run, a pipeline or a model, such as runs/demo")
-    add("repository", metavar="OWNER/NAME", help="where to, made unless it is there")
-    add("--license", metavar="NAME", help="such as apache-2.0, for the page")
-    add("--private", action="store_true", help="make a new repository private")
+    add("folder", metavar="FOLDER", help="a run, a pipeline or a model, such as runs/demo")
+    add("repository", metavar="OWNER/NAME", help="created if it does not exist")
+    add("--license", metavar="NAME", help="for the model card, such as apache-2.0")
+    add("--private", action="store_true", help="create the repository as private")
     parser.set_defaults(run=_run_push)
     return parser

@@ -10,8 +10,8 @@ import shlex
 from argparse import RawDescriptionHelpFormatter
 
 from musekit.commands.options import (
-    add_check_options, add_configuration, disable_progress_bars, files_and_settings, folder_of, print_data_report,
-    report_stop, resuming_arguments,
+    add_check_options, add_configuration, disable_progress_bars, files_and_settings, folder_of,
+    print_data_report, report_stop, resuming_arguments,
 )
 
 # %% ../../nbs/10_commands/05_train_tokenizer.ipynb #8f8d518d
@@ -49,30 +49,34 @@ def _train_with_tokenizer(config, folder):
     ])
 
 
+_DESCRIPTION = """Trains an image tokenizer on a folder of images or on tar shards, without captions.
+Holds out some images and reports on their reconstructions: errors, codes used, perplexity."""
+
+_EXAMPLES = """examples:
+  musekit train-tokenizer data=photos/      # all images of a folder and its subfolders
+  musekit train-tokenizer data=photos/ resolution=128 steps=20000 output=runs/tokenizer-128
+  musekit train-tokenizer data=photos/ model.type=paella_vq model.params.codebook_size=4096 \\
+      output=runs/tokenizer-paella
+  musekit train-tokenizer data=photos/ loss.perceptual=1 loss.perceptual_network=vgg16.pth \\
+      output=runs/tokenizer-perceptual
+  musekit train-tokenizer data=photos/ loss.adversarial=0.8 loss.adversarial_start=1000 \\
+      output=runs/tokenizer-adversarial
+  musekit train-tokenizer data=photos/ model.pretrained=runs/tokenizer \\
+      output=runs/tokenizer-further  # train it further
+  musekit train-tokenizer small tokenizer.yaml      # a file with what differs from the small tokenizer
+  accelerate launch -m musekit train-tokenizer small tokenizer.yaml  # on every GPU of this machine
+
+Without a file, a small tokenizer of 64x64 pixels is trained, into runs/tokenizer. The folder of the
+run gets the model, log.jsonl, samples/, reconstructions.png and report.json. A folder holds one run,
+and the same command resumes it after a stop. --check prints every key with its value and meaning,
+and what the data are."""
+
+
 def add_train_tokenizer(commands):
     "Adds the parser of `musekit train-tokenizer` and returns it."
     parser = commands.add_parser(
         "train-tokenizer", help="train an image tokenizer on your images",
-        formatter_class=RawDescriptionHelpFormatter,
-        description="Trains an image tokenizer on a folder of images or on tar shards, without captions.\n"
-        "Holds out some images, and reports on them at the end: errors, codes used, perplexity.",
-        epilog="examples:\n"
-        "  musekit train-tokenizer data=photos/      # all images of a folder and its subfolders\n"
-        "  musekit train-tokenizer data=photos/ resolution=128 steps=20000 output=runs/tokenizer-128\n"
-        "  musekit train-tokenizer data=photos/ model.type=paella_vq model.params.codebook_size=4096 \\\n"
-        "      output=runs/tokenizer-paella\n"
-        "  musekit train-tokenizer data=photos/ loss.perceptual=1 loss.perceptual_network=vgg16.pth \\\n"
-        "      output=runs/tokenizer-perceptual\n"
-        "  musekit train-tokenizer data=photos/ loss.adversarial=0.8 loss.adversarial_start=1000 \\\n"
-        "      output=runs/tokenizer-adversarial\n"
-        "  musekit train-tokenizer data=photos/ model.pretrained=runs/tokenizer \\\n"
-        "      output=runs/tokenizer-further  # train it further\n"
-        "  musekit train-tokenizer small tokenizer.yaml      # a file with what differs from the small tokenizer\n"
-        "  accelerate launch -m musekit train-tokenizer small tokenizer.yaml  # on every GPU of this machine\n\n"
-        "Without a file, a small tokenizer of 64x64 pixels is trained, into runs/tokenizer. The folder of the\n"
-        "run gets the model, log.jsonl, samples/, reconstructions.png and report.json. A folder holds one run,\n"
-        "and the same command goes on with one that was stopped. --check prints every key with its value and\n"
-        "meaning, and what the data are.",
+        description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=RawDescriptionHelpFormatter,
     )
     add_configuration(parser)
     add_check_options(parser)
