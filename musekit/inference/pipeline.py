@@ -23,7 +23,9 @@ from ..core.masking import random_mask
 from ..data.masks import fade_tokens, read_mask, token_mask
 from ..data.pictures import read_picture, to_images, to_pixels
 from .prompts import DIFFUSERS_NAMES, from_diffusers_names, negative_conditions, prompt_conditions
-from ..models.pipeline_folder import load_networks, save_amused_networks, save_networks
+from musekit.models.pipeline_folder import (
+    load_pipeline_networks, save_amused_networks, save_pipeline_networks,
+)
 from ..models.pretrained import find_dtype
 from ..models.quantizers import ImageTokenizer
 from ..models.text_encoders import TextEncoder
@@ -406,7 +408,7 @@ class Pipeline(ImagePipeline):
         "Writes all networks and settings atomically."
         settings = {"grid": self.grid, "micro_conds": self.micro_conds, "zero_uncond": self.zero_uncond,
                     "generation": dataclasses.asdict(self.generation)}
-        save_networks(folder, self.transformer, self.vq_model, self.text_encoder, settings)
+        save_pipeline_networks(folder, self.transformer, self.vq_model, self.text_encoder, settings)
 
     def save_diffusers(self, folder: str | Path):
         "Writes a folder for diffusers' AmusedPipeline, whose call takes steps, guidance, size and scores."
@@ -431,7 +433,7 @@ class Pipeline(ImagePipeline):
             raise ValueError(f"torch_dtype={torch_dtype} and dtype={dtype} are two values of one setting; "
                              "give one of them")
         dtype = find_dtype(dtype or torch_dtype or torch.float32)
-        networks, settings = load_networks(path, dtype=dtype, variant=variant)
+        networks, settings = load_pipeline_networks(path, dtype=dtype, variant=variant)
         pipeline = cls(
             **networks, grid=settings["grid"], micro_conds=settings["micro_conds"],
             zero_uncond=settings["zero_uncond"], generation=GenerationConfig().override(**settings["generation"]),
