@@ -15,7 +15,7 @@ from torch import nn
 
 from .card import write_card
 from .diffusers import MODEL_INDEX, read_amused, save_amused
-from .pretrained import find_model_class
+from .pretrained import load_model
 from .text_encoders import TextEncoder, load_encoder
 from .weights import check_finite, find_folder, read_json, weight_variants
 from ..utils.files import folder_aside
@@ -124,11 +124,9 @@ def load_pipeline_networks(
     settings, folders = opened
     _check_complete(settings, folders)
     variants = _variants(folders, variant)
-    networks = {}
-    for name in ("transformer", "vq_model"):
-        cls = find_model_class(settings.pop(name))
-        networks[name] = cls.from_pretrained(folders[name], torch_dtype=dtype, variant=variants[name])
-    text_settings = settings.pop("text_encoder")
+    networks = {name: load_model(folders[name], torch_dtype=dtype, variant=variants[name])
+                for name in ("transformer", "vq_model")}
+    text_settings = settings["text_encoder"]
     text_folder = folders["text_encoder"]
     text_encoder = None
     if text_settings:
@@ -136,4 +134,5 @@ def load_pipeline_networks(
         text_encoder = text_encoder.to(dtype=dtype)
         if dtype == torch.float16:
             check_finite(dict(text_encoder.named_parameters()), f"{text_folder} in float16")
-    return networks | {"text_encoder": text_encoder}, settings
+    others = {name: value for name, value in settings.items() if name not in folders}
+    return networks | {"text_encoder": text_encoder}, others

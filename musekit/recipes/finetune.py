@@ -14,7 +14,7 @@ from torch import nn
 
 from ..models.pipeline_folder import open_pipeline
 from ..models.lora import add_lora, lora_targets
-from ..models.pretrained import ModelConfig, convert_checkpoint
+from ..models.pretrained import ModelConfig, read_config
 from ..models.weights import read_json
 from ..training.schema import Model
 
@@ -43,7 +43,7 @@ def _try_targets(cls, section):
     stored = Path(section.pretrained_model_path).expanduser() / "config.json"
     if section.lora.rank and stored.is_file():
         with torch.device("meta"):
-            lora_targets(cls.from_config(convert_checkpoint(read_json(stored), {})[0]), section.lora.target)
+            lora_targets(cls.from_config(read_config(stored)), section.lora.target)
 
 
 def adopt_pipeline(
