@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..inference.pipeline import SETTINGS_FILE
-from ..models.diffusers import MODEL_INDEX, read_amused
+from ..models.pipeline_folder import open_pipeline
 from ..models.lora import add_lora, lora_targets
 from ..models.pretrained import ModelConfig, read_config
 from ..models.weights import read_json
@@ -58,29 +57,22 @@ def adopt_pipeline(
     Raises ValueError for a transformer alone without the networks that belong to it, and for low-rank
     updates of layers that it does not have.
     """
-    folder = Path(model.pretrained_model_path or "no path").expanduser()
-    text = model.text_encoder
-    if (folder / "pipeline" / SETTINGS_FILE).is_file():  # the folder of a run
-        folder = folder / "pipeline"
-    if (folder / SETTINGS_FILE).is_file():
-        settings = read_json(folder / SETTINGS_FILE)
-        vq_folder = "vq_model"
-    elif (folder / MODEL_INDEX).is_file():  # as diffusers saves aMUSEd
-        settings = read_amused(folder)
-        vq_folder = "vqvae"
-    else:
+    pipeline = open_pipeline(Path(model.pretrained_model_path or "no path").expanduser())
+    if pipeline is None:
         return _refuse_alone(model)
-    model.pretrained_model_path = str(folder / "transformer")
+    settings, folders = pipeline
+    text = model.text_encoder
+    model.pretrained_model_path = str(folders["transformer"])
     model.architecture = _family(transformers, settings["transformer"])
     if not model.vq_model.pretrained:
-        model.vq_model.pretrained = str(folder / vq_folder)
+        model.vq_model.pretrained = str(folders["vq_model"])
         model.vq_model.type = _family(vq_models, settings["vq_model"])
     kind = (settings["text_encoder"] or {}).get("kind")
     if kind in ("class", "none"):  # no text encoder
         text.type = "none"
     elif kind and not text.pretrained:
         text.type = kind
-        text.pretrained = str(folder)
+        text.pretrained = str(folders["transformer"].parent)
     _check_targets(transformers[model.architecture], model)
 
 
