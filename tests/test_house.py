@@ -20,10 +20,10 @@ ROOMS = [  # the ground first
 NAMES_IN_TWO_MODULES = {"main", "MANIFEST", "Task", "read_manifest", "recover"}
 PRIVATE_IMPORTS = {("musekit.recipes.memory", "_CrossEntropy")}
 ROOMS_WITH_LONG_LINES = {
-    "utils", "core", "models", "data", "training", "inference", "evaluation", "shards", "recipes", "lab",
+    "utils", "core", "models", "data", "inference", "evaluation", "shards", "recipes", "lab",
 }
-ROOMS_WITH_NAMED_LAMBDAS = {"core", "models", "data", "training", "inference", "evaluation", "recipes", "plots", "lab"}
-ROOMS_WITH_LONG_DESCRIPTIONS = {"utils", "models", "data", "training", "evaluation", "shards", "recipes", "lab"}
+ROOMS_WITH_NAMED_LAMBDAS = {"core", "models", "data", "inference", "evaluation", "recipes", "plots", "lab"}
+ROOMS_WITH_LONG_DESCRIPTIONS = {"utils", "models", "data", "evaluation", "shards", "recipes", "lab"}
 
 
 def exported_from() -> dict[str, int]:

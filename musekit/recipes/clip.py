@@ -32,11 +32,12 @@ def train_bpe(
 ) -> CLIPTokenizer:
     "A CLIP tokenizer whose byte-pair merges (Sennrich 2016) are learned from `captions`."
     empty = CLIPTokenizer()
-    backend, letters = empty.backend_tokenizer, sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = empty.backend_tokenizer
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < 2 * len(letters) + 2:
-        raise ValueError(f"vocab_size={vocab_size}: every byte alone takes at least {2 * len(letters) + 2}")
-    # With the letters listed in advance, those that end a word have the same ids in every run, and ties
-    # fall the same way.
+        least = 2 * len(letters) + 2
+        raise ValueError(f"vocab_size={vocab_size} must be at least {least}, for the single bytes.")
+    # With the letters listed in advance, ids and ties are the same in every run.
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False,
         special_tokens=[empty.bos_token, empty.eos_token, *(f"{letter}</w>" for letter in letters)],
@@ -58,7 +59,7 @@ class ClipTrainingConfig:
     patch_size: int = 8  # pixels
     projection_dim: int = 64
     max_seq_length: int = 24
-    vocab_size: int = 1000  # 514 of them single bytes and marks
+    vocab_size: int = 1000  # 514 of them single bytes and special tokens
     seed: int = 0
 
 
@@ -82,7 +83,7 @@ def build_clip(tokenizer: CLIPTokenizer, image_size: int, config: ClipTrainingCo
 
 # %% ../../nbs/07_recipes/01_clip.ipynb #6694f035
 def contrastive_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
-    "Radford (2021), figure 3, in both directions; rows with the very same caption share the target."
+    "The loss of Radford (2021), figure 3, in both directions; rows with equal captions share the target."
     same = (input_ids[:, None] == input_ids[None]).all(-1).to(logits.dtype)
     target = same / same.sum(-1, keepdim=True)
     return (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
@@ -95,10 +96,10 @@ def retrieval_accuracy(logits: Tensor, input_ids: Tensor) -> Tensor:
 
 # %% ../../nbs/07_recipes/01_clip.ipynb #688eb315
 def text_tower(model: CLIPModel) -> CLIPTextModelWithProjection:
-    "The text half of a CLIP with its projection, as a model of its own."
+    "The text tower of a CLIP with its projection, as a separate model."
     text_model = CLIPTextModelWithProjection(model.config.text_config)
-    wanted, weights = text_model.state_dict(), model.state_dict()
-    text_model.load_state_dict({name: weights[name] for name in wanted})
+    weights = model.state_dict()
+    text_model.load_state_dict({name: weights[name] for name in text_model.state_dict()})
     return text_model
 
 # %% ../../nbs/07_recipes/01_clip.ipynb #91bdb843
@@ -137,16 +138,16 @@ class ClipTrainer(Loop):
         folder: str | Path,  # of the log
         progress: bool | None = None,  # show it, see `watched`
     ):
-        run = ClipRun(
-            Run(output_dir=str(folder)), Steps(max_train_steps=config.steps, seed=config.seed, max_grad_norm=1.0)
-        )
+        steps = Steps(max_train_steps=config.steps, seed=config.seed, max_grad_norm=1.0)
+        run = ClipRun(Run(output_dir=str(folder)), steps)
         accelerator = new_accelerator(alone=True, mixed_precision="no")
         super().__init__(data, run, accelerator, [Log(1, progress)], alone=True)
-        self.tokenizer, self.model = tokenizer, model.to(accelerator.device)
-        steps = max(3, config.steps)
-        rising = max(0.1, 2 / steps)  # at least one step
+        self.tokenizer = tokenizer
+        self.model = model.to(accelerator.device)
+        total_steps = max(3, config.steps)
+        rising = max(0.1, 2 / total_steps)  # at least one step
         optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=0.01)
-        scheduler = OneCycleLR(optimizer, config.learning_rate, total_steps=steps, pct_start=rising)
+        scheduler = OneCycleLR(optimizer, config.learning_rate, total_steps=total_steps, pct_start=rising)
         self.optimizer, self.scheduler = accelerator.prepare(optimizer, scheduler)
 
     def make_micro_batch(self, batch: dict, step: int, number: int) -> Pairs:
@@ -158,7 +159,8 @@ class ClipTrainer(Loop):
 
     def forward(self, pairs: Pairs) -> dict[str, Tensor]:
         "The contrastive loss and the retrieval accuracy."
-        logits = self.model(input_ids=pairs.input_ids, pixel_values=pairs.pixel_values * 2 - 1).logits_per_image
+        output = self.model(input_ids=pairs.input_ids, pixel_values=pairs.pixel_values * 2 - 1)
+        logits = output.logits_per_image
         loss = contrastive_loss(logits, pairs.input_ids)
         return {"loss": loss, "accuracy": retrieval_accuracy(logits.detach(), pairs.input_ids)}
 

@@ -102,7 +102,8 @@ def report(folder: str | Path, results: dict) -> str:
     return "\n".join([
         "", f"Correct images, in per cent, for {results['prompts']} held-out prompts:", "",
         format_score(results), "",
-        f"For comparison: the classifier reads {results['classifier_accuracy']:.1%} of held-out real digits correctly.",
+        f"For comparison: of held-out real digits the classifier reads {results['classifier_accuracy']:.1%} "
+        "correctly.",
         f"Relative to real digits: variety of shapes {results['distinctness']:.2f}, distance to the nearest "
         f"training digit {results['novelty']:.2f}.",
         f"Tokenizer on test images: squared error {tokenizer['mse']:.4f} ({tokenizer['psnr']:.1f} dB), "
@@ -120,11 +121,12 @@ def check_demo(config: Config, prompts: int):
     data = config.dataset.params.train_shards_path_or_url
     resolution = config.dataset.preprocessing.resolution
     if data != "digits":
-        raise ValueError(f"The demo trains on the built-in digits; for your own data: musekit train data={data}")
+        raise ValueError(f"The demo trains on the built-in digits; for other data: musekit train data={data}")
     if resolution != 32:
         raise ValueError(f"resolution={resolution}: the demo needs 32, the size that its classifier reads.")
-    if not 1 <= prompts <= len(test_prompts()):
-        raise ValueError(f"prompts={prompts} must be 1 to {len(test_prompts())}, the number of held-out prompts.")
+    most = len(test_prompts())
+    if not 1 <= prompts <= most:
+        raise ValueError(f"prompts={prompts} must be 1 to {most}, the number of held-out prompts.")
 
 # %% ../../nbs/07_recipes/08_demo.ipynb #bfdf514e
 def demo(

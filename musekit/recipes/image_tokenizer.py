@@ -90,8 +90,8 @@ def hold_out(items: list[str], share: float) -> tuple[list[str], list[str]]:
     if not share:
         return items, []
     if len(items) < 2:
-        raise ValueError(f"Nothing can be held out of {len(items)} file ({items[0]}): set dataset.eval_path to other "
-                         "images, or dataset.eval_share=0.")
+        raise ValueError(f"Nothing can be held out of {len(items)} file ({items[0]}): set dataset.eval_path "
+                         "to other images, or dataset.eval_share=0.")
     shuffled = _shuffled(items)
     count = min(max(1, round(share * len(items))), len(items) - 1)
     return shuffled[count:], shuffled[:count]
@@ -242,7 +242,8 @@ def _fresh(config):
 def _check_side(config, model):
     side, factor = config.dataset.resolution, model.downsample_factor
     if side % factor:
-        raise ValueError(f"resolution={side} does not split into tokens of {factor} pixels; choose a multiple of that.")
+        raise ValueError(f"resolution={side} does not split into tokens of {factor} pixels; "
+                         f"choose a multiple of {factor}.")
 
 
 def make_tokenizer(config: TokenizerConfig) -> nn.Module:

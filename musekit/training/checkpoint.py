@@ -35,8 +35,8 @@ STATE_FILE = "trainer_state.json"
 
 def checkpoint_folders(folder: str | Path) -> list[Path]:
     "The folders `checkpoint-<step>` of a run, complete or not, sorted by step."
-    named = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdecimal() and path.is_dir()]
-    return sorted(named, key=step_of)
+    paths = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted(filter(Path.is_dir, paths), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -149,7 +149,7 @@ Changes = dict[str, tuple]  # changed settings -> (value before, value now)
 
 def changed_settings(checkpoint: Path, config: Section) -> Changes:
     "The settings that differ from those of a checkpoint; empty if the checkpoint has none."
-    paths = (checkpoint / "config.yaml", checkpoint.parent / "config.yaml")  # older versions: in the run's folder
+    paths = (checkpoint / "config.yaml", checkpoint.parent / "config.yaml")  # formerly in the run's
     path = next(filter(Path.is_file, paths), None)
     if path is None:
         return {}
@@ -169,7 +169,7 @@ def _training_settings(config):
             settings |= {f"{name}.{key}": inner for key, inner in value.items()}
         else:
             settings[name] = value
-    settings["optimizer.name"] = settings["optimizer.name"].removeprefix("fused_")  # same numbers, other kernels
+    settings["optimizer.name"] = settings["optimizer.name"].removeprefix("fused_")  # the same numbers
     return {name: _resolved(value) if isinstance(value, str) else value for name, value in settings.items()}
 
 
@@ -180,7 +180,8 @@ def _resolved(path):
 def _listed(changes, width=60):
     "The first four changes as text, with values of at most `width` characters."
     shown = [
-        f"{short_name(key)}: {_short(before, width)} -> {_short(now, width)}" for key, (before, now) in changes.items()
+        f"{short_name(key)}: {_short(before, width)} -> {_short(now, width)}"
+        for key, (before, now) in changes.items()
     ]
     return "; ".join(shown[:4]) + (f"; and {len(shown) - 4} more" if len(shown) > 4 else "")
 
@@ -195,16 +196,17 @@ def refuse_changes(checkpoint: Path, config: Section):
     changes = changed_settings(checkpoint, config)
     elsewhere = "choose another folder (output=...)"
     model = {name: pair for name, pair in changes.items() if name.startswith(config.SAME_MODEL)}
-    model |= {name: pair for name, pair in changes.items() if name.endswith(".pretrained") and pair[1] is None}
+    model |= {name: pair for name,
+              pair in changes.items() if name.endswith(".pretrained") and pair[1] is None}
     if model:
-        raise ValueError(f"{checkpoint} holds another model ({_listed(model)}), and a resumed run needs the same one. "
-                         f"Undo the change; or to start a new run, {elsewhere} and set "
+        raise ValueError(f"{checkpoint} holds another model ({_listed(model)}), and a resumed run needs "
+                         f"the same one. Undo the change; or to start a new run, {elsewhere} and set "
                          "experiment.resume_from_checkpoint=null.")
     run = {name: pair for name, pair in changes.items() if name.startswith(config.SAME_RUN)}
     if run and config.experiment.resume_from_checkpoint == "latest":
-        raise ValueError(f"{checkpoint.parent} holds another run ({_listed(run)}). To resume from its last step with "
-                         f"the new settings, name it: experiment.resume_from_checkpoint={checkpoint}. To start a new "
-                         f"run, {elsewhere}, or delete that folder.")
+        raise ValueError(f"{checkpoint.parent} holds another run ({_listed(run)}). To resume from its last "
+                         "step with the new settings, name it: "
+                         f"experiment.resume_from_checkpoint={checkpoint}. To start a new run, {elsewhere}, or delete that folder.")
 
 
 def refuse_other_run(config: Section):
@@ -278,12 +280,13 @@ def failing_clearly(path: Path):
         free = shutil.disk_usage(path.parent).free / 1e9
         raise OSError(
             f"{path} could not be written: {first_line(error)} ({free:.2f} GB free). Last good checkpoint: "
-            f"{latest_checkpoint(path.parent)}. Make room and resume with experiment.resume_from_checkpoint=latest."
+            f"{latest_checkpoint(path.parent)}. Make room and resume with "
+            "experiment.resume_from_checkpoint=latest."
         ) from error
 
 
-_DAMAGE = (OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError, SafetensorError,
-           pickle.UnpicklingError)  # raised when a corrupted file is read
+_DAMAGE = (OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError,
+           SafetensorError, pickle.UnpicklingError)  # raised when a corrupted file is read
 
 
 def load_run(
@@ -305,7 +308,8 @@ def load_run(
         trainer.load_state_dict(state)
     except _DAMAGE as error:
         message = shorten(first_line(error), 200)
-        raise ValueError(f"{folder} could not be loaded: {message}. You can {_alternative(folder)}.") from error
+        advice = _alternative(folder)
+        raise ValueError(f"{folder} could not be loaded: {message}. You can {advice}.") from error
     if not trainer.same_data or any(name.startswith(trainer.config.SAME_DATA) for name in changes):
         trainer.batches_seen = 0
         fresh.append("the data starts from its beginning")
@@ -385,12 +389,13 @@ def _refuse_other_model(trainer, folder):
     if not _is_whole(trainer.accelerator):
         return
     if _is_sharded(folder):
-        raise ValueError(f"{folder} is of a run with FSDP or DeepSpeed and holds sharded weights; launch as that "
-                         f"run was, or start a new run from model.pretrained_model_path={folder}/unwrapped_model.")
+        raise ValueError(f"{folder} is of a run with FSDP or DeepSpeed and holds sharded weights; launch as "
+                         f"that run was, or start a new run from model.pretrained_model_path={folder}"
+                         "/unwrapped_model.")
     path = folder / "model.safetensors"
     if difference := _difference(trainer.accelerator.unwrap_model(trainer.model), path):
-        raise ValueError(f"{folder} holds another model: {difference}. A resumed run needs the same one; undo "
-                         "the change, or choose another folder (output=...).")
+        raise ValueError(f"{folder} holds another model: {difference}. A resumed run needs the same one; "
+                         "undo the change, or choose another folder (output=...).")
 
 
 def _refuse_deepspeed(accelerator, changes):
@@ -398,8 +403,9 @@ def _refuse_deepspeed(accelerator, changes):
     fixed = {"optimizer.name", "training.mixed_precision", "number of processes"}
     other = {name: pair for name, pair in changes.items() if name in fixed}
     if other and accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError(f"With DeepSpeed these settings must stay ({_listed(other)}). Undo the change, or start "
-                         "a new run from its weights with model.pretrained_model_path=CHECKPOINT/unwrapped_model.")
+        raise ValueError(f"With DeepSpeed these settings must stay ({_listed(other)}). Undo the change, or "
+                         "start a new run from its weights with "
+                         "model.pretrained_model_path=CHECKPOINT/unwrapped_model.")
 
 
 def _models_that_fit(accelerator, folder):

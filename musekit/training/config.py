@@ -93,7 +93,8 @@ def _lift_paths(tree, section, names):
 
 def _infer_classes(tree: dict):
     "Sets `dataset.type` for published class-conditional files, which name neither layout nor text encoder."
-    model, dataset = tree.get("model", {}), tree.get("dataset", {})
+    model = tree.get("model", {})
+    dataset = tree.get("dataset", {})
     classes = isinstance(model, dict) and (model.get("transformer") or {}).get("num_classes")
     if classes and "text_encoder" not in model and isinstance(dataset, dict) and "type" not in dataset:
         tree["dataset"] = {**dataset, "type": "classification"}
@@ -133,7 +134,8 @@ def _put(tree, old, new, value):
 REHEARSED = {  # setting -> its cap in a rehearsal
     "training.max_train_steps": 4, "training.batch_size": 8, "lr_scheduler.params.warmup_steps": 1,
     "model.vq_model.train.steps": 4, "model.text_encoder.train.steps": 4,
-    "experiment.log_every": 1, "experiment.save_every": 4, "experiment.eval_every": 4, "experiment.generate_every": 4,
+    "experiment.log_every": 1, "experiment.save_every": 4, "experiment.eval_every": 4,
+    "experiment.generate_every": 4,
 }
 
 
@@ -204,8 +206,9 @@ def _merge(schema, *layers):
     merged = OmegaConf.merge(typed, full)
     missing = sorted(OmegaConf.missing_keys(merged).union(_to_be_set(settings)))
     if missing:
-        raise ValueError(f"Missing: {', '.join(map(short_name, missing))}; set them in the file or by key=value, or "
-                         "start from the kit's small model: musekit train small FILE.")
+        names = ", ".join(map(short_name, missing))
+        raise ValueError(f"Missing: {names}; set them in the file or by key=value, or start from the kit's "
+                         "small model: musekit train small FILE.")
     return OmegaConf.to_object(merged)
 
 
@@ -288,7 +291,8 @@ def class_names(config: Config) -> dict[int, str] | None:
 
 def class_count(config: Config) -> int | None:
     "The number of classes of a pretrained model, the settings or the data; None if none of them has it."
-    model, names = config.model, class_names(config)
+    model = config.model
+    names = class_names(config)
     stored = model.pretrained_model_path and Path(model.pretrained_model_path).expanduser() / "config.json"
     counts = [model.transformer.get("num_classes"), names and max(names) + 1]
     counts.insert(0, read_json(stored).get("num_classes") if stored and stored.is_file() else None)
@@ -301,11 +305,13 @@ def num_classes(config: Config) -> int:
     count = class_count(config)
     names = class_names(config)
     if names and isinstance(count, int) and count <= max(names):
-        raise ValueError(f"The model has {count} classes and the data {max(names) + 1}, such as {names[max(names)]!r}; "
+        last = max(names)
+        raise ValueError(f"The model has {count} classes and the data {last + 1}, such as {names[last]!r}; "
                          "see model.transformer.num_classes and dataset.params.class_names.")
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"model.transformer.num_classes={count} must be the number of classes: one more than the "
-                         "largest label in the data's cls members, such as 1000. Class folders are counted.")
+        raise ValueError(f"model.transformer.num_classes={count} must be the number of classes: one more "
+                         "than the largest label in the data's cls members, such as 1000. Class folders are "
+                         "counted.")
     return count
 
 # %% ../../nbs/04_training/02_config.ipynb #a75dc076
@@ -375,7 +381,8 @@ def describe(
     shown = [(mark, _both_names(key), str(value), meaning) for mark, key, value, meaning in shown]
     name_width = max(len(row[1]) for row in shown)
     value_width = min(24, max(len(row[2]) for row in shown))
-    lines = [f"{mark} {key:<{name_width}}  {value:<{value_width}}  {meaning}" for mark, key, value, meaning in shown]
+    lines = [f"{mark} {key:<{name_width}}  {value:<{value_width}}  {meaning}" for mark, key, value,
+             meaning in shown]
     if len(shown) < len(rows):
         lines.append(f"  and {len(rows) - len(shown)} more keys, which --all shows")
     return "\n".join(lines)
@@ -415,7 +422,8 @@ _FILTER_KEYS = ("min_size", "max_pwatermark", "min_aesthetic_score", "max_pnsfw"
 
 
 def _unused_data(config: Config) -> Unused:
-    params, run = config.dataset.params, config.experiment
+    params = config.dataset.params
+    run = config.experiment
     if not params.use_filtered_dataset:
         keys = tuple(f"dataset.params.{key}" for key in _FILTER_KEYS)
         yield keys, "dataset.params.use_filtered_dataset is false"
@@ -433,12 +441,14 @@ def _unused_data(config: Config) -> Unused:
 
 def unused_settings(config: Config) -> Unused:
     "Settings without effect in a run of a masked transformer."
-    training, kind = config.training, condition_of(config)
+    training = config.training
+    kind = condition_of(config)
     yield from unused_steps(config)
     yield from _unused_networks(config.model)
     yield from _unused_data(config)
     if kind != "text":
-        keys = ("model.text_encoder.train", "model.text_encoder.pad_token_id", "dataset.preprocessing.max_seq_length")
+        keys = ("model.text_encoder.train", "model.text_encoder.pad_token_id",
+                "dataset.preprocessing.max_seq_length")
         yield keys, "the run uses no text encoder"
     if kind == "nothing":
         yield ("training.guidance_scale", "training.cond_dropout_prob"), "the model has no condition"
@@ -462,7 +472,9 @@ def warn_unused(
         for key in changed:
             if key.startswith(prefixes):
                 reason_of.setdefault(key, reason)
-    keys_of = {reason: [key for key in reason_of if reason_of[key] == reason] for reason in reason_of.values()}
+    keys_of = {}
+    for key, reason in reason_of.items():
+        keys_of.setdefault(reason, []).append(key)
     if keys_of:
         listed = "; ".join(f"{', '.join(keys)} ({reason})" for reason, keys in keys_of.items())
         warnings.warn(f"Settings without effect: {listed}.")

@@ -60,7 +60,8 @@ def make_accelerator(config: Config) -> Accelerator:
     for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         requested = os.environ.get(f"ACCELERATE_USE_{kind.value}", "").lower() == "true"
         if requested and accelerator.num_processes > 1 and accelerator.distributed_type != kind:
-            raise ValueError(f"The launch requests {kind.value}, which accelerate sets up on GPUs only; launch without it.")
+            raise ValueError(f"The launch requests {kind.value}, which accelerate sets up on GPUs only; "
+                             "launch without it.")
     return accelerator
 
 # %% ../../nbs/04_training/05_distributed.ipynb #53345d40
@@ -118,7 +119,7 @@ def gathered(network: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def whole_copy(network):
-    "A block with the whole copy of a sharded model, which has the current weights; with any other model itself."
+    "A block with the whole copy of a sharded model, with the current weights; other models themselves."
     if not hasattr(network, "_whole_copy"):
         yield network
         return
@@ -181,7 +182,8 @@ def _set_up_deepspeed(accelerator, config):
         raise ValueError("ZeRO stage 3 is not supported; use stage 2, or FSDP, which shards as much.")
     for key in ("log_grad_norm_every", "dont_resume_optimizer"):
         if getattr(config.experiment, key):
-            raise ValueError(f"experiment.{key} needs state that DeepSpeed does not expose; unset it, or use FSDP.")
+            raise ValueError(f"experiment.{key} needs state that DeepSpeed does not expose; unset it, or "
+                             "use FSDP.")
     micro_batches = training.gradient_accumulation_steps
     accelerator.gradient_accumulation_steps = micro_batches
     settings |= {

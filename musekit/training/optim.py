@@ -98,7 +98,8 @@ def make_scheduler(optimizer: Optimizer, config: Config) -> LRScheduler:
     name = config.lr_scheduler.scheduler
     params = config.lr_scheduler.params
     if params.options and name in ("constant", "constant_with_warmup"):
-        raise ValueError(f"lr_scheduler.params.options={params.options}: {name} has no options; leave them out.")
+        raise ValueError(f"lr_scheduler.params.options={params.options}: {name} has no options; "
+                         "leave them out.")
     steps = {"num_warmup_steps": params.warmup_steps, "num_training_steps": config.training.max_train_steps}
     try:
         schedule = get_scheduler(name, optimizer, **steps, scheduler_specific_kwargs=dict(params.options))

@@ -111,7 +111,8 @@ class Run(Section):
     project: str = setting("muse", "project of the run, for trackers")
     name: Optional[str] = setting(None, "name of the run; null = the folder's name")
     trackers: list[str] = setting([], "accelerate's trackers besides log.jsonl, such as wandb")
-    max_train_examples: Optional[int] = setting(None, "examples in an epoch, for the epochs in the log", low=1)
+    max_train_examples: Optional[int] = setting(None, "examples in an epoch, for the epochs in the log",
+                                                low=1)
     max_eval_examples: Optional[int] = setting(None, "most examples of an evaluation", low=1)
     log_every: Optional[int] = _every(50, "log lines")
     save_every: Optional[int] = _every(1000, "checkpoints")
@@ -126,7 +127,8 @@ class Run(Section):
         super().check(path)
         checkpoint = self.resume_from_checkpoint
         if not isinstance(checkpoint or "", str):
-            raise ValueError(f"{path}.resume_from_checkpoint={checkpoint!r} must be latest, a folder or null.")
+            raise ValueError(f"{path}.resume_from_checkpoint={checkpoint!r} must be latest, a folder or "
+                             "null.")
 
 
 @dataclass
@@ -139,7 +141,8 @@ class Experiment(Run):
     log_token_probability_distributions_every: Optional[int] = _every(None, "probability histograms")
     measure_every: Optional[int] = _every(None, "measurements of sample quality")
     measure_samples: int = setting(1000, "generated images of a measurement", low=20)
-    measure_features: Optional[str] = setting(None, "feature extractor: digits, inception=FILE or clip=FOLDER")
+    measure_features: Optional[str] = setting(None,
+                                              "feature extractor: digits, inception=FILE or clip=FOLDER")
     measure_statistics: Optional[str] = setting(None, "file of the real images' features; written if missing")
 
 
@@ -232,7 +235,8 @@ class DatasetParams(Section):
     is_ds_clean: bool = setting(False, "2x2 sheets")
     is_ds_clean_upscaled: bool = setting(False, "upscaled single images")
     imagenet_class_mapping_path: Optional[str] = setting(None, "JSON from class ids to names")
-    class_names: Optional[list[str]] = setting(None, "names of the classes by number; null = those of the data")
+    class_names: Optional[list[str]] = setting(None,
+                                               "names of the classes by number; null = those of the data")
     image_field: Optional[str] = setting(None, "image column of Parquet or a table; null = the usual names")
     caption_field: Optional[str] = setting(None, "caption column, or key of the JSON; null = the usual names")
     class_field: Optional[str] = setting(None, "class column or key; null = the usual names, or the folder")
@@ -290,7 +294,8 @@ class OptimizerSection(Section):
     def check(self, path):
         super().check(path)
         if self.name == "lion" and self.params.epsilon != OptimizerParams.epsilon:
-            raise ValueError(f"{path}.params.epsilon={self.params.epsilon}: lion has no epsilon; leave it out.")
+            raise ValueError(f"{path}.params.epsilon={self.params.epsilon}: lion has no epsilon; "
+                             "leave it out.")
 
 
 SCHEDULERS = (
@@ -354,19 +359,23 @@ class Training(Steps):
     min_masking_rate: float = setting(0.0, "lowest mask ratio", low=0, high=1)
     noise_type: str = setting("mask", "what replaces a masked token", choices=("mask", "random_replace"))
     predict_all_tokens: bool = setting(False, "unmasked tokens are labels too, weighted")
-    mask_contiguous_region_prob: Optional[float] = setting(None, "probability of masking rectangles", low=0, high=1)
-    eval_mask_ratios: Optional[list[float]] = setting(None, "mask ratios of the evaluation; null = the schedule", above=0, high=1)
+    mask_contiguous_region_prob: Optional[float] = setting(None, "probability of masking rectangles", low=0,
+                                                           high=1)
+    eval_mask_ratios: Optional[list[float]] = setting(None, "mask ratios of evaluation; null = the schedule",
+                                                      above=0, high=1)
     use_soft_code_target: bool = setting(False, "soft targets: the tokenizer's distribution")
     use_stochastic_code: bool = setting(False, "sample the tokens from that distribution")
     soft_code_temp: float = setting(1.0, "temperature of that distribution", above=0)
     split_vae_encode: Optional[int] = setting(None, "images encoded at once; null = the whole batch", low=1)
-    use_empty_embeds_for_uncond: bool = setting(True, "a dropped condition is the empty prompt; false = zeros")
+    use_empty_embeds_for_uncond: bool = setting(True,
+                                                "a dropped condition is the empty prompt; false = zeros")
     encode_first: bool = setting(False, "encode all images once, centre-cropped, before training")
     pre_encode: bool = setting(False, "the data holds tokens and text states already")
     guidance_scale: float = setting(8.0, "guidance scale of the sample images", low=0)
     generation_timesteps: int = setting(12, "decoding steps of the sample images", low=1)
     generation_temperature: Any = setting(2.0, "their temperature, or a (start, end) pair", low=0)
-    generation_params: Optional[dict[str, Any]] = setting(None, "other sampling options, such as sampler: halton")
+    generation_params: Optional[dict[str, Any]] = setting(None,
+                                                          "other sampling options, such as sampler: halton")
 
     def check(self, path):
         temperature = self.generation_temperature
@@ -394,8 +403,8 @@ class Config(Section):
         "model.transformer.use_empty_embeds_for_uncond": "training.use_empty_embeds_for_uncond",
     }
     SAME_MODEL = (  # must equal the checkpoint's to resume
-        "model.architecture", "model.transformer", "model.lora.", "model.vq_model.type", "model.vq_model.params",
-        "model.text_encoder.type",
+        "model.architecture", "model.transformer", "model.lora.", "model.vq_model.type",
+        "model.vq_model.params", "model.text_encoder.type",
     )
     SAME_DATA = (  # if changed, the position in the data is reset
         "dataset.type", "dataset.params.train_shards_path_or_url", "dataset.params.is_",

@@ -31,7 +31,8 @@ from ..utils.seeds import step_seed
 from .distributed import new_accelerator
 from .loop import Loop
 from musekit.training.schema import (
-    LRSchedulerSection, OptimizerParams, OptimizerSection, Run, SchedulerParams, Section, Steps, WandB, setting,
+    LRSchedulerSection, OptimizerParams, OptimizerSection, Run, SchedulerParams, Section, Steps, WandB,
+    setting,
 )
 
 # %% ../../nbs/04_training/12_tokenizer.ipynb #ab3433ad
@@ -63,7 +64,8 @@ class ReconstructionLoss(Section):
 @dataclass
 class Codebook(Section):
     "The revival of dead codes of a fresh model."
-    revive_every: Optional[int] = setting(10, "steps between revivals; null = only before the first step", low=1)
+    revive_every: Optional[int] = setting(10, "steps between revivals; null = only before the first step",
+                                          low=1)
     revive_until: float = setting(0.7, "share of the steps with revivals", low=0, high=1)
     revive_below: float = setting(0.5, "codes with a lower decayed count of uses are dead", above=0)
     use_decay: float = setting(0.9, "decay of the counts in a step", low=0, high=0.9999)
@@ -229,7 +231,8 @@ class VQTrainer(Loop):
 
     def make_micro_batch(self, batch: dict, step: int, number: int) -> ImageBatch:
         "The images of a batch, on the device."
-        return ImageBatch(batch["pixel_values"].to(self.accelerator.device, non_blocking=True), batch.get("keys"))
+        return ImageBatch(batch["pixel_values"].to(self.accelerator.device, non_blocking=True),
+                          batch.get("keys"))
 
     def next_micro_batches(self) -> list[ImageBatch]:
         "The micro-batches of a step; the first one places a fresh codebook on encoder vectors."

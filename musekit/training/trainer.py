@@ -75,14 +75,15 @@ class Trainer(Loop):
         config: Config,
         *,
         prepare: Callable[[dict], dict] | None = None,  # batch -> {"image_ids": (B, N), **conditions}
-        eval_prepare: Callable[[dict], dict] | None = None,  # the same for evaluation batches; None: `prepare`
+        eval_prepare: Callable[[dict], dict] | None = None,  # for evaluation batches; None: `prepare`
         unconditional: dict[str, Tensor] | None = None,  # conditions of a dropped row, without the batch axis
         eval_batches: Iterable | Callable[[], Iterable] | None = None,  # this process's share
         callbacks: Iterable = (),  # objects with on_start, on_step and on_end, called in order
         accelerator: Accelerator | None = None,
     ):
         if config.training.cond_dropout_prob and unconditional is None:
-            raise ValueError("training.cond_dropout_prob is above 0 and Trainer has no unconditional=; pass it, or set 0.")
+            raise ValueError("training.cond_dropout_prob is above 0 and Trainer has no unconditional=; "
+                             "pass it, or set 0.")
         super().__init__(data, config, accelerator or make_accelerator(config), callbacks)
         set_up_sharding(self.accelerator, model, config)
         self.prepare = prepare or dict
