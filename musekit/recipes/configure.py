@@ -18,7 +18,8 @@ from musekit.recipes.settings import (
 )
 from ..training.callbacks import inpainting_sheet, sample_prompts
 from musekit.training.config import (
-    Config, class_names, condition_of, flatten, load_config, num_classes, reads_pooled, unused_settings, warn_unused,
+    Config, class_names, condition_of, flatten, load_config, num_classes, reads_pooled, unused_settings,
+    warn_unused,
 )
 from ..training.log import check_trackers
 from ..training.optim import check_optimization
@@ -27,19 +28,21 @@ from ..training.schema import TextEncoderSection, VQModel
 # %% ../../nbs/07_recipes/05_configure.ipynb #159a0d4a
 def _check_conditions(config: Config):
     "Raises ValueError if the model cannot read the condition that the data have."
-    model, text = config.model, config.model.text_encoder
+    model = config.model
+    text = model.text_encoder
     kind = condition_of(config)
     if kind == "text" and text.type == "t5" and reads_pooled(config):
-        raise ValueError("model.text_encoder.type=t5 has no pooled text, which model.transformer.add_cond_embeds="
-                         "true reads; leave it out, or set it to false.")
+        raise ValueError("model.text_encoder.type=t5 has no pooled text, which "
+                         "model.transformer.add_cond_embeds=true reads; leave it out, or set it to false.")
     if kind != "text" and model.architecture == "uvit":
-        raise ValueError(f"model.architecture=uvit always reads a text, and this run is conditioned on {kind}; set "
-                         "model.architecture=transformer.")
+        raise ValueError("model.architecture=uvit always reads a text, and this run is conditioned on "
+                         f"{kind}; set model.architecture=transformer.")
     if kind != "text" and text.pretrained:
         raise ValueError(f"model.text_encoder.pretrained={text.pretrained} has nothing to read: set "
                          "dataset.params.imagenet_class_mapping_path to names of the classes, or it to null.")
     if kind != "text" and not config.training.use_empty_embeds_for_uncond:
-        raise ValueError("training.use_empty_embeds_for_uncond=false makes zeros of a text, and there is none.")
+        raise ValueError("training.use_empty_embeds_for_uncond=false makes zeros of a text, and there is "
+                         "none; set it to true.")
     for name in ("imagenet_class_mapping_path", "class_names", "class_field"):
         if config.dataset.type == "text2image" and getattr(config.dataset.params, name):
             raise ValueError(f"dataset.params.{name} needs dataset.type=classification.")
@@ -47,9 +50,9 @@ def _check_conditions(config: Config):
         num_classes(config)
 
 # %% ../../nbs/07_recipes/05_configure.ipynb #b71cffd7
-def _check_network(key: str, section: VQModel | TextEncoderSection, pre_encode: bool, drawn: bool = True):
+def _check_network(key: str, section: VQModel | TextEncoderSection, pre_encode: bool, samples: bool = True):
     "A frozen network must be pretrained or trained here; encoded data needs the one that encoded it."
-    if drawn or not pre_encode:  # encoded data needs the networks themselves only to draw
+    if samples or not pre_encode:  # encoded data needs the networks themselves only to sample
         _check_folder(f"{key}.pretrained", section.pretrained)
     if pre_encode and not section.pretrained:
         raise ValueError(f"training.pre_encode=true: set {key}.pretrained to the one that encoded the data.")
@@ -81,23 +84,25 @@ def _check_measuring(config: Config):
     "Raises ValueError if there are no real images to compare samples with, or no features for them."
     run = config.experiment
     params = config.dataset.params
-    digits = params.train_shards_path_or_url == "digits" and params.eval_shards_path_or_url in (None, "digits")
     if not run.measure_every:
         return
+    held_out = params.eval_shards_path_or_url
+    digits = params.train_shards_path_or_url == "digits" and held_out in (None, "digits")
     stored = run.measure_statistics and Path(run.measure_statistics).is_file()
-    if not stored and (config.training.pre_encode or not (digits or params.eval_shards_path_or_url)):
-        raise ValueError(f"experiment.measure_every={run.measure_every} needs real pictures that are not trained on: "
-                         "set dataset.params.eval_shards_path_or_url to some, or experiment.measure_statistics to a "
-                         "file of their features (musekit evaluate --statistics FILE writes one).")
+    if not stored and (config.training.pre_encode or not (digits or held_out)):
+        raise ValueError(f"experiment.measure_every={run.measure_every} needs real pictures that are not "
+                         "trained on: set dataset.params.eval_shards_path_or_url to some, or "
+                         "experiment.measure_statistics to a file of their features (musekit evaluate "
+                         "--statistics FILE writes one).")
     if not digits and run.measure_features in (None, "digits"):
         raise ValueError(f"experiment.measure_features={run.measure_features} is for digits only; set it to "
                          "inception=FILE or clip=FOLDER.")
     kind, _, path = (run.measure_features or "digits").partition("=")
     if kind not in ("digits", "inception", "clip") or bool(path) != (kind != "digits"):
-        raise ValueError(f"experiment.measure_features={run.measure_features} must be digits, inception=FILE or "
-                         "clip=FOLDER.")
+        raise ValueError(f"experiment.measure_features={run.measure_features} must be digits, inception=FILE "
+                         "or clip=FOLDER.")
     if kind == "inception" and not Path(path).is_file():
-        raise FileNotFoundError(f"experiment.measure_features={run.measure_features}: there is no file {path}.")
+        raise FileNotFoundError(f"experiment.measure_features={run.measure_features}: no file {path}.")
 
 
 def validate(config: Config):
@@ -162,7 +167,8 @@ def configure(
     if config.dataset.type == "classification":
         config.dataset.params.class_names = _classes(config, paths)
     if condition_of(config) != "text":
-        config.model.text_encoder.type, config.model.text_encoder.train = "none", None
+        config.model.text_encoder.type = "none"
+        config.model.text_encoder.train = None
     adopt_pipeline(config.model, TRANSFORMERS, VQ_MODELS)
     if "small" in paths:
         _fit_small(config)
@@ -175,7 +181,7 @@ def configure(
 
 
 def _classes(config, paths):
-    "The class names of the configuration or of the data; those of a mapping file if they are the same in its order."
+    "The class names of the configuration or of the data; a mapping file with the same names sets the order."
     params = config.dataset.params
     files = [Path(path) for path in paths if Path(path).is_file()]
     in_data = params.class_names or data_classes(config, files[-1].parent if files else None)
@@ -186,14 +192,15 @@ def _classes(config, paths):
         return [in_mapping.get(number, str(number)) for number in range(max(in_mapping) + 1)]
     if len(in_data) != len(in_mapping):
         raise ValueError(
-            f"the data have {len(in_data)} classes, such as {in_data[0]!r}, and dataset.params.imagenet_class_mapping_path"
-            f"={params.imagenet_class_mapping_path} names {len(in_mapping)}; they must be as many, or have the same names."
+            f"the data have {len(in_data)} classes, such as {in_data[0]!r}, and "
+            f"dataset.params.imagenet_class_mapping_path={params.imagenet_class_mapping_path} names "
+            f"{len(in_mapping)}; they must be as many, or have the same names."
         )
     return in_data
 
 
 def _fit_small(config):
-    "Drops the small model's sizes for stored weights, and for another class of network those that it does not have."
+    "Drops the small model's sizes for stored weights, and those that another class of network does not have."
     model = config.model
     small = load_config(_SMALL, ["data=none"]).model
     if condition_of(config) != "text" and not model.pretrained_model_path:

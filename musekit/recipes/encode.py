@@ -68,15 +68,16 @@ class EncodeOptions:
             raise ValueError(f"form={self.form!r} is none of {', '.join(_FORMATS)}")
         if self.state_dtype not in (None, "float16", "bfloat16"):
             raise ValueError(f"state_dtype={self.state_dtype!r} is neither float16 nor bfloat16")
-        self.out, self.workers = Path(self.out), max(1, self.workers)
+        self.out = Path(self.out)
+        self.workers = max(1, self.workers)
 
 # %% ../../nbs/07_recipes/06_encode.ipynb #b88ea26e
 def load_networks(config: Config) -> tuple[nn.Module, TextEncoder | None]:
     "The tokenizer and, for data with text, the text encoder of a configuration."
     model = load_vq_model(config)
     if model.codebook_size > MOST_CODES:
-        raise ValueError(f"{config.model.vq_model.pretrained} has {model.codebook_size:,} codes, and 16 bits hold "
-                         f"{MOST_CODES:,}; train on the pictures instead")
+        raise ValueError(f"{config.model.vq_model.pretrained} has {model.codebook_size:,} codes, and 16 bits "
+                         f"hold {MOST_CODES:,}; train on the pictures instead")
     return model, load_text_encoder(config) if condition_of(config) == "text" else None
 
 # %% ../../nbs/07_recipes/06_encode.ipynb #a529dc7a
@@ -150,8 +151,8 @@ def write_codes(
     if members is None:
         encode_dataset(batches, encoder, path, state_dtype=state_dtype)
     else:
-        rows = (row for batch in batches for row in token_members(batch, encoder(batch), tuple(members), state_dtype))
-        write_tar(path, rows)
+        encoded = (token_members(batch, encoder(batch), tuple(members), state_dtype) for batch in batches)
+        write_tar(path, chain.from_iterable(encoded))
     counts.cut = encoder.captions_cut - cut_before
 
 # %% ../../nbs/07_recipes/06_encode.ipynb #9f6a53cc
@@ -202,7 +203,9 @@ class ShardEncoder:
         vq_model, text_encoder = networks or load_networks(config)
         text_encoder = text_encoder and text_encoder.to(device)
         self.encoder = make_encoder(config, vq_model.to(device), text_encoder, device)
-        self.options, self.facts, self.reading = options, facts, image_text_config(config)
+        self.options = options
+        self.facts = facts
+        self.reading = image_text_config(config)
         self.progress = progress
 
     def __call__(self, name: str, url: str) -> dict:
@@ -244,7 +247,8 @@ def _start_worker(counter, first, threads, *job):
     torch.set_num_threads(threads)
     logging.disable_progress_bar()
     with counter.get_lock():
-        number, counter.value = counter.value, counter.value + 1
+        number = counter.value
+        counter.value += 1
     _JOB["encode"] = ShardEncoder(*job, device=_device(first + number))
 
 
@@ -261,8 +265,8 @@ def _records(todo, workers, first, *job):
             for future in as_completed([pool.submit(_work, *shard) for shard in todo.items()]):
                 yield future.result()
     except BrokenProcessPool as error:
-        raise OSError("a worker process was killed, perhaps for want of memory; run the same command again to "
-                      "resume, with fewer workers if it happens again") from error
+        raise OSError("a worker process was killed, perhaps for want of memory; run the same command again "
+                      "to resume, with fewer workers if it happens again") from error
 
 # %% ../../nbs/07_recipes/06_encode.ipynb #fc5ab264
 def encode_shards(
@@ -284,7 +288,8 @@ def encode_shards(
         write_manifest(options.out, facts, names)
         if options.form == "tar" and networks[1] is not None:
             write_unconditional(options.out, networks[1].unconditional())
-    totals, todo = Totals(), {}
+    totals = Totals()
+    todo = {}
     digest = facts_digest(facts)
     for name, url in islice(names.items(), rank, None, world_size):
         if record := finished_record(options.out, name, url, digest):
@@ -315,14 +320,16 @@ def _find_shards(config, options, base_dir, world_size):
     spec = config.dataset.params.train_shards_path_or_url
     located = Located(None, []) if spec == "digits" else locate_pictures(spec, base_dir)
     if located.folder and located.folder.resolve() == options.out.resolve():
-        raise ValueError(f"{options.out} holds the data; codes beside it would be taken for it, choose another folder")
+        raise ValueError(f"{options.out} holds the data; codes beside it would be taken for it, choose "
+                         "another folder")
     if world_size > 1:
         if located.pictures or not located.shards:
-            raise ValueError(f"there are no shards in {spec}, and pictures in a folder are packed by one process "
-                             "alone; encode them without a launcher, with --workers for more processes")
+            raise ValueError(f"there are no shards in {spec}, and pictures in a folder are packed by one "
+                             "process alone; encode them without a launcher, with --workers for more "
+                             "processes")
         return located.shards
-    defaults = {"skip_bad": False, "captions": True}
-    urls = find_shards(spec, options.out / "pictures", base_dir=base_dir, **defaults | packing_options(config))
+    packing = {"skip_bad": False, "captions": True} | packing_options(config)
+    urls = find_shards(spec, options.out / "pictures", base_dir=base_dir, **packing)
     for reason in left_out(urls):
         print(f"left out of {spec}: {reason}")
     return urls

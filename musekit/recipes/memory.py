@@ -33,8 +33,8 @@ from ..models.inspection import num_parameters
 from ..core.losses import _CrossEntropy, saved_bytes
 from .settings import image_text_config, open_codes, packing_options
 from musekit.recipes.networks import (
-    PRECISIONS, TRANSFORMERS, build_transformer, describe_text_encoder, describe_vq_model, expected_condition_sizes,
-    stored_config,
+    PRECISIONS, TRANSFORMERS, build_transformer, describe_text_encoder, describe_vq_model,
+    expected_condition_sizes, stored_config,
 )
 from .image_tokenizer import PictureReader, TokenizerConfig, find_images, group_images
 from ..training.config import Config, condition_of
@@ -122,11 +122,12 @@ def _tensors(values):
 
 # %% ../../nbs/07_recipes/10_memory.ipynb #8262521a
 class _LiveTensors(TorchDispatchMode):
-    "Adds up the memory of tensors made inside, while they live."
+    "Adds up the memory of tensors made inside, while they are alive."
 
     def __init__(self, existing):
         super().__init__()
-        self.size, self.peak = 0, 0
+        self.size = 0
+        self.peak = 0
         self.storages = {tensor.untyped_storage()._cdata for tensor in existing}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -137,7 +138,8 @@ class _LiveTensors(TorchDispatchMode):
         return results
 
     def _add(self, storage):
-        address, size = storage._cdata, storage.nbytes()
+        address = storage._cdata
+        size = storage.nbytes()
         if address not in self.storages:
             self.storages.add(address)
             self.size += size
@@ -167,11 +169,12 @@ def _transformer(config, codebook_size, num_tokens):
         return None if stored is None else TRANSFORMERS[model.architecture].from_config(stored)
     codebook_size = codebook_size or model.transformer.get("codebook_size")
     conditions = expected_condition_sizes(config)
-    sizes = {"codebook_size": codebook_size, "encoder_hidden_size": conditions.get("encoder_hidden_states", 0)}
+    width = conditions.get("encoder_hidden_states", 0)
+    sizes = {"codebook_size": codebook_size, "encoder_hidden_size": width}
     for name, size in sizes.items():
         if size is None:
-            raise ValueError(f"model.transformer.{name} is not set, and not all pretrained networks are on this "
-                             "machine; set it, or fetch them.")
+            raise ValueError(f"model.transformer.{name} is not set, and not all pretrained networks are on "
+                             "this machine; set it, or fetch them.")
     return build_transformer(config, codebook_size, conditions, num_tokens)
 
 
@@ -187,8 +190,10 @@ class Networks:
 
 def find_networks(config: Config) -> Networks:
     "Builds the networks of a configuration without weights and without downloads."
-    pixels, lora = config.dataset.preprocessing, config.model.lora
-    vq_model, text_encoder = describe_vq_model(config), describe_text_encoder(config)
+    pixels = config.dataset.preprocessing
+    lora = config.model.lora
+    vq_model = describe_vq_model(config)
+    text_encoder = describe_text_encoder(config)
     side = pixels.resolution // (16 if vq_model is None else vq_model.downsample_factor)
     with torch.device("meta"):
         transformer = _transformer(config, vq_model and vq_model.codebook_size, side * side)
@@ -267,7 +272,8 @@ def _network_rows(networks):
 
 def _activation_rows(networks):
     "Rows for some numbers of images; every image adds the same, so two runs are enough for a column."
-    transformer, batch = networks.transformer, networks.batch
+    transformer = networks.transformer
+    batch = networks.batch
     columns = []
     for precision in ("no", "bf16"):
         for checkpointing in (False, True):
@@ -324,13 +330,14 @@ def _first_shards(located, config, folder):
     if located.shards and not located.pictures:
         return located.shards
     small = len(located.pictures) <= 1000 and sum(os.path.getsize(path) for path in located.pictures) < 100e6
-    urls, report = pack_folder(located.folder, folder, most=None if small else _FIRST, **packing_options(config))
+    most = None if small else _FIRST
+    urls, report = pack_folder(located.folder, folder, most=most, **packing_options(config))
     (Path(folder) / REPORT).write_text(json.dumps(asdict(report)))  # for `left_out`
     return urls
 
 
 def _read_first(urls, reading, make_reader=ShardReader):
-    "The first batch; a ValueError if there is none, or if too many samples of a small data set are unusable."
+    "The first batch; a ValueError if there is none, or if too many samples of few are unusable."
     reading = replace(reading, batch_size=min(_FIRST, reading.batch_size), num_workers=0)
     batches = iter(make_loader(urls, reading, training=False, make_reader=make_reader))
     batch = first_batch(batches)
@@ -398,7 +405,8 @@ def tokenizer_data_report(
     "The same for a run that trains an image tokenizer."
     data = config.dataset
     reports = []
-    reading = ImageTextConfig(resolution=data.resolution, batch_size=config.training.batch_size, captions=False)
+    batch_size = config.training.batch_size
+    reading = ImageTextConfig(resolution=data.resolution, batch_size=batch_size, captions=False)
     for spec in [data.path, data.eval_path]:
         if spec is None:
             continue

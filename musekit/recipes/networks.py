@@ -60,7 +60,7 @@ def describe_vq_model(config: Config) -> nn.Module | None:
 
 
 def describe_text_encoder(config: Config) -> nn.Module | None:
-    "The text model of a configuration on the meta device; None without text, or if its config.json is not on this machine."
+    "The text model of a configuration on the meta device; None if there is none on this machine."
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5EncoderModel
 
     section = config.model.text_encoder
@@ -70,10 +70,13 @@ def describe_text_encoder(config: Config) -> nn.Module | None:
     with torch.device("meta"):
         if not section.pretrained:
             training = clip_training(config)
-            sizes = {name: getattr(training, name) for name in ("hidden_size", "projection_dim", "vocab_size")}
-            sizes |= {"num_hidden_layers": training.layers, "intermediate_size": 4 * training.hidden_size}
-            sizes |= {"max_position_embeddings": training.max_seq_length, "num_attention_heads": 2}
-            return cls(CLIPTextConfig(**sizes, bos_token_id=0, eos_token_id=1))
+            return cls(CLIPTextConfig(
+                hidden_size=training.hidden_size, intermediate_size=4 * training.hidden_size,
+                num_hidden_layers=training.layers, num_attention_heads=2,
+                projection_dim=training.projection_dim, vocab_size=training.vocab_size,
+                max_position_embeddings=training.max_seq_length,
+                bos_token_id=0, eos_token_id=1,
+            ))
         for subfolder in ("text_encoder", ""):  # of a pipeline, or a text encoder alone
             try:
                 options = {"subfolder": subfolder, "local_files_only": True}
@@ -114,7 +117,8 @@ class FrozenNetworks:
         vq_model: nn.Module | None = None,  # None: loaded from where the configuration says
         text_encoder: nn.Module | None = None,
     ):
-        self.config, self.device = config, device
+        self.config = config
+        self.device = device
         loaded = {"vq_model": vq_model, "text_encoder": text_encoder}
         vars(self).update({name: network for name, network in loaded.items() if network is not None})
 
@@ -127,7 +131,7 @@ class FrozenNetworks:
         return load_text_encoder(self.config).to(self.device)
 
     def free(self):
-        "Frees the memory of networks that training does not need: with encoded data, which needs them to sample only."
+        "Frees the networks of a run on encoded data, which needs them only to sample."
         if self.config.training.pre_encode:
             vars(self).pop("vq_model", None)
             vars(self).pop("text_encoder", None)
@@ -142,7 +146,8 @@ _SWITCHES = {  # condition -> the setting that makes a transformer read it
 def read_conditions(model: nn.Module) -> set[str]:
     "The conditions that a transformer reads."
     parameters = inspect.signature(model.forward).parameters
-    return {name for name, switch in _SWITCHES.items() if name in parameters and model.config.get(switch, True)}
+    names = [name for name in _SWITCHES if name in parameters]
+    return {name for name in names if model.config.get(_SWITCHES[name], True)}
 
 
 def only_read(model: nn.Module, batch: dict) -> dict:
@@ -158,7 +163,7 @@ def condition_sizes(encoder: nn.Module) -> dict[str, int]:
 
 
 def expected_condition_sizes(config: Config) -> dict[str, int | None]:
-    "The sizes of the conditions without loading a text encoder; None if its config.json is not on this machine."
+    "The sizes of the conditions without loading a text encoder; None if it is not on this machine."
     kind = condition_of(config)
     if kind == "nothing":
         return {}
@@ -197,7 +202,7 @@ def build_transformer(
 
 
 def _block_heads(channels):
-    "Heads of 64 channels if the U-ViT's default number of heads, 12, does not divide the channels of its stage."
+    "Heads of 64 channels if the U-ViT's default of 12 heads does not divide the channels of its stage."
     width = channels[-1] if isinstance(channels, list) and channels else channels
     splits = isinstance(width, int) and width % 12 and width % 64 == 0
     return width // 64 if splits else None
@@ -208,7 +213,8 @@ def drop_unread(config: Config):
     cls = TRANSFORMERS[config.model.architecture]
     settings = config.model.transformer
     parameters = inspect.signature(cls).parameters
-    unread = [key for key in settings if key not in parameters and key in (*cls.ignored_config, *cls.fixed_config)]
+    without_effect = {*cls.ignored_config, *cls.fixed_config} - set(parameters)
+    unread = [key for key in settings if key in without_effect]
     config.model.transformer = {key: value for key, value in settings.items() if key not in unread}
     if config.model.pretrained_model_path or not unread:  # stored weights have settings of their own
         return
@@ -219,12 +225,14 @@ def drop_unread(config: Config):
     different = [f"{key}={cls.fixed_config[key]}" for key in unread
                  if key in cls.unbuilt_config and settings[key] not in (None, cls.fixed_config[key])]
     fixed = f" It always has {', '.join(different)}." if different else ""
-    warnings.warn(f"Keys of model.transformer without effect on a {cls.__name__}: {', '.join(unread)}.{fixed}")
+    keys = ", ".join(unread)
+    warnings.warn(f"Keys of model.transformer without effect on a {cls.__name__}: {keys}.{fixed}")
 
 
 def _check_codebook_size(model, codebook_size):
-    if model.config.codebook_size != codebook_size:
-        raise ValueError(f"the transformer has {model.config.codebook_size} codes and the tokenizer {codebook_size}; "
+    own = model.config.codebook_size
+    if own != codebook_size:
+        raise ValueError(f"the transformer has {own} codes and the tokenizer {codebook_size}; "
                          "use a tokenizer and a transformer that belong together.")
 
 
@@ -244,7 +252,8 @@ def make_transformer(
     always = {"micro_conds", "encoder_attention_mask"}  # all data has the first, the second is optional
     missing = read_conditions(model) - always - set(conditions)
     if missing:
-        raise ValueError(f"The transformer reads {', '.join(sorted(missing))}, and this run is conditioned on "
+        conditions = ", ".join(sorted(missing))
+        raise ValueError(f"The transformer reads {conditions}, and this run is conditioned on "
                          f"{condition_of(config)}; see dataset.type and model.text_encoder.type.")
     model.gradient_checkpointing = config.model.gradient_checkpointing
     if config.model.compile:

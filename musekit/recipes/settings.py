@@ -72,7 +72,9 @@ def packing_options(config: Config) -> dict:
     if config.dataset.type == "classification":
         names = class_names(config) or {}
         count = known_classes(config)
-        classes = params.class_names or (count and [names.get(number, str(number)) for number in range(count)])
+        classes = params.class_names
+        if not classes and count:
+            classes = [names.get(number, str(number)) for number in range(count)]
         options |= {"classes": classes} if classes else {}  # tars of numbers need none
     if data_fields(config) != Fields():
         options["fields"] = data_fields(config)
@@ -83,7 +85,7 @@ def data_classes(
     config: Config,
     base_dir: str | Path | None = None,  # where relative names are also looked for
 ) -> list[str] | None:
-    "The class names that the training data have, by number; None if they have none, or are not on this machine."
+    "The class names in the training data, by number; None if there are none, or no data on this machine."
     spec = config.dataset.params.train_shards_path_or_url
     fields = data_fields(config)
     if spec == "digits":
@@ -109,10 +111,9 @@ def open_codes(
     base_dir: str | Path | None = None,  # where relative names are also looked for
 ) -> EncodedSource:
     "Data that was encoded beforehand, with the names of the configuration's networks in tars."
-    model = config.model
-    return open_encoded(
-        spec, base_dir=base_dir, vq_checkpoint=model.vq_model.pretrained, text_checkpoint=model.text_encoder.pretrained,
-    )
+    vq_checkpoint = config.model.vq_model.pretrained
+    text_checkpoint = config.model.text_encoder.pretrained
+    return open_encoded(spec, base_dir=base_dir, vq_checkpoint=vq_checkpoint, text_checkpoint=text_checkpoint)
 
 
 def _class_texts(config):
@@ -126,7 +127,7 @@ def _class_texts(config):
 
 # %% ../../nbs/07_recipes/03_settings.ipynb #c7427aa5
 def _typed(cls, settings: dict, path: str):
-    "A dataclass of settings from a dictionary; a ValueError with the key for an unknown name or a wrong type."
+    "A dataclass of settings from a dictionary; a ValueError names an unknown key or a wrong type."
     names = [field.name for field in fields(cls)]
     for name in settings:
         if name not in names:
@@ -157,7 +158,7 @@ def clip_training(config: Config) -> ClipTrainingConfig:
         if getattr(options, name) <= 0:
             raise ValueError(f"{path}.{name}={getattr(options, name)} must be above 0.")
     if options.hidden_size % 2:
-        raise ValueError(f"{path}.hidden_size={options.hidden_size} must be even: there are two attention heads.")
+        raise ValueError(f"{path}.hidden_size={options.hidden_size} must be even, for two attention heads.")
     if options.patch_size > pixels.resolution:
         raise ValueError(f"{path}.patch_size={options.patch_size} does not fit into images of "
                          f"{pixels.resolution} pixels; it must be at most that.")
@@ -193,7 +194,8 @@ def stage_facts(config: Config, train_urls: list[str], eval_urls: list[str] = ()
     if reading.fields != Fields():
         samples["fields"] = asdict(reading.fields)
     if reading.layout != "image_text" or not reading.captions:
-        samples |= {"layout": reading.layout, "class_names": reading.class_names, "captions": reading.captions}
+        samples |= {"layout": reading.layout, "class_names": reading.class_names}
+        samples["captions"] = reading.captions
     data = {"shards": _shard_facts(train_urls), **samples}
     vq_facts = {"type": vq.type} | _network_facts(
         vq, {**data, "params": vq.params, "train": vq.pretrained or asdict(vq_training(config))})
