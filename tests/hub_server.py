@@ -3,29 +3,29 @@ import base64
 import hashlib
 import json
 import re
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-
-class Hub(ThreadingHTTPServer):
-    "Repositories as {id: {revision: {path: bytes}}}; `asked` lists the requests."
-
-    def __init__(self, repositories, kind="models"):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.repositories, self.kind, self.asked = repositories, kind, []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+from file_server import FileHandler, FileServer, content_range
 
 
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *told):
-        self.server.asked.append(f"{self.command} {unquote(self.path)}")
+class Hub(FileServer):
+    "Repositories of models or of datasets as {id: {revision: {path: bytes}}}."
+
+    def __init__(self, repositories, kind="models", handler=None):
+        self.repositories, self.kind = repositories, kind
+        super().__init__(handler or Handler)
+
+
+class Handler(FileHandler):
+    protocol_version = "HTTP/1.0"
+
+    def log_message(self, *_):
+        self.server.requests.append(f"{self.command} {unquote(self.path)}")
 
     def do_HEAD(self):
-        self.do_GET()
+        self.respond()
 
-    def do_GET(self):
+    def respond(self):
         path = unquote(urlsplit(self.path).path)
         listed = re.fullmatch(rf"/api/{self.server.kind}/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.*))?)?", path)
         wanted = re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
@@ -42,17 +42,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         path, body = unquote(self.path), self.rfile.read(int(self.headers["Content-Length"]))
-        asked_for = re.fullmatch(rf"/api/{self.server.kind}/([^/]+/[^/]+)/paths-info/([^/]+)", urlsplit(path).path)
+        paths_info = re.fullmatch(rf"/api/{self.server.kind}/([^/]+/[^/]+)/paths-info/([^/]+)", urlsplit(path).path)
         upload = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/([^/?]+)", urlsplit(path).path)
         if path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            wanted = json.loads(body)
+            name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
             if name.startswith("locked/"):
                 return self.answer({"error": "you may not create this"}, 403)
             self.server.repositories.setdefault(name, {"main": {}})
             self.answer({"name": name, "url": f"{self.server.url}/{name}"})
-        elif asked_for:
-            files = self.find(asked_for[1], asked_for[2])
+        elif paths_info:
+            files = self.find(paths_info[1], paths_info[2])
             if files is not None:
                 self.answer([each for name in parse_qs(body.decode())["paths"] for each in describe_path(name, files)])
         elif path == "/api/validate-yaml":
@@ -74,8 +74,8 @@ class Handler(BaseHTTPRequestHandler):
         revisions = self.server.repositories.get(repository)
         if revisions is None:
             return self.fail("RepoNotFound")
-        known = revisions | {sha(files): files for files in revisions.values()}
-        return known[revision] if revision in known else self.fail("RevisionNotFound")
+        commits = revisions | {sha(files): files for files in revisions.values()}
+        return commits[revision] if revision in commits else self.fail("RevisionNotFound")
 
     def send_file(self, repository, revision, name):
         files = self.find(repository, revision)
@@ -84,21 +84,18 @@ class Handler(BaseHTTPRequestHandler):
         if name not in files:
             return self.fail("EntryNotFound", sha(files))
         headers = {"X-Repo-Commit": sha(files), "ETag": f'"{hashlib.sha1(files[name]).hexdigest()}"'}
-        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if not part:
-            return self.answer(files[name], **headers)
-        first, last = int(part[1]), min(int(part[2] or len(files[name])), len(files[name]) - 1)
-        headers["Content-Range"] = f"bytes {first}-{last}/{len(files[name])}"
-        self.answer(files[name][first:last + 1], 206, **headers)
+        self.send_bytes(files[name], headers)
+
+    def send_bytes(self, content, headers):
+        start, stop = self.byte_range(len(content))
+        ranged = "Range" in self.headers
+        headers = headers | content_range(start, stop, len(content)) if ranged else headers
+        self.answer(content[start:stop], 206 if ranged else 200, **headers)
 
     def answer(self, content, status=200, **headers):
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": len(content), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
+        body = b"" if self.command == "HEAD" else content
+        self.reply(status, body, headers, len(content))
 
     def fail(self, code, commit=None):
         self.answer({"error": code}, 404, **{"X-Error-Code": code} | ({"X-Repo-Commit": commit} if commit else {}))
@@ -133,23 +130,3 @@ def describe_path(name, files):
 def describe(name, files):
     return {"id": name, "modelId": name, "sha": sha(files), "private": False, "tags": [], "downloads": 0, "likes": 0,
             "siblings": [{"rfilename": file} for file in files]}
-
-
-@contextmanager
-def serving(repositories, kind="models"):
-    "A running hub of models or of datasets; it stops at the end of the block."
-    with running(Hub(repositories, kind)) as hub:
-        yield hub
-
-
-@contextmanager
-def running(hub):
-    "The same for a hub that is made already."
-    thread = threading.Thread(target=hub.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield hub
-    finally:
-        hub.shutdown()
-        hub.server_close()
-        thread.join()

@@ -1,76 +1,56 @@
 """A web server that answers as no server should: a table of behaviours, each tried on the readers of the shards."""
 import gzip
 import hashlib
-import threading
 import time
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from file_server import FileHandler, FileServer, content_range
 
 PIECE = 60_000  # bytes that a server sends of what it promises, where it does not send all
 
 
-class Odd(ThreadingHTTPServer):
-    """Answers every GET by the behaviour whose name its path begins with; `sent` counts the bytes of bodies, `asked` holds headers."""
+class OddServer(FileServer):
+    "Answers every GET of one file by the behaviour whose name its path begins with; `requests` holds headers."
 
     def __init__(self, content):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.content, self.sent, self.asked = content, 0, []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.content = content
+        super().__init__(OddHandler)
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def log_message(self, *arguments):
-        pass
-
-    def handle(self):
-        with suppress(ConnectionError):
-            super().handle()
-
-    def do_GET(self):
+class OddHandler(FileHandler):
+    def respond(self):
         name = self.path.strip("/").partition("/")[0]
-        self.server.asked.append(dict(self.headers))
+        self.server.requests.append(dict(self.headers))
         content = self.server.content
-        start, _, last = self.headers.get("Range", "bytes=0-")[6:].partition("-")
-        start, stop = int(start), min(len(content), int(last or len(content)) + 1)
-        ranged = "Range" in self.headers
+        start, stop = self.byte_range(len(content))
         if start >= len(content):
-            return self.reply(416, b"", {"Content-Range": f"bytes */{len(content)}"})
-        BEHAVIOURS[name](self, content, start, stop, ranged)
+            return self.reply(416, headers={"Content-Range": f"bytes */{len(content)}"})
+        BEHAVIOURS[name](self, content, start, stop, "Range" in self.headers)
 
-    def reply(self, status, body=b"", headers=None, length=True, close=False):
-        self.send_response(status)
-        for key, value in ({"Content-Length": len(body)} if length is True else {"Content-Length": length} if length else {}).items():
-            self.send_header(key, str(value))
-        for key, value in ({"ETag": self.etag} | (headers or {})).items():
-            if value is not None:
-                self.send_header(key, value)
-        self.end_headers()
-        self.write(body)
-        self.close_connection = close or not length
+    def reply(self, status, body=b"", headers=None, **options):
+        etag = f'"{hashlib.md5(self.server.content).hexdigest()}"'
+        super().reply(status, body, {"ETag": etag} | (headers or {}), **options)
 
-    def write(self, body):
-        for at in range(0, len(body), 1 << 14):
-            self.server.sent += len(body[at : at + (1 << 14)])
-            self.wfile.write(body[at : at + (1 << 14)])
-
-    @property
-    def etag(self):
-        return f'"{hashlib.md5(self.server.content).hexdigest()}"'
-
-    def good(self, content, start, stop, ranged, **options):
-        part = {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"} if ranged else {}
-        headers = part | options.pop("headers", {})
-        self.reply(206 if ranged else 200, content[start:stop], headers, **options)
+    def send(self, content, start, stop, ranged, headers=None, sent=None, **options):
+        "Sends a part of the file, or of that only the first `sent` bytes."
+        part = content_range(start, stop, len(content)) if ranged else {}
+        self.reply(206 if ranged else 200, content[start:stop][:sent], part | (headers or {}), **options)
 
 
-def broken(self, content, start, stop, ranged, share=PIECE, headers=None, **options):
+def good(self, content, start, stop, ranged):
+    self.send(content, start, stop, ranged)
+
+
+def broken_once(self, content):
+    "Breaks the first time, and then sends all of the file, as one who does not support ranges."
+    if len(self.server.requests) == 1:
+        broken(self, content, 0, len(content), False)
+    else:
+        self.send(content, 0, len(content), False)
+
+
+def broken(self, content, start, stop, ranged, share=PIECE, headers=None):
     """Promises all of it and closes after a part."""
-    body = content[start : min(stop, start + share)]
-    part = {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"} if ranged else {}
-    self.reply(206 if ranged else 200, body, part | (headers or {}), length=stop - start, close=True, **options)
+    self.send(content, start, stop, ranged, headers, share, length=stop - start, close=True)
 
 
 def eighths(self, content, start, stop, ranged):
@@ -79,7 +59,7 @@ def eighths(self, content, start, stop, ranged):
 
 def stingy(self, content, start, stop, ranged):
     """Says honestly that it sends less than was asked for, of plain requests too."""
-    self.good(content, start, min(stop, start + PIECE), True)
+    self.send(content, start, min(stop, start + PIECE), True)
 
 
 def anonymous(self, content, start, stop, ranged):
@@ -92,9 +72,9 @@ def weak(self, content, start, stop, ranged):
 
 
 def dated(self, content, start, stop, ranged):
-    known = self.headers.get("If-Range") in (None, "Fri, 01 Jan 2021 00:00:00 GMT")
+    same = self.headers.get("If-Range") in (None, "Fri, 01 Jan 2021 00:00:00 GMT")
     dates = {"ETag": None, "Last-Modified": "Fri, 01 Jan 2021 00:00:00 GMT"}
-    broken(self, content, start if known else 0, stop, ranged and known, headers=dates)
+    broken(self, content, start if same else 0, stop, ranged and same, headers=dates)
 
 
 def empty(self, content, start, stop, ranged):
@@ -109,50 +89,49 @@ def nothing(self, content, start, stop, ranged):
 def shifted(self, content, start, stop, ranged):
     """Another part than was asked for, after a first answer that broke."""
     if not ranged:
-        return broken(self, content, start, stop, ranged) if not self.server.asked[1:] else self.good(content, 0, len(content), False)
-    self.good(content, start + 7, stop + 7, True)
+        return broken_once(self, content)
+    self.send(content, start + 7, stop + 7, True)
 
 
 def earlier(self, content, start, stop, ranged):
     """More than was asked for, from a thousand bytes before to a thousand after, once a first answer has broken."""
     if not ranged:
         return broken(self, content, start, stop, ranged)
-    self.good(content, max(0, start - 1000), min(len(content), stop + 1000), True)
+    self.send(content, max(0, start - 1000), min(len(content), stop + 1000), True)
 
 
 def unclear(value):
     def behave(self, content, start, stop, ranged):
         if not ranged:
-            return broken(self, content, start, stop, ranged) if not self.server.asked[1:] else self.good(content, 0, len(content), False)
-        told = value and value.format(start=start, last=stop - 1, size=len(content), length=stop - start)
-        self.reply(206, content[start:stop], {"Content-Range": told})
+            return broken_once(self, content)
+        part = value and value.format(start=start, last=stop - 1, size=len(content), length=stop - start)
+        self.reply(206, content[start:stop], {"Content-Range": part})
 
     return behave
 
 
 def always_a_part(value):
     def behave(self, content, start, stop, ranged):
-        told = value and value.format(start=start, last=stop - 1, size=len(content))
-        self.reply(206, content[start:stop], {"Content-Range": told})
+        part = value and value.format(start=start, last=stop - 1, size=len(content))
+        self.reply(206, content[start:stop], {"Content-Range": part})
 
     return behave
 
 
 def multipart(self, content, start, stop, ranged):
     if not ranged:
-        return broken(self, content, start, stop, ranged) if not self.server.asked[1:] else self.good(content, 0, len(content), False)
+        return broken_once(self, content)
     head = f"--x\r\nContent-Range: bytes {start}-{stop - 1}/{len(content)}\r\n\r\n".encode()
     self.reply(206, head + content[start:stop] + b"\r\n--x--", {"Content-Type": "multipart/byteranges; boundary=x"})
 
 
 def no_length(self, content, start, stop, ranged):
-    self.good(content, start, stop, ranged, length=None)
+    self.send(content, start, stop, ranged, {"Content-Length": None}, close=True)
 
 
 def chunked(self, content, start, stop, ranged, sent=None):
-    part = {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"} if ranged else {}
-    self.reply(206 if ranged else 200, b"", part | {"Transfer-Encoding": "chunked"}, length=None, close=sent is not None)
-    self.close_connection = sent is not None
+    headers = {"Content-Length": None, "Transfer-Encoding": "chunked"}
+    self.send(content, start, stop, ranged, headers, sent=0, close=sent is not None)
     body = content[start:stop][:sent]
     for at in range(0, len(body), 5000):
         piece = body[at : at + 5000]
@@ -167,29 +146,27 @@ def chunked_and_broken(self, content, start, stop, ranged):
 
 def zipped(self, content, start, stop, ranged):
     body = gzip.compress(content)
-    part = {"Content-Range": f"bytes {start}-{min(stop, len(body)) - 1}/{len(body)}"} if ranged else {}
-    self.reply(206 if ranged else 200, body[start:stop], part | {"Content-Encoding": "gzip"})
+    self.send(body, start, min(stop, len(body)), ranged, {"Content-Encoding": "gzip"})
 
 
 def whole(self, content, start, stop, ranged):
-    """Knows no ranges, and breaks the first time."""
-    broken(self, content, 0, len(content), False) if len(self.server.asked) == 1 and not ranged else self.good(content, 0, len(content), False)
+    """Supports no ranges, and breaks the first time."""
+    broken(self, content, 0, len(content), False) if len(self.server.requests) == 1 and not ranged else self.send(content, 0, len(content), False)
 
 
 def whole_as_a_part(self, content, start, stop, ranged):
-    self.reply(206, content, {"Content-Range": f"bytes 0-{len(content) - 1}/{len(content)}"})
+    self.send(content, 0, len(content), True)
 
 
 def no_such_part(self, content, start, stop, ranged):
     if not ranged:
-        return broken(self, content, start, stop, ranged) if not self.server.asked[1:] else self.good(content, 0, len(content), False)
+        return broken_once(self, content)
     self.reply(416, b"", {"Content-Range": None})
 
 
 def more_than_promised(self, content, start, stop, ranged):
     """Says it sends a thousand bytes more, sends none of them, and keeps the connection open."""
-    part = {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"} if ranged else {}
-    self.reply(206 if ranged else 200, content[start:stop], part, length=stop - start + (1000 if ranged else 0), close=not ranged)
+    self.send(content, start, stop, ranged, length=stop - start + (1000 if ranged else 0), close=not ranged)
     if ranged:
         time.sleep(0.3)
 
@@ -217,8 +194,8 @@ def circle(self, content, start, stop, ranged):
 def endless(self, content, start, stop, ranged):
     """Leads elsewhere, and never ends telling so."""
     if self.path.endswith("/there"):
-        return self.good(content, start, stop, ranged)
-    self.reply(302, b"", {"Location": f"{self.path}/there"}, length=None)
+        return self.send(content, start, stop, ranged)
+    self.reply(302, b"", {"Location": f"{self.path}/there", "Content-Length": None}, close=True)
     for _ in range(4000):
         self.write(bytes(1 << 16))
 
@@ -231,28 +208,23 @@ def lost(location):
 
 
 def slow(self, content, start, stop, ranged):
-    part = {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"} if ranged else {}
-    self.reply(206 if ranged else 200, b"", part, length=stop - start)
-    self.close_connection = False
-    for at in range(start, stop, 3000):
-        time.sleep(0.001)
-        self.write(content[at : min(stop, at + 3000)])
+    self.send(content, start, stop, ranged, pause=0.001, piece=3000)
 
 
 def changing(self, content, start, stop, ranged):
     """Another version with every answer, each of which breaks."""
-    version = len(self.server.asked)
-    known = self.headers.get("If-Range") in (None, f'"{version}"')
-    broken(self, content, start if known else 0, stop, ranged and known, headers={"ETag": f'"{version}"'})
+    version = len(self.server.requests)
+    same = self.headers.get("If-Range") in (None, f'"{version}"')
+    broken(self, content, start if same else 0, stop, ranged and same, headers={"ETag": f'"{version}"'})
 
 
 def changing_size(self, content, start, stop, ranged):
-    content = content + b"?" * len(self.server.asked)
+    content = content + b"?" * len(self.server.requests)
     broken(self, content, start, stop, ranged, headers={"ETag": None})
 
 
 BEHAVIOURS = {
-    "good": Handler.good, "broken": broken, "eighths": eighths, "stingy": stingy, "anonymous": anonymous, "weak": weak, "dated": dated,
+    "good": good, "broken": broken, "eighths": eighths, "stingy": stingy, "anonymous": anonymous, "weak": weak, "dated": dated,
     "empty": empty, "nothing": nothing, "shifted": shifted, "earlier": earlier,
     "star": unclear("bytes {start}-{last}/*"), "no-range": unclear(None), "words": unclear("bytes some-more/all"),
     "units": unclear("rows {start}-{last}/{size}"), "backwards": unclear("bytes {last}-{start}/{size}"),
@@ -266,17 +238,3 @@ BEHAVIOURS = {
     "json": page(200, b'{"error": "no such file"}'), "circle": circle, "endless": endless, "ftp": lost("ftp://a/b"), "bracket": lost("http://[::1"),
     "nowhere": lost("http://127.0.0.1:9/?sig=s3cret"), "slow": slow, "changing": changing, "changing-size": changing_size,
 }
-
-
-@contextmanager
-def oddly_serving(content):
-    """A running server of one file; it stops at the end of the block."""
-    server = Odd(content)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
-from hub_server import serving
+from hub_server import Hub
 from musekit.models.maskgit_vqgan import MaskGitVQGAN
 from musekit.models.movq import MOVQ
 from musekit.models.paella_vq import PaellaVQModel
@@ -141,8 +141,8 @@ def test_shards_there_and_back(tmp_path, model):
 
 
 @pytest.mark.parametrize("name, told", [
-    ("../secret.safetensors", "no plain file name"), ("/etc/passwd", "no plain file name"), ("inner/x.safetensors", "no plain file name"),
-    ("..", "not there"), ("absent.safetensors", "fetch the missing shard"), (3, "no weight_map"),
+    ("../secret.safetensors", "not a plain file name"), ("/etc/passwd", "not a plain file name"), ("inner/x.safetensors", "not a plain file name"),
+    ("..", "is missing"), ("absent.safetensors", "is missing; fetch that shard"), (3, "no weight_map"),
 ])
 def test_an_index_cannot_point_elsewhere(tmp_path, saved, name, told):
     save_file({"secret": torch.zeros(1)}, tmp_path / "secret.safetensors")
@@ -176,7 +176,7 @@ def test_a_setting_that_does_not_fit_is_named(saved, key, value, told):
 def test_a_setting_of_which_nothing_can_be_built_is_named_alone(saved, key, value):
     config = json.loads((saved / "config.json").read_text()) | {key: value}
     (saved / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=rf"describe no MaskGiTUViT \(.*\); change {key}=0\.$"):
+    with pytest.raises(ValueError, match=rf"do not describe a MaskGiTUViT \(.*\); change {key}=0\.$"):
         MaskGiTUViT.from_pretrained(saved)
 
 
@@ -202,7 +202,7 @@ def test_wrong_names_shapes_and_types_are_listed(saved, model):
             with pytest.raises(ValueError, match=told):
                 MaskGiTUViT.from_pretrained(saved, strict=False)
         else:
-            with pytest.warns(UserWarning, match="tensors are those of the file"):
+            with pytest.warns(UserWarning, match="tensors are loaded"):
                 assert MaskGiTUViT.from_pretrained(saved, strict=False).config.hidden_size == 16
 
 
@@ -256,7 +256,7 @@ def test_a_file_of_a_whole_pipeline_gives_each_part_its_own(tmp_path, model):
     for network in (model, tokenizer):
         network.save_pretrained(tmp_path)
         save_file(together, tmp_path / "model.safetensors")
-        with pytest.warns(UserWarning, match=f"{len(network.state_dict())} tensors under '.*' are read, .* others are left out"):
+        with pytest.warns(UserWarning, match=f"{len(network.state_dict())} tensors under '.*' are loaded, .* others are ignored"):
             assert equal(type(network).from_pretrained(tmp_path), network)
 
 
@@ -282,7 +282,7 @@ def test_weights_that_are_not_finite_are_refused(saved, model, value):
 
 def test_none_of_the_names_is_an_error_though_not_strict(saved):
     save_file({"up.weight": torch.zeros(1)}, saved / "model.safetensors")
-    with pytest.raises(ValueError, match="none of their 1 names"):
+    with pytest.raises(ValueError, match="none of the file's 1 names"):
         MaskGiTUViT.from_pretrained(saved, strict=False)
 
 
@@ -342,10 +342,10 @@ def files_of(folder, prefix=""):
 def test_the_hub_and_its_cache(tmp_path, saved, model):
     other = {"vqvae/model.safetensors": b"not for us", "model.safetensors": b"neither", "transformer/pytorch_model.bin": b"nor this"}
     wanted = "load", "someone/model", {"subfolder": "transformer", "revision": "v1"}
-    with serving({"someone/model": {"main": other, "v1": {**files_of(saved, "transformer/"), **other}}}) as hub:
+    with Hub({"someone/model": {"main": other, "v1": {**files_of(saved, "transformer/"), **other}}}) as hub:
         missing, revision = ("load", "someone/nothing", {}), ("load", "someone/model", {"revision": "v2"})
         told = ask(tmp_path, hub.url, wanted, missing, revision)
-        fetched = {line.split("/resolve/")[1].split("/", 1)[1] for line in hub.asked if line.startswith("GET /someone")}
+        fetched = {line.split("/resolve/")[1].split("/", 1)[1] for line in hub.requests if line.startswith("GET /someone")}
     assert told[0] == total(model)
     assert fetched == {"transformer/config.json", "transformer/model.safetensors"}
     assert told[1].startswith("FileNotFoundError someone/nothing is no folder here") and "no such repository" in told[1]
@@ -358,7 +358,7 @@ def test_the_hub_and_its_cache(tmp_path, saved, model):
 def test_pickles_and_shards_from_the_hub(tmp_path, saved, model):
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     as_bin(saved)
-    with serving({"someone/shards": {"main": files_of(tmp_path / "shards")}, "someone/old": {"main": files_of(saved)}}) as hub:
+    with Hub({"someone/shards": {"main": files_of(tmp_path / "shards")}, "someone/old": {"main": files_of(saved)}}) as hub:
         assert ask(tmp_path, hub.url, ("load", "someone/shards", {}), ("load", "someone/old", {})) == 2 * [total(model)]
 
 
@@ -367,13 +367,13 @@ def test_variants_on_the_hub(tmp_path, saved, model):
     plain = files_of(saved)
     model.half().save_pretrained(saved)
     half = {"config.json": plain["config.json"], "model.fp16.safetensors": (saved / "model.safetensors").read_bytes()}
-    with serving({"a/both": {"main": plain | half}, "a/half": {"main": half}}) as hub:
+    with Hub({"a/both": {"main": plain | half}, "a/half": {"main": half}}) as hub:
         requests = ("a/both", {}), ("a/both", {"variant": "fp16"}), ("a/half", {}), ("a/half", {"variant": "bf16"})
         fetched = []
         for number, (name, options) in enumerate(requests):
-            hub.asked.clear()
+            hub.requests.clear()
             told, = ask(tmp_path / str(number), hub.url, ("load", name, options))
-            names = {line.rsplit("/", 1)[1] for line in hub.asked if line.startswith("GET /a/") and line.endswith("safetensors")}
+            names = {line.rsplit("/", 1)[1] for line in hub.requests if line.startswith("GET /a/") and line.endswith("safetensors")}
             fetched.append((names, told == total(model.float()), told))
     assert fetched[0][:2] == ({"model.safetensors"}, False) and fetched[0][2].startswith("sum")
     assert fetched[1][:2] == fetched[2][:2] == ({"model.fp16.safetensors"}, True)
@@ -384,14 +384,14 @@ def test_push_to_hub(tmp_path, saved, model):
     def push(repository, **options):
         return "push", str(saved), {"repository": repository, **options}
 
-    with serving({}) as hub:
+    with Hub({}) as hub:
         pushed = push("me/new", facts={"loss": "1.5 after 40 steps"}, license="mit")
         told = ask(tmp_path, hub.url, pushed, ("load", "me/new", {}), push("new"), push("locked/new"))
     uploaded = hub.repositories["me/new"]["main"]
     assert sorted(uploaded) == ["README.md", "config.json", "model.safetensors"]
     card = uploaded["README.md"].decode()
     assert card.startswith("---\nlibrary_name: musekit\n") and "license: mit" in card and "| loss | 1.5 after 40 steps |" in card
-    assert 'find_model_class("MaskGiTUViT").from_pretrained("me/new")' in card
+    assert 'model = load_model("me/new")' in card
     assert f"| total | {sum(weight.numel() for weight in model.state_dict().values()):,} |" in card
     assert told[0].startswith(f"{hub.url}/me/new/commit/") and told[1] == total(model)
     assert "no hub id" in told[2] and "locked/new was not uploaded" in told[3] and "403" in told[3]
@@ -403,7 +403,7 @@ def test_a_pipeline_to_the_hub_and_back(tmp_path, model):
     run = tmp_path / "run"
     Pipeline(model, PaellaVQModel(levels=2, c_hidden=16, codebook_size=16)).save_pretrained(run / "pipeline")
     (run / "config.yaml").write_text("training: {seed: 7}\n")
-    with serving({}) as hub:
+    with Hub({}) as hub:
         told = ask(tmp_path, hub.url, ("command", "push", [str(run), "me/whole", "--license", "apache-2.0"]), ("pipeline", "me/whole", {}),
                    ("command", "push", [str(tmp_path), "me/whole"]))
     uploaded = hub.repositories["me/whole"]["main"]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hub_server import serving
+from hub_server import Hub
 from musekit.recipes.memory import data_report
 from musekit.data.image_text import make_loader
 from musekit.data.packing import left_out
@@ -293,7 +293,7 @@ def test_a_dataset_of_the_hub(place, layouts, tmp_path):  # noqa: F811
     "hf://datasets/owner/name trains, is encoded and trains a tokenizer; what is not there is one line."
     repositories = {"some/digits": {"main": files_under(layouts / "clone" / "train")},
                     "some/tars": {"main": files_under(layouts / "zipped" / "train")}, "some/words": {"main": {"README.md": b"nothing"}}}
-    with serving(repositories, kind="datasets") as hub:
+    with Hub(repositories, kind="datasets") as hub:
         environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_none"}
         command = lambda *arguments: musekit(tmp_path, *arguments, **environment)
         settings = [each for each in settings_of(place, "hub", clip(place)) if not each.startswith(("data=", "dataset.params.eval", "experiment.output"))]

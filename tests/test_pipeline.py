@@ -19,7 +19,8 @@ from musekit.core.guidance import GenerationConfig
 from musekit.models.transformer import MaskGitTransformer
 from musekit.models.uvit import MaskGiTUViT
 from musekit.models.vqgan import VQGANModel
-from musekit.inference.pipeline import OUTPUT_TYPES, ImagePipeline, Pipeline, find_model_class
+from musekit.inference.pipeline import OUTPUT_TYPES, ImagePipeline, Pipeline
+from musekit.models.pretrained import find_model_class
 from musekit.core.samplers import sampler_names
 from musekit.inference.sheets import Task, draw_again, draw_sheet, read_task, write_sheet
 

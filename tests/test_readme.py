@@ -1,5 +1,6 @@
 """The README and the examples of every --help, typed in their order into a fresh folder, by bash, with short runs and a hub on this machine."""
 import gzip
+import importlib
 import json
 import os
 import re
@@ -65,19 +66,16 @@ def examples(help_text):
 class Handler(hub_server.Handler):
     "The hub, with a list of the files of one dataset, and files below /datasets/ and /texts/ in ranges."
 
-    def do_GET(self):
+    def respond(self):
         if self.path.startswith("/api/datasets/owner/name/tree/"):
             name, content = "questions.jsonl.gz", self.server.texts["questions.jsonl.gz"]
             return self.answer([{"type": "file", "path": f"data/{name}", "size": len(content)}])
         if not self.path.startswith(("/datasets/", "/texts/")):
-            return super().do_GET()
+            return super().respond()
         content = self.server.texts.get(self.path.rpartition("/")[2])
         if content is None:
             return self.fail("EntryNotFound")
-        start, stop = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "bytes=0-").groups()
-        start, stop = int(start), min(int(stop or len(content)) + 1, len(content))
-        headers = {"ETag": '"1"', "Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
-        self.answer(content[start:stop], 206 if self.headers.get("Range") else 200, **headers)
+        self.send_bytes(content, {"ETag": '"1"'})
 
 
 def parquet(column):
@@ -115,14 +113,13 @@ def hub(tmp_path_factory):
     t5 = T5EncoderModel(T5Config(vocab_size=len(pieces), d_model=24, d_kv=8, d_ff=48, num_layers=2, num_heads=3))
     TextEncoder(t5, pieces, max_seq_length=20).save_pretrained(place / "t5")
     names = {"amused/amused-256": "amused", "openai/clip-vit-base-patch32": "clip", "google/t5-v1_1-small": "t5"}
-    server = hub_server.Hub({name: {"main": files_below(place / folder)} for name, folder in names.items()})
-    server.RequestHandlerClass = Handler
+    server = hub_server.Hub({name: {"main": files_below(place / folder)} for name, folder in names.items()}, handler=Handler)
     catalogue = [path.rpartition("/")[2] for path in CATALOG["fineweb-edu-high"].paths[:3]]
     server.texts = {name: parquet("text") for name in catalogue}
     server.texts |= {f"{number}.parquet": parquet("body" if number == 4 else "text") for number in range(4)}
     server.texts |= {f"train-{number:05d}.parquet": parquet("text") for number in range(4)}
     server.texts["questions.jsonl.gz"] = questions()
-    with hub_server.running(server):
+    with server:
         yield server
 
 
@@ -226,6 +223,17 @@ def test_commands_in_the_prose_are_typed_or_listed():
     for command in re.findall(r"`((?:make|musekit|musekit-shards|pip|source|nbdev_install_hooks|accelerate|torchrun)(?: [^`]+)?)`", prose):
         typed = command in blocks or command in UNTYPED or command in ("make", "musekit", "musekit/")
         assert typed or "COMMAND" in command or command.endswith("--help"), command
+
+
+def test_names_in_the_readme_exist():
+    "musekit.room.module.name, or with the method of a class."
+    names = re.findall(r"`(musekit(?:\.\w+){3,4})`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(names) >= 6
+    for name in names:
+        _, room, module, *rest = name.split(".")
+        value = importlib.import_module(f"musekit.{room}.{module}")
+        for part in rest:
+            value = getattr(value, part)
 
 
 @pytest.mark.parametrize("target, expected", [

@@ -24,7 +24,7 @@ import pyarrow.parquet.encryption as encryption
 import pytest
 
 from children import CHILDREN
-from moody_server import serving
+from moody_server import MoodyServer
 from musekit.shards.catalog import Dataset, dataset_of
 from musekit.shards.command import backups_table, main
 from musekit.shards.convert import Options, convert
@@ -58,7 +58,7 @@ def hub_files(tmp_path_factory):
 
 @pytest.fixture
 def server(hub_files):
-    with serving(hub_files) as server:
+    with MoodyServer(hub_files) as server:
         yield server
 
 
@@ -219,7 +219,7 @@ def test_only_what_was_asked_for_is_converted(server, cache):
     write_source(raw / "another.parquet", texts("another", 500))
     options = Options(cache.folder, num_source=1, quiet=True, connection=Connection(endpoint=server.url))
     manifest = convert(WORDS, options, SMALL)
-    assert manifest["kept"] == 420 - manifest["dropped"].get("too short", 0) and len(server.asked) == 1
+    assert manifest["kept"] == 420 - manifest["dropped"].get("too short", 0) and len(server.requests) == 1
 
 
 def test_engines_give_the_same_bytes(server, cache):
@@ -235,7 +235,7 @@ def test_the_second_of_two_runs_is_refused(server, cache):
     server.pause = 0.05
     child = CHILDREN.Process(target=run_convert, args=(server.url, str(cache.folder), SMALL))
     child.start()
-    while not server.asked:
+    while not server.requests:
         time.sleep(0.01)
     with pytest.raises(ValueError, match=f"in use by process {child.pid}"):
         convert(WORDS, Options(cache.folder, quiet=True, connection=Connection(endpoint=server.url)), SMALL)
@@ -534,7 +534,7 @@ def test_two_repositories_with_one_last_name_are_kept_apart(server, cache, monke
     names = ["texts", "texts-2"] if "texts" in shared else ["alice--texts", "bob--texts"]
     assert [backup.name for backup in list_backups(cache.folder)] == ["climbmix", *names]
     if not shared:
-        assert not list(cache.folder.rglob("*.bad")) and len(server.asked) == 4
+        assert not list(cache.folder.rglob("*.bad")) and len(server.requests) == 4
     for name, owner in zip(names, made):
         assert main(["--restore", name, "--quiet", "--cache-dir", str(cache.folder)]) == 0
         assert read_manifest(cache.data)["shards"] == made[owner]
@@ -559,13 +559,13 @@ def test_addresses_beside_local_files(server, cache, tmp_path, capsys, more):
     assert main(["--from", *files, *place]) == 0
     rows = [text for seed, count in ((0, 420), ("own", 300), (1, 420), (2, 420)) for text in texts(seed, count) if len(text) >= 50]
     kept = [text for name in list_shards(cache.data) for text in pq.read_table(cache.data / name).column("text").to_pylist()]
-    assert kept == rows and len(server.asked) > 3
+    assert kept == rows and len(server.requests) > 3
     manifest, host = read_manifest(cache.data), server.url.removeprefix("http://").replace(":", "--")
     assert [source["from"] for source in manifest["sources"]] == [f"{folder}/part-0.parquet", str(own),
                                                                   f"{folder}/part-1.parquet", f"{folder}/part-2.parquet"]
     assert manifest["dataset"] == f"{host}--datasets--me--words--resolve--main"
-    server.asked.clear()
-    assert main(["--from", *files, *place]) == 0 and bool(server.asked) == ("--remote" in more)
+    server.requests.clear()
+    assert main(["--from", *files, *place]) == 0 and bool(server.requests) == ("--remote" in more)
     assert bool(list(cache.folder.glob("raw_*"))) == ("--remote" not in more)
 
 
@@ -650,10 +650,10 @@ def test_what_is_told_of_the_bytes_that_came(server, cache, monkeypatch, capsys)
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     arguments = ["--repo", "me/words", "--pattern", "part-{0..2}.parquet", "--cache-dir", str(cache.folder)]
     for more in (["--remote"], []):
-        server.sent.clear()
+        server.sent = 0
         assert main([*arguments, *more]) == 0
         came = read_manifest(cache.data)["bytes_fetched"]
-        assert came == (sum(server.sent) if more else None)
+        assert came == (server.sent if more else None)
         assert ("came over the network" in capsys.readouterr().out) == bool(more)
 
 
@@ -673,7 +673,7 @@ def test_the_first_files_or_all_of_them(server, cache, count, total):
     for part, content in zip((3, 4), list(server.files.values())):
         server.files[f"x/part-{part}.parquet"] = content
     assert main(["--from", *files, *count, "--quiet", "--cache-dir", str(cache.folder)]) == 0
-    assert len(read_manifest(cache.data)["sources"]) == total == len(server.asked)
+    assert len(read_manifest(cache.data)["sources"]) == total == len(server.requests)
     options = Options(cache.folder, quiet=True, **({"num_source": 2} if count else {}))
     assert len(convert(dataset_of(files), options, SMALL)["sources"]) == total
 
@@ -697,14 +697,14 @@ def test_the_token_is_advised_for_the_hub_alone(server, cache, monkeypatch, caps
 def test_the_token_of_a_login_goes_to_the_hub_alone(server, hub_files, tmp_path, more):
     (tmp_path / "token").write_text("hf_s3cret\n")
     environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_TOKEN_PATH": str(tmp_path / "token"), "HF_TOKEN": ""}
-    with serving(hub_files) as store:
+    with MoodyServer(hub_files) as store:
         path = "datasets/me/words/resolve/main/part-0.parquet"
         elsewhere = store.url.replace("127.0.0.1", "localhost")
         server.moods[path] = [(302, {"Location": f"{elsewhere}/{path}"})] * 99
         command = [sys.executable, "-m", "musekit.shards", "--from", f"{server.url}/{path}", f"{elsewhere}/{path[:-9]}1.parquet", "--cache-dir", tmp_path, *more]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert {token for *_, token in server.asked} == {"Bearer hf_s3cret"} and {token for *_, token in store.asked} == {None}
+        assert {token for *_, token in server.requests} == {"Bearer hf_s3cret"} and {token for *_, token in store.requests} == {None}
     manifest = (tmp_path / "data" / "manifest.json").read_text()
     assert "s3cret" not in done.stdout + done.stderr + manifest
 
@@ -722,11 +722,11 @@ def test_advice_is_that_of_the_hub(server, cache, monkeypatch, capsys, more):
         server.moods[path] = [(401, headers)]
         assert main(arguments) == 1
         assert_one_line(capsys, *told)
-    with serving({}) as store:
+    with MoodyServer({}) as store:
         store.moods["a"] = [(403, {})] * 9
         server.moods[path] = [(302, {"Location": store.url.replace("127.0.0.1", "localhost") + "/a"})] * 9
         assert main(arguments) == 1
-        assert_one_line(capsys, "the answer is that of localhost", "not about the dataset's terms")
+        assert_one_line(capsys, "the answer is from localhost", "not about the dataset's terms")
 
 
 @pytest.mark.parametrize("more", [[], ["--remote"]], ids=str)
@@ -739,7 +739,7 @@ def test_what_stands_for_a_file_is_asked_for_once(server, cache, capsys, more, p
     server.files[path] = content
     assert main(["--from", f"{server.url}/{path}", "--quiet", "--cache-dir", str(cache.folder), *more]) == 1
     assert_one_line(capsys, path, told)
-    assert len(server.asked) <= 3
+    assert len(server.requests) <= 3
 
 
 @pytest.mark.parametrize("more", [[], ["--remote"], ["--dry-run"]], ids=str)
@@ -898,7 +898,7 @@ def test_ctrl_c_is_one_line(server, cache, more):
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in the background of a script Ctrl-C is ignored
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": listen}
     with subprocess.Popen(command, env=os.environ | {"HF_ENDPOINT": server.url}, **options) as process:
-        while not server.asked:
+        while not server.requests:
             time.sleep(0.02)
         time.sleep(0.7)  # something has come, and not all
         stopped = time.perf_counter()
@@ -921,7 +921,7 @@ def test_a_damaged_file_of_a_server_is_not_to_be_deleted(server, cache, monkeypa
     address = "datasets/me/words/resolve/main/part-1.parquet"
     server.files[address] = server.files[address][:2000] + bytes(2000) + server.files[address][4000:]
     assert main(["--repo", "me/words", "--pattern", "part-{0..1}.parquet", "--remote", "--quiet", "--cache-dir", str(cache.folder)]) == 1
-    assert_one_line(capsys, "part-1.parquet, row group 0", "tell those who keep it")
+    assert_one_line(capsys, "part-1.parquet, row group 0", "tell its publisher")
 
 
 def test_ctrl_c_before_the_command_is_loaded(monkeypatch, capsys):

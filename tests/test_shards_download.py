@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moody_server import serving
+from moody_server import MoodyServer
 from musekit.shards.download import Connection, download_all, fetch
 
 
@@ -31,7 +31,7 @@ NEWER = parquet_bytes("newer", 5_000)
 
 @pytest.fixture
 def server():
-    with serving(FILES) as server:
+    with MoodyServer(FILES) as server:
         server.newer = {name: NEWER for name in FILES}
         yield server
 
@@ -47,7 +47,7 @@ def connection(server, waits):
 
 
 def ranges(server):
-    return [asked for _, asked, _ in server.asked]
+    return [asked for _, asked, _ in server.requests]
 
 
 @pytest.mark.parametrize("moods, expected", [
@@ -68,7 +68,7 @@ def test_what_is_no_file_is_not_asked_for_again_and_loses_nothing(server, connec
     server.moods["a.parquet"] = ["cut", "page"]
     with pytest.raises(ValueError, match="a.parquet: it is not Parquet but a web page") as caught:
         fetch(f"{server.url}/a.parquet", tmp_path / "a.parquet", connection)
-    assert (len(server.asked), waits) == (2, [1]) and "\n" not in str(caught.value)
+    assert (len(server.requests), waits) == (2, [1]) and "\n" not in str(caught.value)
     assert FILES["a.parquet"].startswith((tmp_path / "a.parquet.part").read_bytes())
     fetch(f"{server.url}/a.parquet", tmp_path / "a.parquet", connection)
     assert ranges(server)[2].startswith("bytes=") and (tmp_path / "a.parquet").read_bytes() == FILES["a.parquet"]
@@ -109,7 +109,7 @@ def test_answers_that_stay_fail_at_once(server, connection, waits, tmp_path, sta
     server.moods["a.parquet"] = [(status, {})]
     with pytest.raises(kind, match=told) as caught:
         fetch(f"{server.url}/a.parquet", tmp_path / "a.parquet", connection)
-    assert (len(server.asked), waits, list(tmp_path.iterdir())) == (1, [], []) and "\n" not in str(caught.value)
+    assert (len(server.requests), waits, list(tmp_path.iterdir())) == (1, [], []) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("mood", ["truncated", (503, {})], ids=str)
@@ -117,7 +117,7 @@ def test_five_attempts_and_never_taken_for_data(server, connection, waits, tmp_p
     server.moods["a.parquet"] = [mood] * 9
     with pytest.raises(ConnectionError, match="attempt 5 of 5") as caught:
         fetch(f"{server.url}/a.parquet", tmp_path / "a.parquet", connection)
-    assert (len(server.asked), waits) == (5, [1, 2, 4, 8]) and not (tmp_path / "a.parquet").exists()
+    assert (len(server.requests), waits) == (5, [1, 2, 4, 8]) and not (tmp_path / "a.parquet").exists()
     assert (tmp_path / "a.parquet.bad").exists() == (mood == "truncated")
     assert ("is kept" in str(caught.value)) == (tmp_path / "a.parquet.part").exists()
     fetch(f"{server.url}/a.parquet", tmp_path / "a.parquet", replace(connection, attempts=9))
@@ -131,7 +131,7 @@ def test_checksums(server, connection, tmp_path, kind):
              "md5": {"Content-MD5": b64encode(hashlib.md5(content).digest()).decode()}}[kind]
     server.extra["a.parquet"], server.moods["a.parquet"] = given, ["garbled"]
     assert fetch(f"{server.url}/a.parquet", tmp_path / "a.parquet", connection).path.read_bytes() == content
-    assert not (tmp_path / "a.parquet.bad").exists() and len(server.asked) == 2
+    assert not (tmp_path / "a.parquet.bad").exists() and len(server.requests) == 2
     server.moods["b.parquet"], server.extra["b.parquet"] = [], given
     with pytest.raises(ConnectionError, match=f"{kind} is not" if kind == "md5" else "bytes instead of|sha256 is not"):
         fetch(f"{server.url}/b.parquet", tmp_path / "b.parquet", connection)
@@ -142,7 +142,7 @@ def test_the_checksum_of_a_resumed_file(server, connection, tmp_path):
     server.extra["a.parquet"] = {"X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"'}
     server.moods["a.parquet"] = ["cut", "garbled", "cut"]
     assert fetch(f"{server.url}/a.parquet", tmp_path / "a.parquet", connection).path.read_bytes() == content
-    assert len(server.asked) == 4
+    assert len(server.requests) == 4
 
 
 def test_complete_files_need_no_server(server, connection, tmp_path):
@@ -182,8 +182,8 @@ def test_a_renewed_signature_fetches_nothing_that_is_here(server, connection, tm
     source = fetch(f"{server.url}/a.parquet?sig=1", path, connection)
     assert path.read_bytes() == (NEWER if change == "size" else content) and source.url.endswith("sig=1")
     assert (path.stat().st_ino == before) == kept != (tmp_path / "a.parquet.old").exists()
-    server.asked.clear()
-    assert fetch(f"{server.url}/a.parquet?sig=1", path, connection) == source and not server.asked
+    server.requests.clear()
+    assert fetch(f"{server.url}/a.parquet?sig=1", path, connection) == source and not server.requests
 
 
 def test_what_a_note_and_an_error_hold_of_an_address(server, tmp_path):
@@ -199,7 +199,7 @@ def test_what_a_note_and_an_error_hold_of_an_address(server, tmp_path):
 
 def test_the_token_is_told_to_the_hub_alone(server, tmp_path):
     connection = Connection(endpoint=server.url, token="hf_secret", sleep=lambda seconds: None)
-    with serving(FILES) as store:
+    with MoodyServer(FILES) as store:
         elsewhere = store.url.replace("127.0.0.1", "localhost")
         sha256 = hashlib.sha256(FILES["a.parquet"]).hexdigest()
         headers = {"Location": f"{elsewhere}/a.parquet", "X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": len(FILES["a.parquet"])}
@@ -207,9 +207,9 @@ def test_the_token_is_told_to_the_hub_alone(server, tmp_path):
         store.moods["a.parquet"] = ["cut"]
         fetch(f"{server.url}/a.parquet", tmp_path / "a.parquet", connection)
         fetch(f"{elsewhere}/b.parquet", tmp_path / "b.parquet", connection)
-        assert {token for *_, token in server.asked} == {"Bearer hf_secret"}
-        assert {token for *_, token in store.asked} == {None}
-        assert store.asked[1][1].startswith("bytes=")  # resumed through the redirect
+        assert {token for *_, token in server.requests} == {"Bearer hf_secret"}
+        assert {token for *_, token in store.requests} == {None}
+        assert store.requests[1][1].startswith("bytes=")  # resumed through the redirect
         assert json.loads((tmp_path / "a.parquet.json").read_text())["sha256"] == sha256
 
 
@@ -218,7 +218,7 @@ def test_the_first_failure_stops_the_others(server, connection, tmp_path):
     urls = [f"{server.url}/{name}" for name in ("a.parquet", "missing.parquet", "b.parquet", "c.parquet")]
     with pytest.raises(FileNotFoundError, match="missing.parquet"):
         download_all(urls, tmp_path, connection, workers=2, quiet=True)
-    assert len(server.asked) <= 3
+    assert len(server.requests) <= 3
 
 
 def test_no_server_at_all(waits, tmp_path):
@@ -240,8 +240,8 @@ def test_killed_downloads_go_on(server, tmp_path):
     urls = [f"{server.url}/{name}" for name in FILES]
     for kill in range(4):
         with subprocess.Popen([sys.executable, "-c", PROGRAM, tmp_path, *urls]) as process:
-            before = len(server.asked)
-            while len(server.asked) == before and process.poll() is None:
+            before = len(server.requests)
+            while len(server.requests) == before and process.poll() is None:
                 time.sleep(0.01)
             time.sleep(0.15 + 0.1 * kill)
             process.kill()

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moody_server import serving
+from moody_server import MoodyServer
 from musekit.shards.catalog import read_number
 from musekit.shards.plan import make_plan, run_plan, tasks_of, write_shard
 from musekit.shards.rechunk import VALIDATION_SHARD, Layout, rechunk, shard_bounds
@@ -330,9 +330,9 @@ def test_from_a_web_server_only_what_the_rows_need_travels(tmp_path):
         "int_score": [2 + row % 4 for row in range(rows)],
     }), tmp_path / "a.parquet", row_group_size=100, write_statistics=False)
     near = rechunk([tmp_path / "a.parquet"], tmp_path / "near", selection, layout)
-    with serving({"a.parquet": (tmp_path / "a.parquet").read_bytes()}) as server:
+    with MoodyServer({"a.parquet": (tmp_path / "a.parquet").read_bytes()}) as server:
         assert rechunk([f"{server.url}/a.parquet"], tmp_path / "far", selection, layout) == near
-        fetched = sum(server.sent)
+        fetched = server.sent
         assert run_plan(make_plan([f"{server.url}/a.parquet"], selection, layout), tmp_path / "planned") == near
     metadata = pq.read_metadata(tmp_path / "a.parquet")
     groups = range(-(-near.rows // 100))

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from odd_server import BEHAVIOURS, oddly_serving
+from odd_server import BEHAVIOURS, OddServer
 from musekit.shards.download import Connection, fetch
 from musekit.shards.remote import RemoteFile
 from musekit.shards.sources import read_texts
@@ -31,25 +31,25 @@ TEXTS = pq.read_table(pa.BufferReader(CONTENT))["text"].to_pylist()
 # What comes of a download, and of reading in place: "" for the right file, else the error and words of it.
 RIGHT = ""
 BUSY = (ConnectionError, "attempt 5 of 5")
-UNCLEAR = (ValueError, "other parts of files than it is asked for")
+UNCLEAR = (ValueError, "sent another range than was requested")
 EXPECTED = {
     "good": (RIGHT, RIGHT), "broken": (RIGHT, RIGHT), "eighths": (RIGHT, RIGHT), "stingy": (RIGHT, RIGHT), "anonymous": (RIGHT, RIGHT),
-    "weak": (RIGHT, RIGHT), "dated": (RIGHT, RIGHT), "empty": (BUSY, BUSY), "nothing": ((ValueError, "does not send the file"), UNCLEAR),
+    "weak": (RIGHT, RIGHT), "dated": (RIGHT, RIGHT), "empty": (BUSY, BUSY), "nothing": ((ValueError, "does not send the requested file"), UNCLEAR),
     "shifted": (RIGHT, UNCLEAR), "earlier": (RIGHT, RIGHT),
-    "star": (RIGHT, (ValueError, "does not tell how long the file is")), "no-range": (RIGHT, UNCLEAR), "words": (RIGHT, UNCLEAR), "units": (RIGHT, UNCLEAR),
+    "star": (RIGHT, (ValueError, "does not say how long the file is")), "no-range": (RIGHT, UNCLEAR), "words": (RIGHT, UNCLEAR), "units": (RIGHT, UNCLEAR),
     "backwards": (RIGHT, UNCLEAR), "beyond": (RIGHT, UNCLEAR), "digits": (RIGHT, UNCLEAR),
     "always-a-part": (RIGHT, RIGHT), "always-unclear": ((ValueError, "which one is unclear"), UNCLEAR),
-    "always-star": (RIGHT, (ValueError, "does not tell how long")),
+    "always-star": (RIGHT, (ValueError, "does not say how long")),
     "multipart": (RIGHT, UNCLEAR), "no-length": (RIGHT, RIGHT), "chunked": (RIGHT, RIGHT), "chunked-broken": (RIGHT, RIGHT),
-    "zipped": (RIGHT, (ValueError, "compresses")), "whole": (RIGHT, (ValueError, "no parts of files")), "whole-as-a-part": (RIGHT, UNCLEAR),
+    "zipped": (RIGHT, (ValueError, "compresses")), "whole": (RIGHT, (ValueError, "does not support range requests")), "whole-as-a-part": (RIGHT, UNCLEAR),
     "no-such-part": (RIGHT, (ValueError, "no byte 0")), "more": (RIGHT, RIGHT), "busy": (BUSY, BUSY),
     "missing": ((FileNotFoundError, "404"), (FileNotFoundError, "404")), "forbidden": ((ValueError, "403"), (ValueError, "403")),
     "teapot": ((ValueError, "418"), (ValueError, "418")), "strange": ((ValueError, "999"), (ValueError, "999")),
     "page": ((ValueError, "a web page"), (ValueError, "a web page")), "page-part": ((ValueError, "a web page"), (ValueError, "a web page")),
     "pointer": ((ValueError, "Git LFS"), (ValueError, "Git LFS")), "json": ((ValueError, "begins with"), (ValueError, "begins with")),
-    "circle": ((ValueError, "without end"), (ValueError, "without end")), "ftp": ((ValueError, "InvalidSchema"), (ValueError, "InvalidSchema")),
+    "circle": ((ValueError, "never end"), (ValueError, "never end")), "ftp": ((ValueError, "InvalidSchema"), (ValueError, "InvalidSchema")),
     "endless": (RIGHT, RIGHT),
-    "bracket": ((ValueError, "cannot be asked for"), (ValueError, "cannot be asked for")),
+    "bracket": ((ValueError, "cannot be requested"), (ValueError, "cannot be requested")),
     "nowhere": ((ConnectionError, "refused"), (ConnectionError, "refused")), "slow": (RIGHT, RIGHT),
     "changing": ((ConnectionError, "attempt 5 of 5"), (ValueError, "was changed")),
     "changing-size": ((ConnectionError, "another version"), (ValueError, "was changed")),
@@ -65,7 +65,7 @@ def quick():
 
 @pytest.fixture
 def server():
-    with oddly_serving(CONTENT) as server:
+    with OddServer(CONTENT) as server:
         yield server
 
 
@@ -95,8 +95,8 @@ def test_downloads(server, tmp_path, name):
         assert path.read_bytes() == CONTENT and sum(waits) <= 12
         buffers = 64e6 if name == "endless" else 0  # what the system takes of a body that nobody reads
         assert server.sent < 2.5 * len(CONTENT) + 9 * 70_000 + buffers
-    assert server.sent < 1 << 25 and len(server.asked) < 45  # what is on its way is not called back
-    assert all(headers["Accept-Encoding"] == "identity" for headers in server.asked)
+    assert server.sent < 1 << 25 and len(server.requests) < 45  # what is on its way is not called back
+    assert all(headers["Accept-Encoding"] == "identity" for headers in server.requests)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -109,14 +109,14 @@ def test_reading_in_place(server, name):
     started = time.perf_counter()
     check(EXPECTED[name][1], read, url)
     assert time.perf_counter() - started < 20
-    assert server.sent < 1 << 25 and len(server.asked) < 45  # what is on its way is not called back
-    assert all(headers["Accept-Encoding"] == "identity" for headers in server.asked)
+    assert server.sent < 1 << 25 and len(server.requests) < 45  # what is on its way is not called back
+    assert all(headers["Accept-Encoding"] == "identity" for headers in server.requests)
 
 
 @pytest.mark.parametrize("name", ["broken", "eighths", "anonymous", "weak", "dated"])
 def test_no_byte_that_came_is_thrown_away(server, tmp_path, name):
     fetch(f"{server.url}/{name}/a.parquet", tmp_path / "a.parquet", Connection(sleep=lambda seconds: None))
-    overlaps = (1 << 16) * (len(server.asked) - 1) if name in ("anonymous", "weak") else 0
+    overlaps = (1 << 16) * (len(server.requests) - 1) if name in ("anonymous", "weak") else 0
     assert server.sent <= len(CONTENT) + overlaps
 
 
@@ -143,10 +143,10 @@ def test_closing_does_not_wait_for_a_pause(server):
     RemoteFile.pause = 30.0
     try:
         file = RemoteFile(f"{server.url}/good/a.parquet")
-        file.url = file.place = f"{server.url}/busy/a.parquet"
+        file.url = file.location = f"{server.url}/busy/a.parquet"
         file.expect([(0, 1000)])
         future = file.pool.submit(file._fetch, 0, 1000)
-        while len(server.asked) < 2:
+        while len(server.requests) < 2:
             time.sleep(0.01)
         started = time.perf_counter()
         file.close()

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moody_server import serving
+from moody_server import MoodyServer
 from musekit.shards.catalog import Dataset, dataset_of
 from musekit.shards.command import main
 from musekit.shards.convert import Options, convert
@@ -81,7 +81,7 @@ def hub_files(rows, tmp_path_factory):
 
 @pytest.fixture
 def server(hub_files, monkeypatch):
-    with serving(hub_files) as server:
+    with MoodyServer(hub_files) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         yield server
 
@@ -223,12 +223,12 @@ def test_the_hub_lists_page_by_page_and_no_other_host_is_asked(server, tmp_path)
     server.moods[first] = [(503, {}), (429, {"Retry-After": "1"})]
     found = list_files(words, hub)
     assert found.paths == ["jsonl/part-0.jsonl", "jsonl/part-1.jsonl"] and found.gigabytes > 0
-    assert server.asked[-1] == ("page2", None, "Bearer secret")
-    with serving({"page2": b"[]"}) as other:
+    assert server.requests[-1] == ("page2", None, "Bearer secret")
+    with MoodyServer({"page2": b"[]"}) as other:
         server.extra[first] = {"Link": f'<{other.url}/page2>; rel="next"'}
         with pytest.raises(ValueError, match="another host"):
             list_files(words, hub)
-        assert other.asked == []
+        assert other.requests == []
 
 
 def test_what_the_hub_does_not_have_is_one_line(server, tmp_path, capsys, monkeypatch):

@@ -18,7 +18,7 @@ from musekit.shards.command import backups_table
 from musekit.shards.rechunk import Layout, rechunk
 from musekit.shards.plan import list_shards, verify_shards
 from musekit.utils.files import exchange_folders, lock, need_space
-from musekit.shards.store import Cache, back_up, damaged_shard, list_backups, new_set, recover, restore
+from musekit.shards.store import Cache, back_up, damaged_shard, finish_interrupted, list_backups, new_set, restore
 
 LAYOUT = Layout(rows_per_shard=20, rows_per_group=5, num_shards=3)
 
@@ -80,7 +80,7 @@ def test_killed_exchanges(cache, sets, how):
             name = set_in_place(cache.data, sets)  # whole even before anybody mends anything
             if cache.tokenizer.exists() and (text := (cache.tokenizer / "tokenizer.pkl").read_text()) != "of the old set":
                 assert text == str(folders[name]), "a tokenizer of the other set stands beside the data"
-        recover(cache)
+        finish_interrupted(cache)
         seen.append(set_in_place(cache.data, sets))
         text = (cache.tokenizer / "tokenizer.pkl").read_text()
         assert text in (str(folders[seen[-1]]), "of the old set")
@@ -121,7 +121,7 @@ def test_every_step_can_be_the_last(cache, sets, monkeypatch, atomic, has_data):
         except Died:
             pass
         monkeypatch.setattr(os, "rename", rename)
-        recover(cache)
+        finish_interrupted(cache)
         found = list_shards(cache.data)
         assert not found and not has_data or set_in_place(cache.data, sets) in ("old", "new")
         if found and set(verify_shards(cache.data, LAYOUT)) == set(shards):
@@ -167,7 +167,7 @@ def test_what_was_written_since_the_exchange_does_not_undo_it(cache, sets, excha
     with pytest.raises(Died):
         begin(cache, sets, die)
     (cache.data / ("shard_00009.parquet.tmp" if what == "a new file" else list_shards(cache.data)[0])).touch()
-    recover(cache)
+    finish_interrupted(cache)
     assert set_in_place(cache.data, sets) == "new" and (cache.tokenizer / "tokenizer.pkl").read_text() == "of the new set"
     assert (cache.data / "shard_00009.parquet.tmp").exists() == (exchanged and what == "a new file")
 
@@ -177,7 +177,7 @@ def test_a_journal_that_tells_nothing_moves_nothing(cache, sets, journal):
     shutil.copytree(sets["new"][0], cache.next / "data")
     (cache.next / "journal.json").write_text(journal)
     with pytest.raises(ValueError, match="next is not what its journal.json says"):
-        recover(cache)
+        finish_interrupted(cache)
     assert set_in_place(cache.data, sets) == "old" and cache.tokenizer.exists() and set_in_place(cache.next / "data", sets) == "new"
 
 
@@ -198,7 +198,7 @@ def test_a_tokenizer_is_restored_beside_equal_shards(cache, sets, monkeypatch, s
     except Died:
         monkeypatch.setattr(os, "rename", rename)
         began = cache.next.exists() or not cache.tokenizer.exists() or (cache.folder / "partial-done").exists()
-        recover(cache)
+        finish_interrupted(cache)
         assert began or (cache.tokenizer / "tokenizer.pkl").read_text() == "another"
         if not began:
             return
@@ -258,7 +258,7 @@ store.back_up(store.Cache(sys.argv[1]))
         process.stdout.readline()
         process.kill()
     assert list_backups(cache.folder) == [] and (cache.folder / "partial-backup_climbmix").exists()
-    recover(cache)
+    finish_interrupted(cache)
     assert not (cache.folder / "partial-backup_climbmix").exists()
     assert set_in_place(back_up(cache) / "data", sets) == "old"
 

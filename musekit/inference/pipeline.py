@@ -28,7 +28,7 @@ from .prompts import DIFFUSERS_NAMES, from_diffusers_names, negative_conditions,
 from ..models.card import write_card
 from ..core.masking import random_mask
 from ..models.diffusers import MODEL_INDEX, read_amused, save_amused
-from ..models.pretrained import find_dtype, find_model_class
+from ..models.pretrained import find_dtype, load_model
 from ..models.quantizers import ImageTokenizer
 from ..utils.validation import check_names, is_number, whole_numbers
 from ..utils.seeds import resolve_seed, step_seed
@@ -467,8 +467,7 @@ class Pipeline(ImagePipeline):
         chosen = _part_variants(folder, inner, variant)
 
         def load(name):
-            cls = find_model_class(settings[name])
-            return cls.from_pretrained(folder / inner[name], variant=chosen[name])
+            return load_model(folder / inner[name], variant=chosen[name])
 
         text = settings["text_encoder"]
         text = text and load_encoder(folder, **text, variant=chosen["text_encoder"])

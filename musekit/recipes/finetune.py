@@ -15,7 +15,7 @@ from torch import nn
 from ..inference.pipeline import SETTINGS_FILE
 from ..models.diffusers import MODEL_INDEX, read_amused
 from ..models.lora import add_lora, lora_targets
-from ..models.pretrained import ModelConfig, convert_checkpoint
+from ..models.pretrained import ModelConfig, read_config
 from ..models.weights import read_json
 from ..training.schema import Model
 
@@ -44,7 +44,7 @@ def _try_targets(cls, section):
     stored = Path(section.pretrained_model_path).expanduser() / "config.json"
     if section.lora.rank and stored.is_file():
         with torch.device("meta"):
-            lora_targets(cls.from_config(convert_checkpoint(read_json(stored), {})[0]), section.lora.target)
+            lora_targets(cls.from_config(read_config(stored)), section.lora.target)
 
 
 def adopt_pipeline(

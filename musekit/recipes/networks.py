@@ -20,12 +20,11 @@ from torch import nn
 from ..models.maskgit_vqgan import MaskGitVQGAN
 from ..models.movq import MOVQ
 from ..models.paella_vq import PaellaVQModel
-from ..models.pretrained import convert_checkpoint
+from ..models.pretrained import read_config
 from ..models.text_encoders import ClassEncoder, NoEncoder, TextEncoder
 from ..models.transformer import MaskGitTransformer
 from ..models.uvit import MaskGiTUViT
 from ..models.vqgan import VQGANModel
-from ..models.weights import read_json
 from .finetune import load_pretrained
 from .settings import clip_training
 from ..training.config import Config, class_names, condition_of, num_classes, reads_pooled
@@ -48,7 +47,7 @@ def stored_config(path: str | Path) -> dict | None:
         return None
     if not isinstance(file, (str, Path)) or not Path(file).is_file():
         return None
-    return convert_checkpoint(read_json(Path(file)), {})[0]
+    return read_config(Path(file))
 
 
 def describe_vq_model(config: Config) -> nn.Module | None:

@@ -24,13 +24,13 @@ from ..utils.files import lock
 from ..utils.workers import worker_pool
 from .catalog import CATALOG, Dataset, dataset_of, find_dataset, is_remote, mix_of, read_number
 from .catalog import redact, shown
-from .convert import FETCHED_TWICE, FULL, Options, convert, parts_of, readable_size, shuffle_room
+from .convert import FETCHED_TWICE, FULL, Options, convert, parts_of, readable_size, shuffle_space
 from .download import Connection, list_files
 from .plan import list_shards
-from .rechunk import CODECS, LAYOUTS, Layout, Mix, layout_for
+from .rechunk import CODECS, TRAINER_LAYOUTS, Layout, Mix, layout_for
 from .sources import check_source
 from .selection import Selection
-from .store import Cache, damaged_shard, list_backups, recover, restore
+from .store import Cache, damaged_shard, finish_interrupted, list_backups, restore
 
 # %% ../../nbs/08_shards/14_command.ipynb #6f66c2d1
 def summary(manifest: dict, cache: Cache) -> str:
@@ -205,7 +205,7 @@ def _part_of_dry_run(part, options):
     lines += [f"  texts: {texts}"] if texts else []
     if part.seed is not None:
         room = sum(sum(each.bytes) for each in contents) + 1e9 * (dataset.gigabytes or 0) * far
-        size = f"{'at most' if far else 'about'} {readable_size(shuffle_room(room))}"
+        size = f"{'at most' if far else 'about'} {readable_size(shuffle_space(room))}"
         size = "unknown size" if far and not dataset.gigabytes else size
         lines.append(f"  shuffling: {size} on the disk until the shards are written")
     return lines, None if None in rows else sum(rows)
@@ -289,7 +289,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="shards for training; one more is for validation (default: %(default)s)")
     add("--num-source", type=whole, metavar="N",
         help="use the first N files of the dataset (default: 3; with --from all of them)")
-    add("--layout", choices=list(LAYOUTS), default="autoresearch",
+    add("--layout", choices=list(TRAINER_LAYOUTS), default="autoresearch",
         help="for which trainer: its names, its place and how shards are cut (default: %(default)s)")
     add("--shard-characters", type=whole, metavar="N",
         help="end a shard with the row group that reaches N characters (default: 86,016 rows; nanochat: 250000000)")
@@ -429,7 +429,7 @@ def _restore(arguments, options):
     if not cache.folder.is_dir():
         raise ValueError(f"there is no backup to restore: {cache.folder} does not exist.")
     with lock(cache.folder):
-        recover(cache)
+        finish_interrupted(cache)
         backup = restore(cache, arguments.restore or None, arguments.skip_backup)
     names = list_shards(cache.data)
     count = len(set(names) - {Layout(trainer=cache.trainer).validation_shard(len(names) - 1)})

@@ -27,36 +27,36 @@ from ..utils.validation import one_line
 
 # %% ../../nbs/08_shards/08_sources.ipynb #c6025242
 class BadSource(ValueError):
-    "A source that cannot be read: which, and what is wrong with it."
+    "A source that cannot be read, with what is wrong with it."
 
     def __str__(self):
-        source, what = self.args
-        mend = "tell those who keep it" if is_remote(source) else "delete it and fetch it again"
-        return f"{shown(source)}{what.rstrip('.')}. If it is damaged, {mend}."
+        source, problem = self.args
+        advice = "tell its publisher" if is_remote(source) else "delete it and fetch it again"
+        return f"{shown(source)}{problem.rstrip('.')}. If it is damaged, {advice}."
 
 
-_READERS = {"Parquet": ParquetReader, "Arrow": ArrowReader, "Arrow stream": ArrowReader, "JSON Lines": LineReader, "gzip": LineReader,
-            "zstd": LineReader, "shuffle": ShuffleReader}
+_READERS = {"Parquet": ParquetReader, "Arrow": ArrowReader, "Arrow stream": ArrowReader, "JSON Lines": LineReader,
+            "gzip": LineReader, "zstd": LineReader, "shuffle": ShuffleReader}
 
 
 @contextmanager
-def _bad_source(source, what):
-    "Turns what the readers of files raise into a `BadSource`."
+def _bad_source(source, problem):
+    "Raises a `BadSource` for the errors of readers."
     try:
         yield
     except ConnectionError:
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError, IndexError, OverflowError) as error:
-        raise BadSource(str(source), f"{what}: {one_line(error)}") from error
+        raise BadSource(str(source), f"{problem}: {one_line(error)}") from error
 
 
 @contextmanager
 def open_source(
     source: str | Path,
     selection: Selection,
-    groups: Iterable[int] | None = None,  # parts that will be read, which a file on a web server wants to know; None: all
+    groups: Iterable[int] | None = None,  # parts that will be read, which a remote file needs to know; None: all
 ) -> Iterator[ColumnReader | LineReader]:
-    "A reader for a file, here or on a web server; a `BadSource`, which is a ValueError, if it is not whole."
+    "A reader for a local or remote file; a `BadSource`, which is a ValueError, if it is not whole."
     with RemoteFile(str(source)) if is_remote(source) else open(source, "rb", buffering=0) as file:
         start = file.read(64)
         kind = file_format(start)
@@ -77,14 +77,15 @@ def open_source(
 
 def source_list(sources: str | Path | Iterable[str | Path]) -> list[str]:
     "One source or several as a list; a ValueError for none."
-    found = [str(source) for source in ([sources] if isinstance(sources, (str, Path)) else sources)]
-    if not found:
-        raise ValueError("no source was given; give paths or addresses of Parquet, Arrow or JSON Lines files.")
-    return found
+    sources = [sources] if isinstance(sources, (str, Path)) else sources
+    names = [str(source) for source in sources]
+    if not names:
+        raise ValueError("there is no source; give paths or addresses of Parquet, Arrow or JSON Lines files.")
+    return names
 
 
 def check_source(source: str | Path, selection: Selection) -> SourceContents:
-    "What is in a source with the wanted columns and fitting types; else a ValueError that names it."
+    "What is in a source with the selected columns of fitting types; else a ValueError that names it."
     with open_source(source, selection, []) as reader, _bad_source(source, " is not a whole file"):
         reader.check()
         return reader.contents()
@@ -94,23 +95,24 @@ def read_texts(
     source: str | Path,
     selection: Selection,
     groups: Iterable[int] | None = None,  # its parts: row groups, record batches or blocks; None for all
-    limit: int | None = None,  # stop once so many are kept
+    limit: int | None = None,  # stop after this many kept texts
 ) -> Iterator[tuple[pa.StringArray, int, Counter, int]]:
-    "Batch by batch: the kept texts, the rows read for them, those dropped by reason, and the part."
+    "Batch by batch: the kept texts, the number of rows read, the numbers dropped by reason, and the part."
     with open_source(source, selection, groups) as reader:
         if isinstance(reader, ColumnReader):
             with _bad_source(source, " is not a whole file"):
                 reader.check()
         for group in range(reader.num_groups) if groups is None else groups:
             for batch in _read_group(source, reader, group, selection):
-                texts, read, dropped = _select(batch, selection, limit)
-                yield texts, read, dropped, group
+                texts, num_rows, dropped = _select(batch, selection, limit)
+                yield texts, num_rows, dropped, group
                 limit = None if limit is None else limit - len(texts)
                 if limit == 0:
                     return
 
 
 def _read_group(source, reader, group, selection):
+    "Batches of a part: the texts, the scores if there are any, and which texts are bad UTF-8 if those are skipped."
     with _bad_source(source, f", row group {group} cannot be read"):
         for texts, scores, bad in reader.rows(group):
             columns = [texts, *([] if scores is None else [scores])]
@@ -119,7 +121,7 @@ def _read_group(source, reader, group, selection):
             if selection.skip_bad_utf8:
                 bad = pa.array([False] * len(texts)) if bad is None else bad
                 columns = [pc.if_else(bad, pa.scalar(None, pa.string()), texts), *columns[1:], bad]
-            yield pa.RecordBatch.from_arrays(columns, [str(place) for place in range(len(columns))])
+            yield pa.RecordBatch.from_arrays(columns, [str(index) for index in range(len(columns))])
 
 
 def _select(batch, selection, limit):
@@ -133,39 +135,40 @@ def _select(batch, selection, limit):
 # %% ../../nbs/08_shards/08_sources.ipynb #164eefd3
 @dataclass
 class Tally:
-    "What has been read so far."
+    "Counts of the rows read so far."
 
     rows: int = 0
     kept: int = 0
     dropped: Counter = field(default_factory=Counter)
-    counts: list = field(default_factory=list, repr=False)  # (source, part, rows, kept, dropped) of the parts that were read
+    counts: list = field(default_factory=list, repr=False)  # (source, part, rows, kept, dropped) of each part
 
     def add(self, rows: int, kept: int, dropped: dict[str, int]):
-        "Counts some more."
-        self.rows, self.kept = self.rows + rows, self.kept + kept
+        "Adds some rows."
+        self.rows += rows
+        self.kept += kept
         self.dropped.update(dropped)
 
     def watch(self, batches: Iterable[tuple]) -> Iterator[pa.StringArray]:
-        "Passes the texts of `read_sources` on and counts them."
-        for texts, rows, dropped, place in batches:
+        "Yields the texts of `read_sources` and counts them."
+        for texts, rows, dropped, part in batches:
             self.add(rows, len(texts), dropped)
-            if not self.counts or self.counts[-1][:2] != place:
-                self.counts.append((*place, 0, 0, {}))
+            if not self.counts or self.counts[-1][:2] != part:
+                self.counts.append((*part, 0, 0, {}))
             _, _, before, kept, reasons = self.counts[-1]
-            self.counts[-1] = (*place, before + rows, kept + len(texts), dict(Counter(reasons) + dropped))
+            self.counts[-1] = (*part, before + rows, kept + len(texts), dict(Counter(reasons) + dropped))
             yield texts
 
     def __str__(self):
-        reasons = ", ".join(f"{number:,} {why}" for why, number in self.dropped.items())
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in self.dropped.items())
         return f"rows: {self.rows:,} read, {self.kept:,} kept{reasons and f'; dropped: {reasons}'}"
 
 
 def read_sources(
     sources: Iterable[str | Path],
     selection: Selection,
-    limit: int | None = None,  # stop once so many are kept
+    limit: int | None = None,  # stop after this many kept texts
 ) -> Iterator[tuple[pa.StringArray, int, Counter, tuple[int, int]]]:
-    "The batches of all sources, one after the other; last of each the number of its source and the part."
+    "The batches of all sources, one after the other, as `read_texts` but with (index of the source, part)."
     for index, source in enumerate(sources):
         for texts, rows, dropped, group in read_texts(source, selection, limit=limit):
             yield texts, rows, dropped, (index, group)
@@ -175,14 +178,14 @@ def read_sources(
 
 # %% ../../nbs/08_shards/08_sources.ipynb #3ed503bc
 def plot_tally(tally: Tally, ax=None):
-    "Rows kept and dropped by reason; gives the figure, or draws into `ax`."
+    "A figure of the rows kept and dropped by reason, drawn into `ax` if there is one."
     import matplotlib.pyplot as plt
 
     figure, ax = plt.subplots(figsize=(5, 1.6), layout="constrained") if ax is None else (ax.figure, ax)
     dropped = {reason: tally.dropped[reason] for reason in REASONS if reason in tally.dropped}
-    fates = {"kept": tally.kept, **dropped}
-    bars = ax.barh(list(fates), list(fates.values()), color=["#2171b5"] + ["#bdbdbd"] * len(fates))
-    ax.bar_label(bars, [f"{number:,}" for number in fates.values()], padding=2)
+    counts = {"kept": tally.kept, **dropped}
+    bars = ax.barh(list(counts), list(counts.values()), color=["#2171b5"] + ["#bdbdbd"] * len(counts))
+    ax.bar_label(bars, [f"{number:,}" for number in counts.values()], padding=2)
     ax.set(xlabel=f"rows, of {tally.rows:,} read")
     ax.invert_yaxis()
     ax.margins(x=0.2)
@@ -192,12 +195,12 @@ def plot_tally(tally: Tally, ax=None):
 # %% ../../nbs/08_shards/08_sources.ipynb #c660f240
 @dataclass(frozen=True)
 class Stream:
-    "The rows of some sources, one after the other, and their share in a mix."
+    "The rows of some sources, one after the other, and their weight in a mix."
 
     sources: tuple[str, ...]
     selection: Selection = Selection()
     weight: Real = 1
-    counted: tuple[int, int, dict] | None = None  # rows, kept, dropped, where the sources are others' shuffled rows
+    counted: tuple[int, int, dict] | None = None  # rows, kept and dropped, if the sources are shuffled rows of others
 
 
 def streams_of(
@@ -205,11 +208,11 @@ def streams_of(
     selection: Selection = Selection(),  # of sources; a Stream has its own
 ) -> list[Stream]:
     "Sources as one stream, or streams as they are; a ValueError if one has no source."
-    found = [sources] if isinstance(sources, (str, Path, Stream)) else list(sources)
-    if not any(isinstance(source, Stream) for source in found):
-        return [Stream(tuple(source_list(found)), selection)]
-    if selection != Selection() or not all(isinstance(source, Stream) for source in found):
+    streams = [sources] if isinstance(sources, (str, Path, Stream)) else list(sources)
+    if not any(isinstance(stream, Stream) for stream in streams):
+        return [Stream(tuple(source_list(streams)), selection)]
+    if selection != Selection() or not all(isinstance(stream, Stream) for stream in streams):
         raise ValueError("give streams, each with its own selection, or sources and one selection; not both.")
-    for stream in found:
+    for stream in streams:
         source_list(stream.sources)
-    return found
+    return streams

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'JOURNAL', 'usual_folder', 'Cache', 'read_manifest', 'Backup', 'list_backups', 'origin_of', 'back_up',
-           'keep_present', 'finish_exchange', 'new_set', 'recover', 'plot_states', 'find_backup', 'restore',
+           'keep_present', 'finish_exchange', 'new_set', 'finish_interrupted', 'plot_states', 'find_backup', 'restore',
            'damaged_shard']
 
 # %% ../../nbs/08_shards/12_store.ipynb #8e8ac55c
@@ -245,7 +245,7 @@ def finish_exchange(cache: Cache, exchange: Callable[[Path, Path], bool] = excha
 
 
 def _discard(cache):
-    "Removes `next/`; killed on the way, it leaves what `recover` removes."
+    "Removes `next/`; killed on the way, it leaves what `finish_interrupted` removes."
     old = cache.folder / "partial-done"
     shutil.rmtree(old, ignore_errors=True)
     os.rename(cache.next, old)
@@ -272,7 +272,7 @@ def new_set(cache: Cache, exchange: Callable[[Path, Path], bool] = exchange_fold
     finish_exchange(cache, exchange)
 
 
-def recover(cache: Cache):
+def finish_interrupted(cache: Cache):
     "Finishes what a killed process had begun, and removes what it had not finished; nothing else."
     if any((cache.next / name).is_file() for name in (JOURNAL, _TICKED)):
         finish_exchange(cache)

@@ -41,10 +41,12 @@ def watched(work=None, show=None, **options):
     hidden = show is False or os.environ.get("RANK", "0") != "0"
     if not sys.stderr.isatty():
         hidden = hidden or (show is None and "get_ipython" in vars(builtins))
-        name, total = options.get("desc", ""), options.get("total") or length_hint(work) or None
+        total = options.get("total") or length_hint(work) or None
+        name = options.get("desc", "").replace("{", "{{").replace("}", "}}")
+        name = name and f"{name}: "
+        amount = "{n_fmt}{unit}" if options.get("unit_scale") else "{unit} {n_fmt}"
         of, to_go = (" of {total_fmt}", ", {remaining} to go") if total else ("", "")
-        name = name.replace("{", "{{").replace("}", "}}")
-        line_format = f"{name}{name and ': '}{{unit}} {{n_fmt}}{of}{{postfix}}, {{elapsed}} gone{to_go}"
+        line_format = f"{name}{amount}{of}{{postfix}}, {{elapsed}} gone{to_go}"
         seldom = {"mininterval": LINE_EVERY, "delay": LINE_EVERY, "miniters": 1, "position": 0}
         options = {"file": _Lines(sys.stderr), "bar_format": line_format, **seldom, **options, "total": total}
     return tqdm(work, disable=hidden, **options)

@@ -286,13 +286,13 @@ def far(source, folder, num_shards, rows_per_shard=ROWS):
     from musekit.shards.selection import Selection
 
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    from moody_server import serving
+    from moody_server import MoodyServer
 
     layout = Layout(rows_per_shard, GROUP, num_shards=num_shards)
     with open(source, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-        with serving({"source.parquet": content}) as server, tempfile.TemporaryDirectory(dir=folder) as out:
+        with MoodyServer({"source.parquet": content}) as server, tempfile.TemporaryDirectory(dir=folder) as out:
             report = rechunk([f"{server.url}/source.parquet"], out, Selection("text", "int_score", 3), layout)
-            sent = sum(server.sent)
+            sent = server.sent
     metadata = pq.read_metadata(source)
     ranges = chunk_ranges(metadata, COLUMNS, range(-(-report.rows // 1000)))
     needed = sum(stop - start for start, stop in ranges)
