@@ -25,7 +25,7 @@ from ..data.tokens import EncodedSource, open_encoded
 from ..core.guidance import GenerationConfig
 from ..inference.prompts import from_diffusers_names
 from musekit.training.config import (
-    Config, class_names, condition_of, known_classes, layout_of, num_classes, reads_pooled,
+    Config, class_names, condition_of, class_count, layout_of, num_classes, reads_pooled,
 )
 from ..training.tokenizer import VQTrainingConfig
 from ..models.weights import read_json
@@ -71,7 +71,7 @@ def packing_options(config: Config) -> dict:
         options["captions"] = False
     if config.dataset.type == "classification":
         names = class_names(config) or {}
-        count = known_classes(config)
+        count = class_count(config)
         classes = params.class_names
         if not classes and count:
             classes = [names.get(number, str(number)) for number in range(count)]
@@ -121,7 +121,7 @@ def _class_texts(config):
     if config.dataset.type != "classification":
         return None
     names = class_names(config)
-    if names or known_classes(config) is None:
+    if names or class_count(config) is None:
         return names
     return {number: str(number) for number in range(num_classes(config))}
 
