@@ -254,7 +254,7 @@ def test_of_many_pictures_a_few_are_read(tmp_path, monkeypatch, capfd):
 
 
 def test_old_keys_are_told_once():
-    with pytest.warns(UserWarning, match="dataset.params.batch_size .training.batch_size counts."):
+    with pytest.warns(UserWarning, match="dataset.params.batch_size .use batch_size."):
         config = configure(PUBLISHED / "text_uvit.yaml")
     assert config.mask_schedule.schedule == "cosine" and config.optimizer.params.learning_rate == 1e-4
     networks = find_networks(config)

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..inference.pipeline import SETTINGS_FILE
-from ..models.diffusers import MODEL_INDEX, read_amused
+from ..models.pipeline_folder import open_pipeline
 from ..models.lora import add_lora, lora_targets
 from ..models.pretrained import ModelConfig, read_config
 from ..models.weights import read_json
@@ -58,24 +57,20 @@ def adopt_pipeline(
     where low-rank updates are asked for beside layers that it does not have.
     """
     folder, text = Path(model.pretrained_model_path or "no path").expanduser(), model.text_encoder
-    if (folder / "pipeline" / SETTINGS_FILE).is_file():  # the folder of a run
-        folder = folder / "pipeline"
-    if (folder / SETTINGS_FILE).is_file():
-        made_of, inner = read_json(folder / SETTINGS_FILE), "vq_model"
-    elif (folder / MODEL_INDEX).is_file():  # as diffusers saves aMUSEd
-        made_of, inner = read_amused(folder), "vqvae"
-    else:
+    opened = open_pipeline(folder)
+    if opened is None:
         return _refuse_alone(model)
-    model.pretrained_model_path = str(folder / "transformer")
-    model.architecture = _family(transformers, made_of["transformer"])
+    settings, folders = opened
+    model.pretrained_model_path = str(folders["transformer"])
+    model.architecture = _family(transformers, settings["transformer"])
     if not model.vq_model.pretrained:
-        model.vq_model.pretrained = str(folder / inner)
-        model.vq_model.type = _family(vq_models, made_of["vq_model"])
-    kind = (made_of["text_encoder"] or {}).get("kind")
+        model.vq_model.pretrained = str(folders["vq_model"])
+        model.vq_model.type = _family(vq_models, settings["vq_model"])
+    kind = (settings["text_encoder"] or {}).get("kind")
     if kind in ("class", "none"):  # there is no text to read
         text.type = "none"
     elif kind and not text.pretrained:
-        text.pretrained, text.type = str(folder), kind
+        text.pretrained, text.type = str(folders["transformer"].parent), kind
     _try_targets(transformers[model.architecture], model)
 
 
