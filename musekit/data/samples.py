@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['AESTHETIC_KEYS', 'WATERMARK_KEYS', 'PERSON_WORDS', 'IMAGE_EXTENSIONS', 'TEXT_EXTENSIONS', 'SAMPLE_LAYOUTS',
            'TEXT_FIELDS', 'CLASS_FIELDS', 'MOST_CLASSES', 'field_value', 'present_numbers', 'aesthetic_score',
-           'micro_conditions', 'MetadataFilter', 'filter_report', 'clean_caption', 'is_image', 'decode_text', 'Sample',
-           'first_text', 'field_text', 'read_metadata', 'check_class', 'class_number', 'read_sample',
-           'load_class_names', 'read_prompts', 'Fields', 'class_list']
+           'micro_conditions', 'MetadataFilter', 'clean_caption', 'is_image', 'decode_text', 'Sample', 'first_text',
+           'field_text', 'read_metadata', 'check_class', 'class_number', 'read_sample', 'load_class_names',
+           'read_prompts', 'Fields', 'class_list']
 
 # %% ../../nbs/03_data/01_samples.ipynb #4acf3dd5
 import json
@@ -148,11 +148,6 @@ class MetadataFilter:
         if not values:
             return "p_nsfwdf missing"
         return "unsafe" if max(values) > self.max_pnsfw else None
-
-# %% ../../nbs/03_data/01_samples.ipynb #68e40d46
-def filter_report(metadata_filter: MetadataFilter, metadatas) -> Counter:
-    "The number of samples kept, and rejected for each reason."
-    return Counter(metadata_filter.reason(metadata) or "kept" for metadata in metadatas)
 
 # %% ../../nbs/03_data/01_samples.ipynb #c24735ec
 PERSON_WORDS = ("a person", "someone", "somebody")

@@ -19,7 +19,9 @@ from torch import nn
 
 from .image_text import ImageTextConfig, make_loader
 from .locate import locate
-from .token_manifest import MANIFEST, SAME, network_digest, probe_distance, read_manifest, text_probe
+from musekit.data.token_manifest import (
+    MANIFEST, SAME, network_digest, probe_distance, read_manifest, text_probe,
+)
 from .token_parquet import EncodedDataset, encoded_loader
 from .token_tars import TokenReader, member_name, read_unconditional
 
