@@ -35,7 +35,8 @@ def _type_of(source, schema, column):
     if schema.names.count(first) == 1:
         kind = schema.field(first).type
         for name in rest:
-            kind = kind.field(name).type if pa.types.is_struct(kind) and kind.get_field_index(name) >= 0 else None
+            has_field = pa.types.is_struct(kind) and kind.get_field_index(name) >= 0
+            kind = kind.field(name).type if has_field else None
         if kind is not None:
             return kind
     count = "more than one" if first in schema.names and not rest else "no"
@@ -66,7 +67,8 @@ def check_columns(
         kind = _type_of(source, schema, selection.score_column)
         number = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_integer(number) or pa.types.is_floating(number) or pa.types.is_decimal(number)):
-            raise ValueError(f"{shown(source)}: column {selection.score_column!r} holds {kind}, not a number.")
+            column = selection.score_column
+            raise ValueError(f"{shown(source)}: column {column!r} holds {kind}, not a number.")
 
 
 def _is_text(kind):
@@ -87,7 +89,8 @@ def plain_values(array):
 
 def _is_plain(kind):
     "Whether a template can hold values of a type."
-    checks = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_temporal)
+    checks = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal,
+              pa.types.is_temporal)
     return any(check(kind) for check in checks)
 
 # %% ../../nbs/08_shards/05_columns.ipynb #28c3f2d4
@@ -97,7 +100,8 @@ CHAT_FIELDS = (("role", "content"), ("from", "value"))
 
 def _chat_names(kind):
     "The two fields of chat messages; None for a column of another type."
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not is_list or not pa.types.is_struct(kind.value_type):
         return None
     message = kind.value_type
     for names in CHAT_FIELDS:
@@ -107,7 +111,8 @@ def _chat_names(kind):
 
 def _chat(array):
     "Chats as text."
-    role, content = (pc.struct_field(array.flatten(), name).cast(pa.string()) for name in _chat_names(array.type))
+    role, content = (pc.struct_field(array.flatten(), name).cast(pa.string())
+                     for name in _chat_names(array.type))
     lines = pc.binary_join_element_wise(pc.fill_null(role, ""), pc.fill_null(content, ""), ": ")
     counts = pc.fill_null(pc.list_value_length(array), 0).cast(pa.int32())
     ends = pc.cumulative_sum(counts)

@@ -43,7 +43,8 @@ class LineReader:
 
     def contents(self):
         "Bytes of every part; rows are counted by reading."
-        sizes = [self.size] if self.codec else [stop - start for start, stop in self.ranges(range(self.num_groups))]
+        sizes = [self.size] if self.codec else [stop - start
+                                                for start, stop in self.ranges(range(self.num_groups))]
         return SourceContents([None] * self.num_groups, sizes)
 
     def check(self):
@@ -94,7 +95,8 @@ class LineReader:
         stop = math.inf if self.codec else start + BLOCK
         before = max(0, start - 1)  # a line begins after the end of another
         self.file.seek(before)
-        text = pa.CompressedInputStream(pa.PythonFile(self.file, "r"), self.codec) if self.codec else self.file
+        text = pa.CompressedInputStream(pa.PythonFile(self.file, "r"),
+                                        self.codec) if self.codec else self.file
         for offset, line in _split_lines(text.read, before):
             if offset >= stop:
                 return
@@ -110,14 +112,16 @@ class LineReader:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.where(offset)} is not JSON: {error}.") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{self.where(offset)} is not a JSON object, as {{\"text\": \"...\"}} is, but {line[:20]!r}.")
+            problem = f'is not a JSON object, as {{"text": "..."}} is, but {line[:20]!r}'
+            raise ValueError(f"{self.where(offset)} {problem}.")
         return record
 
     def where(self, offset):
         "The file and the number of the line that begins at an offset; the offset in a remote file."
         if is_remote(self.source):
             return f"{shown(self.source)}, the line at byte {offset:,}"
-        with pa.CompressedInputStream(str(self.source), self.codec) if self.codec else open(self.source, "rb") as text:
+        with pa.CompressedInputStream(str(self.source),
+                                      self.codec) if self.codec else open(self.source, "rb") as text:
             number = sum(1 for start, _ in _split_lines(text.read, 0, offset) if start <= offset)
         return f"{shown(self.source)}, line {number:,}"
 
@@ -127,11 +131,13 @@ class LineReader:
         for column in self.selection.text_columns:
             columns[column] = [self.text(record, column, offset) for record, offset in zip(records, offsets)]
         bad = [not all(_encodes(values[row]) for values in columns.values()) for row in range(len(records))]
-        clean = {column: pa.array([None if is_bad else value for value, is_bad in zip(values, bad)], pa.string())
+        clean = {column: pa.array([None if is_bad else value for value, is_bad in zip(values, bad)],
+                                  pa.string())
                  for column, values in columns.items()}
         scores = None
         if self.selection.score_column:
-            scores = pa.array([self.score(record, offset) for record, offset in zip(records, offsets)], pa.float64())
+            scores = pa.array([self.score(record, offset) for record, offset in zip(records, offsets)],
+                              pa.float64())
         return compose_texts(self.selection, clean), scores, bad
 
     def text(self, record, column, offset):
@@ -143,7 +149,8 @@ class LineReader:
             return "\n\n".join(lines) or None
         if self.selection.text_template is not None and isinstance(value, (bool, int, float)):
             return json.dumps(value)
-        raise ValueError(f"{self.where(offset)}: column {column!r} holds {_KINDS[type(value)]}, not text (string).")
+        kind = _KINDS[type(value)]
+        raise ValueError(f"{self.where(offset)}: column {column!r} holds {kind}, not text (string).")
 
     def score(self, record, offset):
         "A field as a number; null if it is missing."
@@ -152,15 +159,16 @@ class LineReader:
             return value
         if isinstance(value, int) and not isinstance(value, bool):
             return float(max(-(10**300), min(value, 10**300)))  # beyond all that a float holds
-        column = self.selection.score_column
-        raise ValueError(f"{self.where(offset)}: column {column!r} holds {_KINDS[type(value)]}, not a number.")
+        column, kind = self.selection.score_column, _KINDS[type(value)]
+        raise ValueError(f"{self.where(offset)}: column {column!r} holds {kind}, not a number.")
 
 
-_KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+_KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list",
+          dict: "an object"}
 
 
 def _split_lines(read, offset, last=math.inf):
-    "(offset, line) of the lines in the bytes that `read` returns, which begin at `offset`, until after `last`."
+    "(offset, line) of the lines that `read` returns, the first one at `offset`, until after `last`."
     parts = []
     while offset <= last and (piece := read(1 << 20)):
         first, *rest = piece.split(b"\n")
@@ -197,7 +205,8 @@ def _chat_lines(messages):
     "A line for each message; None if these are not messages."
     lines = []
     for message in messages:
-        names = next((names for names in CHAT_FIELDS if isinstance(message, dict) and set(names) <= message.keys()), None)
+        names = next((names for names in CHAT_FIELDS
+                      if isinstance(message, dict) and set(names) <= message.keys()), None)
         values = [message[name] for name in names] if names else [1]
         if not all(value is None or isinstance(value, str) for value in values):
             return None

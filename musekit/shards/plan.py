@@ -100,7 +100,7 @@ def _stream_from(sources, selection, weight, counted):
 
 
 def make_plan(
-    sources: Iterable[str | Path] | Iterable[Stream],  # paths or addresses that mean the same to every worker; or streams
+    sources: Iterable[str | Path] | Iterable[Stream],  # paths or addresses valid for every worker; or streams
     selection: Selection = Selection(),  # of sources; a stream has its own
     layout: Layout = Layout(),
     executor: Executor | None = None,
@@ -147,7 +147,8 @@ def _count(stream, tasks, counts, limit, executor):
         else:
             paths = [stream.sources[index] for index, *_ in window]
             measure = partial(measure_groups, selection=stream.selection, lengths=limit is None)
-            measured = (executor.map if executor else map)(measure, paths, [groups for _, groups, *_ in window])
+            measured = (executor.map if executor else map)(measure, paths,
+                                                           [groups for _, groups, *_ in window])
         for (index, *_), results in zip(window, measured):
             for count, lengths in results:
                 counts.append((index, *count))
@@ -219,7 +220,8 @@ def _texts(task):
 
 
 def _rows_of(piece):
-    batches = (texts for source, groups in piece.parts for texts, *_ in read_texts(source, piece.selection, groups))
+    batches = (texts for source, groups in piece.parts
+               for texts, *_ in read_texts(source, piece.selection, groups))
     return rows_between(batches, piece.skip, piece.skip + piece.rows) if piece.rows else ()
 
 # %% ../../nbs/08_shards/11_plan.ipynb #9f246aff

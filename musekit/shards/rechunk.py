@@ -127,7 +127,9 @@ def regroup(
 ) -> Iterator[pa.Array]:
     "Row groups of exactly the layout's size from arrays of any size; the last of each shard may be shorter."
     by_rows = layout.shard_characters is None
-    room = layout.rows_per_shard if by_rows else layout.rows_per_group  # rows of the shard that are still missing
+    # rows of the shard that are still missing
+    shard_room = layout.rows_per_shard if by_rows else layout.rows_per_group
+    room = shard_room
     missing = min(layout.rows_per_group, room)  # rows of the group
     pieces = []
     for array in texts:
@@ -138,7 +140,7 @@ def regroup(
             if missing == 0:
                 group = pa.concat_arrays(pieces)
                 yield group
-                room = by_rows and room - len(group) or (layout.rows_per_shard if by_rows else layout.rows_per_group)
+                room = by_rows and room - len(group) or shard_room
                 missing = min(layout.rows_per_group, room)
                 pieces = []
     if pieces:
@@ -161,7 +163,8 @@ class Cutter:
         for group in groups:
             rows += len(group)
             if self.layout.shard_characters is not None:
-                characters += pc.sum(group if pa.types.is_integer(group.type) else pc.utf8_length(group)).as_py()
+                lengths = group if pa.types.is_integer(group.type) else pc.utf8_length(group)
+                characters += pc.sum(lengths).as_py()
             ends = self.layout.is_full(rows, characters)
             self.full = ends and shard == self.layout.num_shards
             yield shard, group
@@ -188,7 +191,8 @@ def mix_pattern(weights: Iterable[Real]) -> list[int]:
     if sum(counts) > _LONGEST_PATTERN:
         raise ValueError(f"weights {', '.join(map(str, weights))}: their pattern has {sum(counts):,} rows, "
                          f"more than {_LONGEST_PATTERN:,}; round them.")
-    positions = [((2 * row + 1) / count, stream) for stream, count in enumerate(counts) for row in range(count)]
+    positions = [((2 * row + 1) / count, stream) for stream, count in enumerate(counts)
+                 for row in range(count)]
     return [stream for _, stream in sorted(positions)]
 
 
@@ -233,7 +237,8 @@ class Mix:
             counts = np.bincount(pattern, minlength=len(streams))
             parts = [stream.take(int(count)) for stream, count in zip(streams, counts)]
             sizes = [sum(map(len, arrays)) for arrays in parts]
-            ends = [self._missing(pattern, stream, size) for stream, size in enumerate(sizes) if size < counts[stream]]
+            ends = [self._missing(pattern, stream, size) for stream, size in enumerate(sizes)
+                    if size < counts[stream]]
             pattern = pattern[: min(ends, default=len(pattern))]
             order = np.empty(len(pattern), np.int64)
             for stream, first in enumerate(np.cumsum([0, *sizes[:-1]])):
@@ -295,7 +300,8 @@ def write_texts(path: str | Path, texts: Iterable[pa.StringArray], layout: Layou
 
 def _write(path, texts, layout):
     level = CODECS[layout.codec] if layout.level is None else layout.level
-    options = {"compression": layout.codec, "compression_level": level, "use_dictionary": False, "write_statistics": False}
+    options = {"compression": layout.codec, "compression_level": level, "use_dictionary": False,
+               "write_statistics": False}
     rows = 0
     with pq.ParquetWriter(path, SCHEMA, **options) as writer:
         for group in regroup(texts, layout):
@@ -318,13 +324,15 @@ class Report:
     kept: int
     dropped: dict[str, int]  # by reason
     shards: tuple[Shard, ...]  # in row order
-    streams: tuple[tuple[int, int, dict, int], ...] = ()  # rows, kept, dropped and rows in shards of each stream of a mix
-    last: tuple[tuple[int, int] | None, ...] = field(default=(), compare=False)  # last (source, part) read per stream; None: all
+    # rows, kept, dropped and rows in shards of each stream of a mix
+    streams: tuple[tuple[int, int, dict, int], ...] = ()
+    # last (source, part) read per stream; None: all
+    last: tuple[tuple[int, int] | None, ...] = field(default=(), compare=False)
     full: bool = True  # whether there were enough rows for all shards
 
 
 def rechunk(
-    sources: Iterable[str | Path] | Iterable[Stream],  # local paths or addresses of files; or streams, which are mixed
+    sources: Iterable[str | Path] | Iterable[Stream],  # paths or addresses; or streams, which are mixed
     folder: str | Path,  # for the shards; may hold other files, but no Parquet file
     selection: Selection = Selection(),  # of sources; a stream has its own
     layout: Layout = Layout(),
@@ -426,7 +434,8 @@ def bounds_of(report: Report, edges: list[int], layout: Layout) -> list[tuple[st
         advice = "Use more source files, or keep shorter texts or lower scores"
         tally = str(Tally(report.rows, report.kept, Counter(report.dropped)))
         if report.streams:
-            tally += f"; kept of each stream of the mix: {', '.join(f'{kept:,}' for _, kept, *_ in report.streams)}"
+            kept = ", ".join(f"{kept:,}" for _, kept, *_ in report.streams)
+            tally += f"; kept of each stream of the mix: {kept}"
         raise ValueError(f"too few rows for a training and a validation shard: {tally}. {advice}.")
     return shard_bounds(edges[-1], layout, edges)
 

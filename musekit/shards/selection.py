@@ -21,7 +21,7 @@ from ..utils.validation import check_whole, is_number
 
 # %% ../../nbs/08_shards/04_selection.ipynb #97ff91a9
 def parse_template(template: str) -> list[tuple[str, str]]:
-    "(words before, column) for each column of a template, and (words at its end, ''); a ValueError if it has none."
+    "(words before, column) for each column of a template, and (words at its end, ''); a ValueError for none."
     words = re.sub(r"\\(.)", lambda match: {"n": "\n", "t": "\t"}.get(match[1], match[1]), template)
     try:
         parts = [*string.Formatter().parse(words)]
@@ -64,8 +64,8 @@ class Selection:
         if self.text_template is not None:
             parse_template(self.text_template)
             if self.text_column != "text":
-                raise ValueError(f"text_column={self.text_column!r} and text_template={self.text_template!r}: "
-                                 "give one of the two.")
+                both = f"text_column={self.text_column!r} and text_template={self.text_template!r}"
+                raise ValueError(f"{both}: give one of the two.")
 
     @property
     def text_columns(self) -> list[str]:
@@ -117,7 +117,7 @@ def _at_least(scores, min_score):
 
 
 def keep(
-    batch: pa.RecordBatch,  # the texts, the scores if there are any, and which texts are bad UTF-8 if those are skipped
+    batch: pa.RecordBatch,  # texts, scores if there are any, and which are bad UTF-8 if those are skipped
     selection: Selection,
 ) -> tuple[pa.BooleanArray, Counter]:
     "Which rows of a batch are kept, and how many were dropped for which reason."

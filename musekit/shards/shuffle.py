@@ -56,7 +56,8 @@ def shuffle(
     step = groups_per_task or (32 if executor else max(1, *(len(each.rows) for each in contents)))
     tasks = [(index, list(range(start, min(start + step, len(each.rows)))))
              for index, each in enumerate(contents) for start in range(0, len(each.rows), step)]
-    numbered = [(number, stream, index, groups, seed, bits, str(folder)) for number, (index, groups) in enumerate(tasks)]
+    numbered = [(number, stream, index, groups, seed, bits, str(folder))
+                for number, (index, groups) in enumerate(tasks)]
     tally = Tally()
     runs, rows = [], [0] * 2**bits
     results = (executor.map if executor else map)(scatter, *map(list, zip(*numbered))) if numbered else ()
@@ -119,7 +120,8 @@ def _write_run(path, texts, keys, bits):
     import numpy as np
 
     order = np.argsort(keys, kind="stable")
-    edges = np.searchsorted(keys[order], [bucket << (64 - bits) for bucket in range(1, 2**bits)]) if bits else []
+    edges = np.searchsorted(keys[order],
+                            [bucket << (64 - bits) for bucket in range(1, 2**bits)]) if bits else []
     edges = [0, *map(int, edges), len(keys)]
     options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
     column = pa.concat_arrays(texts)  # taking rows of many pieces would copy them for every bucket

@@ -57,7 +57,8 @@ class Cache:
             if path.exists() and not path.is_dir():
                 raise ValueError(f"{path} is not a folder; move it away, or choose another cache folder.")
             if path.is_mount():
-                raise ValueError(f"{path} is mounted, which cannot be exchanged; mount {self.folder} instead.")
+                problem = f"is mounted, which cannot be exchanged; mount {self.folder} instead"
+                raise ValueError(f"{path} {problem}.")
 
     def backup(self, name: str) -> Path:
         "The folder of a backup."
@@ -70,7 +71,8 @@ def read_manifest(folder: str | Path) -> dict:
         manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
         names = {shard["name"]: shard["sha256"] for shard in manifest.get("shards", [])}
         plain = all(re.fullmatch(r"[\w.-]+", name) for name in [manifest.get("dataset", "unknown"), *names])
-    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):  # no JSON, or JSON of another form
+    # no JSON, or JSON of another form
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
         return {}
     return manifest if plain else {}
 
@@ -156,7 +158,8 @@ def _read_backup(path):
         return Backup(name, path, problem=f"it cannot be read: {error}")
 
 
-_ORIGINALS = {"autoresearch": ORIGINAL, "nanochat": "nanochat-original"}  # which the trainers download themselves
+# which the trainers download themselves
+_ORIGINALS = {"autoresearch": ORIGINAL, "nanochat": "nanochat-original"}
 
 
 def origin_of(cache: Cache) -> str:
@@ -202,11 +205,12 @@ JOURNAL, _DONE = "journal.json", "exchanged.json"
 def _versions(folder):
     "Size and modification time of every file by name, by which the new set is recognised."
     stats = {path: path.stat() for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {str(path.relative_to(folder)): f"{stat.st_size} {stat.st_mtime_ns}" for path, stat in stats.items()}
+    return {str(path.relative_to(folder)): f"{stat.st_size} {stat.st_mtime_ns}"
+            for path, stat in stats.items()}
 
 
 def _is_due(cache):
-    "Whether the new set, which the journal describes, is still in `next/`, as it is if both folders are the same."
+    "Whether the new set, which the journal describes, is still in `next/`; also if both are the same."
     try:
         new = json.loads((cache.next / JOURNAL).read_text(encoding="utf-8")).items()
     except (ValueError, AttributeError):
@@ -214,7 +218,8 @@ def _is_due(cache):
     in_next = len(new & _versions(cache.next / "data").items())
     in_place = len(new & _versions(cache.data).items())
     if not in_next and not in_place:
-        raise ValueError(f"{cache.next} is not what its {JOURNAL} says; move it away, or choose another cache folder.")
+        advice = "move it away, or choose another cache folder"
+        raise ValueError(f"{cache.next} is not what its {JOURNAL} says; {advice}.")
     return in_next >= in_place
 
 
@@ -266,7 +271,7 @@ def _move(source, target):
 
 @contextmanager
 def new_set(cache: Cache, exchange: Callable[[Path, Path], bool] = exchange_folders):
-    "Yields a folder for `data/` and perhaps `tokenizer/`, which replace the present ones if the block succeeds."
+    "Yields a folder for `data/` and perhaps `tokenizer/`, which replace the present ones on success."
     with folder_aside(cache.next) as aside:
         (aside / "data").mkdir()
         yield aside
@@ -275,7 +280,7 @@ def new_set(cache: Cache, exchange: Callable[[Path, Path], bool] = exchange_fold
 
 
 def finish_interrupted(cache: Cache):
-    "Finishes the exchange that a killed process had begun, and removes the folders that it had not completed."
+    "Finishes the exchange that a killed process had begun, and removes its incomplete folders."
     if any((cache.next / name).is_file() for name in (JOURNAL, _DONE)):
         finish_exchange(cache)
     if cache.next.exists():

@@ -19,7 +19,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .catalog import is_remote, shown
-from .columns import as_text, bad_utf8, check_columns, compose_texts, field_path, nested_column, plain_values
+from musekit.shards.columns import (
+    as_text, bad_utf8, check_columns, compose_texts, field_path, nested_column, plain_values,
+)
 from .remote import chunk_ranges
 
 # %% ../../nbs/08_shards/06_tables.ipynb #0b0bee01
@@ -54,7 +56,8 @@ class ColumnReader:
         "(texts, scores or None, which are not UTF-8 or None) of a part, at most 1,024 rows at a time."
         for batch in self.batches(group):
             columns = {name: nested_column(batch, name) for name in self.selection.columns}
-            texts = compose_texts(self.selection, {name: as_text(columns[name]) for name in self.selection.text_columns})
+            texts = compose_texts(self.selection,
+                                  {name: as_text(columns[name]) for name in self.selection.text_columns})
             scores = columns.get(self.selection.score_column)
             yield texts, None if scores is None else plain_values(scores), bad_utf8(texts)
 
@@ -124,7 +127,7 @@ def _signed_footer(file, metadata):
 
 
 def _chunk_groups(metadata, signed):
-    "The column chunks of every row group as plain values, where pyarrow's own would end the process if damaged."
+    "The column chunks of every row group as plain values, as pyarrow's would end the process if damaged."
     if signed is None:  # not read again, which takes time on a web server
         footer = io.BytesIO()
         metadata.write_metadata_file(footer)
@@ -158,7 +161,8 @@ class ParquetReader(ColumnReader):
     def check(self):
         leaves = map(self.parquet.schema.column, range(self.parquet.metadata.num_columns))
         utf8 = [leaf.path for leaf in leaves
-                if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type in ("STRING", "ENUM", "JSON")]
+                if leaf.physical_type == "BYTE_ARRAY"
+                and leaf.logical_type.type in ("STRING", "ENUM", "JSON")]
         check_columns(self.source, self.schema, self.selection, utf8)
 
     def __exit__(self, *_):
@@ -182,12 +186,14 @@ class ParquetReader(ColumnReader):
         if not {7, 9} <= fields.keys():
             raise pa.ArrowInvalid(f"its footer does not say where column {index} of row group {group} is")
         size, data_page, dictionary = (_signed_number(fields.get(field, 0)) for field in (7, 9, 11))
-        return SimpleNamespace(total_compressed_size=size, data_page_offset=data_page, dictionary_page_offset=dictionary)
+        return SimpleNamespace(total_compressed_size=size, data_page_offset=data_page,
+                               dictionary_page_offset=dictionary)
 
     def contents(self):
         "Rows and bytes of every part."
         rows = [self.parquet.metadata.row_group(group).num_rows for group in range(self.num_groups)]
-        sizes = [sum(stop - start for start, stop in self.ranges([group])) for group in range(self.num_groups)]
+        sizes = [sum(stop - start for start, stop in self.ranges([group]))
+                 for group in range(self.num_groups)]
         return SourceContents(rows, sizes)
 
     def batches(self, group):
@@ -212,7 +218,8 @@ class ArrowReader(ColumnReader):
         roots = {field_path(self.schema.names, column)[0] for column in selection.columns}
         included = [index for index, name in enumerate(self.schema.names) if name in roots]
         self.file.seek(0)
-        self.reader = opener(self.file, options=pa.ipc.IpcReadOptions(use_threads=False, included_fields=included))
+        self.reader = opener(self.file,
+                             options=pa.ipc.IpcReadOptions(use_threads=False, included_fields=included))
         self.is_stream = kind == "Arrow stream"
         self.num_groups = 1 if self.is_stream else self.reader.num_record_batches
 
@@ -278,7 +285,8 @@ class ShuffleReader(ColumnReader):
             with pa.memory_map(str(self.folder / run)) as file:
                 parts.append(pa.ipc.open_file(file).get_batch(group))
         bucket = pa.Table.from_batches(parts, RUN_SCHEMA)
-        order = pc.array_sort_indices(bucket["key"].combine_chunks())  # stable: equal keys stay in the order of the runs
+        # stable: equal keys stay in the order of the runs
+        order = pc.array_sort_indices(bucket["key"].combine_chunks())
         for start in range(0, len(order), 1024):
             rows = bucket.take(order.slice(start, 1024)).combine_chunks()
             yield from rows.to_batches()
