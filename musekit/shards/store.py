@@ -204,9 +204,9 @@ JOURNAL, _DONE = "journal.json", "exchanged.json"
 
 def _versions(folder):
     "Size and modification time of every file by name, by which the new set is recognised."
-    stats = {path: path.stat() for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {str(path.relative_to(folder)): f"{stat.st_size} {stat.st_mtime_ns}"
-            for path, stat in stats.items()}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    stats = {str(path.relative_to(folder)): path.stat() for path in files}
+    return {name: f"{stat.st_size} {stat.st_mtime_ns}" for name, stat in stats.items()}
 
 
 def _is_due(cache):
