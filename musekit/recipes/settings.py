@@ -25,7 +25,7 @@ from ..data.tokens import EncodedSource, open_encoded
 from ..core.guidance import GenerationConfig
 from ..inference.prompts import from_diffusers_names
 from musekit.training.config import (
-    Config, class_names, condition_of, known_classes, layout_of, num_classes, reads_pooled,
+    Config, class_names, condition_of, class_count, layout_of, num_classes, reads_pooled,
 )
 from ..training.tokenizer import VQTrainingConfig
 from ..models.weights import read_json
@@ -68,7 +68,7 @@ def packing_options(config: Config) -> dict:
     if condition_of(config) == "nothing" or config.dataset.type == "classification":
         options["captions"] = False
     if config.dataset.type == "classification":
-        names, count = class_names(config) or {}, known_classes(config)
+        names, count = class_names(config) or {}, class_count(config)
         classes = params.class_names or (count and [names.get(number, str(number)) for number in range(count)])
         options |= {"classes": classes} if classes else {}  # tars of numbers need none
     if data_fields(config) != Fields():
@@ -116,7 +116,7 @@ def _text_of_classes(config):
     if config.dataset.type != "classification":
         return None
     names = class_names(config)
-    if names or known_classes(config) is None:
+    if names or class_count(config) is None:
         return names
     return {number: str(number) for number in range(num_classes(config))}
 
@@ -150,7 +150,7 @@ def clip_training(config: Config) -> ClipTrainingConfig:
     options = _typed(ClipTrainingConfig, given | config.model.text_encoder.train, path)
     for name in ("steps", "learning_rate", "hidden_size", "layers", "patch_size", "projection_dim"):
         if getattr(options, name) <= 0:
-            raise ValueError(f"{path}.{name}={getattr(options, name)} cannot be: it must be above 0.")
+            raise ValueError(f"{path}.{name}={getattr(options, name)} must be above 0.")
     if options.hidden_size % 2:
         raise ValueError(f"{path}.hidden_size={options.hidden_size} must be even: there are two attention heads.")
     if options.patch_size > pixels.resolution:

@@ -128,7 +128,7 @@ def _take_over(source, folder, facts):
         return
     if latest_checkpoint(folder.parent):
         raise ValueError(f"{folder} is another network than {source}, which the checkpoint was trained with, and "
-                         f"{folder.parent} holds checkpoints of its own; choose another experiment.output_dir.")
+                         f"{folder.parent} holds checkpoints of its own; choose another folder (output=...).")
     shutil.rmtree(folder.parent / "encoded", ignore_errors=True)  # by the other network
     with folder_aside(folder) as aside:
         shutil.copytree(source, aside, dirs_exist_ok=True)
