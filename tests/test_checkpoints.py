@@ -141,8 +141,8 @@ def test_shards_there_and_back(tmp_path, model):
 
 
 @pytest.mark.parametrize("name, told", [
-    ("../secret.safetensors", "no plain file name"), ("/etc/passwd", "no plain file name"), ("inner/x.safetensors", "no plain file name"),
-    ("..", "not there"), ("absent.safetensors", "fetch the missing shard"), (3, "no weight_map"),
+    ("../secret.safetensors", "not a plain file name"), ("/etc/passwd", "not a plain file name"), ("inner/x.safetensors", "not a plain file name"),
+    ("..", "is missing"), ("absent.safetensors", "is missing; fetch that shard"), (3, "no weight_map"),
 ])
 def test_an_index_cannot_point_elsewhere(tmp_path, saved, name, told):
     save_file({"secret": torch.zeros(1)}, tmp_path / "secret.safetensors")
@@ -176,7 +176,7 @@ def test_a_setting_that_does_not_fit_is_named(saved, key, value, told):
 def test_a_setting_of_which_nothing_can_be_built_is_named_alone(saved, key, value):
     config = json.loads((saved / "config.json").read_text()) | {key: value}
     (saved / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=rf"describe no MaskGiTUViT \(.*\); change {key}=0\.$"):
+    with pytest.raises(ValueError, match=rf"do not describe a MaskGiTUViT \(.*\); change {key}=0\.$"):
         MaskGiTUViT.from_pretrained(saved)
 
 
@@ -202,7 +202,7 @@ def test_wrong_names_shapes_and_types_are_listed(saved, model):
             with pytest.raises(ValueError, match=told):
                 MaskGiTUViT.from_pretrained(saved, strict=False)
         else:
-            with pytest.warns(UserWarning, match="tensors are those of the file"):
+            with pytest.warns(UserWarning, match="tensors are loaded"):
                 assert MaskGiTUViT.from_pretrained(saved, strict=False).config.hidden_size == 16
 
 
@@ -256,7 +256,7 @@ def test_a_file_of_a_whole_pipeline_gives_each_part_its_own(tmp_path, model):
     for network in (model, tokenizer):
         network.save_pretrained(tmp_path)
         save_file(together, tmp_path / "model.safetensors")
-        with pytest.warns(UserWarning, match=f"{len(network.state_dict())} tensors under '.*' are read, .* others are left out"):
+        with pytest.warns(UserWarning, match=f"{len(network.state_dict())} tensors under '.*' are loaded, .* others are ignored"):
             assert equal(type(network).from_pretrained(tmp_path), network)
 
 
@@ -282,7 +282,7 @@ def test_weights_that_are_not_finite_are_refused(saved, model, value):
 
 def test_none_of_the_names_is_an_error_though_not_strict(saved):
     save_file({"up.weight": torch.zeros(1)}, saved / "model.safetensors")
-    with pytest.raises(ValueError, match="none of their 1 names"):
+    with pytest.raises(ValueError, match="none of the file's 1 names"):
         MaskGiTUViT.from_pretrained(saved, strict=False)
 
 
@@ -391,7 +391,7 @@ def test_push_to_hub(tmp_path, saved, model):
     assert sorted(uploaded) == ["README.md", "config.json", "model.safetensors"]
     card = uploaded["README.md"].decode()
     assert card.startswith("---\nlibrary_name: musekit\n") and "license: mit" in card and "| loss | 1.5 after 40 steps |" in card
-    assert 'find_model_class("MaskGiTUViT").from_pretrained("me/new")' in card
+    assert 'model = load_model("me/new")' in card
     assert f"| total | {sum(weight.numel() for weight in model.state_dict().values()):,} |" in card
     assert told[0].startswith(f"{hub.url}/me/new/commit/") and told[1] == total(model)
     assert "no hub id" in told[2] and "locked/new was not uploaded" in told[3] and "403" in told[3]

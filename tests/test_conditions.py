@@ -164,7 +164,7 @@ def test_classes(place, encode_first, capsys):
     ids = lambda prompts, **options: pipeline.ids(prompts, seed=0, **options)
     assert not torch.equal(ids(3, guidance_scale=8.0), ids(3, guidance_scale=1.0))
     assert torch.equal(ids(3, guidance_scale=0.0), ids("", guidance_scale=1.0))
-    with pytest.raises(ValueError, match=r"draws classes 0 \.\. 9, and '10' is neither"):
+    with pytest.raises(ValueError, match=r"has the classes 0 \.\. 9, and '10' is neither"):
         pipeline(10)
     real, out = FeatureTable.load(place / "real.safetensors"), recipe.folder / "quality.json"
     command = "evaluate", recipe.folder, "data=digits", "--samples", 40, "--steps", 2, "--statistics", place / "real.safetensors", "--out", out
@@ -211,7 +211,7 @@ def test_nothing(place):
     recipe, pipeline = run_and_resume(place, "nothing", NO_TEXT)
     assert len(pipeline(num_images_per_prompt=3, seed=0)) == 3
     assert recipe.batches.unconditional == {} and pipeline.generation.guidance_scale == 1
-    with pytest.raises(ValueError, match="draws without prompts and cannot read 'a cat'"):
+    with pytest.raises(ValueError, match="is unconditional and cannot use the prompt 'a cat'"):
         pipeline("a cat")
     assert main(["generate", "--model", str(recipe.folder), "--out", str(place / "any.png"), "--num-images", "3"]) == 0
     assert Image.open(place / "any.png").width > 300
@@ -412,7 +412,7 @@ def test_check_tells_of_no_text_encoder():
 
 
 @pytest.mark.parametrize("settings, told", [
-    ([CLASSES, "data=a.tar"], "num_classes=None must say how many classes there are"),
+    ([CLASSES, "data=a.tar"], "num_classes=None must be the number of classes"),
     (["dataset.params.is_ds_clean=true", "dataset.params.is_sdxl_synthetic_dataset=true"], "are different layouts"),
     ([CLASSES, "dataset.params.is_ds_clean=true"], "are different layouts"),
     (["dataset.params.imagenet_class_mapping_path=names.json"], "needs dataset.type=classification"),

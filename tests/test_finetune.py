@@ -76,10 +76,10 @@ def saved_update(tmp_path, name="uvit"):
 
 
 @pytest.mark.parametrize("wrong, told", [
-    (lambda t: {n: w for n, w in t.items() if "lora_A" in n}, "lacks one of its matrices"), (lambda t: t | {"bias": torch.ones(1)}, "bias is no part of one"),
+    (lambda t: {n: w for n, w in t.items() if "lora_A" in n}, "lacks one of its matrices"), (lambda t: t | {"bias": torch.ones(1)}, "bias is not part of one"),
     (lambda t: {n: w * torch.nan for n, w in t.items()}, "not finite"), (lambda t: {f"{n}.lora_magnitude_vector": w for n, w in t.items()}, "DoRA"),
     (lambda t: {n.replace("transformer_layers.1", "transformer_layers.7"): w for n, w in t.items()}, "updates of transformer_layers.7"),
-    (lambda t: {n: w[:, :1].contiguous() for n, w in t.items()}, "Load .* into the model that it was trained with"), (lambda t: {"w": torch.ones(1)}, "w is no part of one"),
+    (lambda t: {n: w[:, :1].contiguous() for n, w in t.items()}, "Load .* into the model that it was trained with"), (lambda t: {"w": torch.ones(1)}, "w is not part of one"),
 ])
 def test_updates_that_do_not_fit_change_nothing(tmp_path, wrong, told):
     save_file(wrong(saved_update(tmp_path)), tmp_path / "adapter_model.safetensors")
@@ -101,7 +101,7 @@ def test_what_is_said_about_alpha_counts(tmp_path):
     text = {f"text_encoder.layers.0.q_proj.lora_{kind}.weight": torch.ones(2, 2) for kind in "AB"}
     save_file({n.replace("base_model.model", "transformer"): w for n, w in tensors.items()} | text, tmp_path / "pytorch_lora_weights.safetensors")
     (tmp_path / "adapter_model.safetensors").unlink()
-    with pytest.warns(UserWarning, match="the updates of 1 layers of a text encoder are left out"):
+    with pytest.warns(UserWarning, match="the updates of 1 layers of a text encoder are ignored"):
         assert torch.allclose(delta(load_lora(build("uvit"), tmp_path, scale=2)), usual * 6 / 16)
     save_file(text, tmp_path / "pytorch_lora_weights.safetensors")
     with pytest.raises(ValueError, match="0 layers fit"):
@@ -192,7 +192,7 @@ def test_updates_from_a_pipeline(place, train):
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert old.keys() == new.keys() and changed == {name for name in old if name.removesuffix(".weight") in targets(old)}
     card = (run / "pipeline" / "README.md").read_text()
-    assert "| started from | transformer |" in card and "| rank of low-rank updates | 2 |" in card and "after 6 steps" in card
+    assert "| fine-tuned from | transformer |" in card and "| LoRA rank | 2 |" in card and "after 6 steps" in card
     model = MaskGiTUViT.from_pretrained(first / "pipeline" / "transformer")
     merged = merge_lora(load_lora(model, run / "adapter")).state_dict()
     assert all(torch.allclose(merged[name], new[name], atol=1e-6) for name in new)
@@ -226,7 +226,7 @@ def test_all_weights_from_a_transformer(place, train):
     first = place / "runs" / "first"
     paths = [f"model.pretrained_model_path={first}/pipeline/transformer", f"model.vq_model.pretrained={first}/vq_model",
              f"model.text_encoder.pretrained={first}/clip"]
-    with pytest.warns(UserWarning, match="differs from the weights in .*: hidden_size=64 .there 32.*\\.$"):
+    with pytest.warns(UserWarning, match="is overridden by the model in .*: hidden_size=64 .there 32.*\\.$"):
         status, _, complaints = train("experiment.output_dir=runs/all", *paths, "model.transformer.hidden_size=64", "optimizer.params.learning_rate=0", "training.use_ema=false", *FAST)
     assert status == 0, complaints
     old, new = (load_file(place / "runs" / name / "pipeline" / "transformer" / "model.safetensors") for name in ("first", "all"))

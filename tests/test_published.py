@@ -79,7 +79,7 @@ def test_heads_fit_the_channels(place):
 ])
 def test_values_of_another_network(setting, place):
     key = setting.partition("=")[0]
-    with pytest.raises(ValueError, match=rf"model\.transformer\.{key}=.* describes another network: a MaskGiTUViT is built with {key}="):
+    with pytest.raises(ValueError, match=rf"model\.transformer\.{key}=.* describes another network: a MaskGiTUViT supports {key}="):
         read("cc12m_uvit_clip", f"model.transformer.{setting}")
 
 
@@ -104,7 +104,7 @@ def test_classes_without_a_layout(place):
 
 
 def test_a_template_asks_for_what_it_leaves_open(place):
-    with pytest.raises(ValueError, match="Required, not given: .*experiment.max_train_examples.*optimizer.params.learning_rate.*wandb.entity"):
+    with pytest.raises(ValueError, match="Missing: .*experiment.max_train_examples.*lr.*wandb.entity"):
         read("template_config")
 
 
@@ -173,7 +173,7 @@ def test_the_published_layout_is_written(family, golden, tmp_path):
 
 
 @pytest.mark.parametrize("name, settings, told", [
-    ("MaskGiTUViT", {"add_cond_embeds": False, "block_out_channels": [24], "block_num_heads": 3, "hidden_size": 16, "num_hidden_layers": 1}, "always reads a pooled text"),
+    ("MaskGiTUViT", {"add_cond_embeds": False, "block_out_channels": [24], "block_num_heads": 3, "hidden_size": 16, "num_hidden_layers": 1}, "is always conditioned on pooled text"),
     ("VQGANModel", {"quantizer": "fsq", "quantizer_params": {"levels": [5, 5]}, "hidden_channels": 32, "channel_mult": [1, 1], "z_channels": 32, "num_res_blocks": 1}, "no quantizer 'fsq'"),
 ])
 def test_what_the_published_classes_do_not_have(name, settings, told, tmp_path):

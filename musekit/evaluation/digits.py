@@ -44,11 +44,12 @@ def unmix(
     colours = pixels.reshape(len(pixels), -1, 3).astype(np.float32)
     near = np.linalg.norm(colours[:, :, None] - _PAPERS, axis=-1) < paper_tolerance
     paper = near.sum(1).argmax(1)
-    rest, line = colours - _PAPERS[paper][:, None], _INKS - _PAPERS[paper][:, None]
-    coverage = np.einsum("npc,nic->nip", rest, line) / np.square(line).sum(-1)[..., None]
+    offset = colours - _PAPERS[paper][:, None]
+    line = _INKS - _PAPERS[paper][:, None]
+    coverage = np.einsum("npc,nic->nip", offset, line) / np.square(line).sum(-1)[..., None]
     coverage = coverage.clip(0, 1)
-    unexplained = np.square(rest[:, None] - coverage[..., None] * line[:, :, None]).sum((2, 3))
-    ink = unexplained.argmin(1)
+    residual = np.square(offset[:, None] - coverage[..., None] * line[:, :, None]).sum((2, 3))
+    ink = residual.argmin(1)
     return ink, paper, coverage[np.arange(len(ink)), ink]
 
 # %% ../../nbs/06_evaluation/02_digits.ipynb #a3cdcaa1
@@ -61,8 +62,8 @@ class DigitJudge:
         self.train_coverage, self.train_digits = coverage[train], data.target[train]
         self.test_coverage = coverage[test]
         self.classifier = SVC(C=10, gamma="scale").fit(self.train_coverage, self.train_digits)
-        unseen = self.classifier.score(self.test_coverage, data.target[test])
-        self.accuracy = float(unseen)  # on the test split
+        accuracy = self.classifier.score(self.test_coverage, data.target[test])
+        self.accuracy = float(accuracy)  # on the test split
 
     def __call__(
         self,
@@ -92,8 +93,9 @@ def score(
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images for {len(prompts)} prompts; give one image per prompt")
     reading = judge(images)
-    wanted = {claim: np.array([prompt[claim] for prompt in prompts]) for claim in CLAIMS}
-    right, digits = np.stack([reading[claim] == wanted[claim] for claim in CLAIMS], 1), wanted["digit"]
+    prompted = {claim: np.array([prompt[claim] for prompt in prompts]) for claim in CLAIMS}
+    right = np.stack([reading[claim] == prompted[claim] for claim in CLAIMS], 1)
+    digits = prompted["digit"]
     groups = np.array([prompt.get("group", "all") for prompt in prompts])
     confusion = np.zeros((10, 10), int)
     np.add.at(confusion, (digits, reading["digit"]), 1)
@@ -133,7 +135,7 @@ def plot_confusion(
         if count:
             colour = "white" if shares[row, column] > 0.5 else "black"
             axis.text(column, row, count, ha="center", va="center", fontsize=7, color=colour)
-    axis.set(xticks=range(10), yticks=range(10), xlabel="read", ylabel="asked for", title=title)
+    axis.set(xticks=range(10), yticks=range(10), xlabel="read", ylabel="prompted", title=title)
     plt.close(figure)
     return figure
 
@@ -156,12 +158,13 @@ def distinctness(
     digits: int | Sequence[int],  # in the prompts: of each image, or of all
 ) -> dict:  # by digit and as "mean": 0 for copies of one shape, 1 for the variety of real handwriting
     "Diversity of the shapes of each digit relative to real ones; NaN if fewer than two images show it."
-    reading, prompted = judge(images), np.broadcast_to(digits, len(images))
+    reading = judge(images)
+    prompted = np.broadcast_to(digits, len(images))
     result = {}
     for digit in sorted(set(prompted.tolist())):
-        drawn = reading["coverage"][(prompted == digit) & (reading["digit"] == digit)]
+        generated = reading["coverage"][(prompted == digit) & (reading["digit"] == digit)]
         real = judge.train_coverage[judge.train_digits == digit]
-        result[digit] = mean_distance(drawn) / mean_distance(real)
+        result[digit] = mean_distance(generated) / mean_distance(real)
     finite = [value for value in result.values() if value == value]
     return {**result, "mean": float(np.mean(finite)) if finite else float("nan")}
 
@@ -180,6 +183,6 @@ def novelty(
     images: Sequence[Image.Image] | np.ndarray,  # see `as_pixels`
 ) -> float:  # 0 for copies of training digits, 1 for unseen handwriting
     "Median distance to the nearest training digit, relative to that of real test digits."
-    drawn = nearest_distances(judge(images)["coverage"], judge.train_coverage)
+    generated = nearest_distances(judge(images)["coverage"], judge.train_coverage)
     unseen = nearest_distances(judge.test_coverage, judge.train_coverage)
-    return float(np.median(drawn) / np.median(unseen))
+    return float(np.median(generated) / np.median(unseen))

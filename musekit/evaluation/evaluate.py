@@ -206,12 +206,12 @@ class QualityConfig:
     def __post_init__(self):
         networks = "inception=FILE or clip=FOLDER"
         if self.features is None and self.data != "digits":
-            raise ValueError(f"{self.data} needs a feature extractor: features {networks}; the built-in one is for "
-                             "data=digits only")
+            raise ValueError(f"{self.data} needs a feature extractor: features {networks}; the built-in one "
+                             "is for data=digits only")
         if self.prompts and not Path(self.prompts).is_file():
             raise FileNotFoundError(f"there is no file of prompts {self.prompts}")
         if self.samples < 20:
-            raise ValueError(f"samples={self.samples} must be at least 20, for ten blocks in the kernel distance")
+            raise ValueError(f"samples={self.samples} must be at least 20: kernel_distance takes ten blocks")
         self.features = self.features or "digits"
         if self.judge and self.judge.startswith("inception"):
             raise ValueError(f"judge {self.judge!r} has no text encoder; use clip=FOLDER, or digits")
@@ -263,8 +263,10 @@ def read_real(
         captions = kind not in ("class", "none") and not texts
         urls = find_shards(config.data, folder, "test", captions=captions, fields=fields, classes=classes)
         names = dict(enumerate(classes)) if classes else None
-        layout = "classification" if kind == "class" else "image_text"
-        reading = ImageTextConfig(resolution=side, batch_size=64, layout=layout, captions=captions, fields=fields, class_names=names)
+        reading = ImageTextConfig(
+            resolution=side, batch_size=64, layout="classification" if kind == "class" else "image_text",
+            captions=captions, fields=fields, class_names=names,
+        )
         loader = make_loader(urls, reading, training=False)
         batches = with_labels(watched(loader, progress, desc="real images", unit="batch"))
         table = real_features(batches, extractor, config.statistics, config.real, config.seed)
@@ -312,7 +314,7 @@ _MEANING = {
     "precision": ("precision", "share of generated images among the real ones, up to 1"),
     "recall": ("recall", "share of real images among the generated ones, up to 1"),
     "agreement": ("agreement", "of images with their prompts, up to 1"),
-    "inception_score": ("Inception score", "1 to the number of classes: each image certain, all classes equally often"),
+    "inception_score": ("Inception score", "1 to the number of classes; high if certain and varied"),
 }
 
 

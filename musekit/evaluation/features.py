@@ -29,9 +29,12 @@ class FeatureTable:
     def __init__(self, extractor: str, keep: int = 10_000, seed: int = 0):
         if keep < 1:
             raise ValueError(f"keep={keep}: at least one row must be kept")
-        self.extractor, self.keep = extractor, keep  # name of the extractor; maximal number of rows kept
-        self.count, self.mean, self.scatter = 0, None, None
-        self.kept, self.rng = [], np.random.default_rng(seed)
+        self.extractor = extractor  # its name
+        self.keep = keep  # maximal number of rows kept
+        self.count = 0
+        self.mean = self.scatter = None
+        self.kept = []
+        self.rng = np.random.default_rng(seed)
 
     def add(self, features: Tensor):
         "Adds finite features (B, D); the result does not depend on the batches."
@@ -55,12 +58,13 @@ class FeatureTable:
         "Chan, Golub & LeVeque (1979), equation 2.1."
         if not len(features):
             return
-        before, more = self.count, len(features)
+        before = self.count
+        self.count += len(features)
         mean = features.mean(0)
-        centred, step = features - mean, mean - self.mean
-        self.count = before + more
-        self.scatter += centred.T @ centred + torch.outer(step, step) * (before * more / self.count)
-        self.mean += step * (more / self.count)
+        centred = features - mean
+        step = mean - self.mean
+        self.scatter += centred.T @ centred + torch.outer(step, step) * (before * len(features) / self.count)
+        self.mean += step * (len(features) / self.count)
 
     @property
     def covariance(self) -> Tensor:
@@ -158,6 +162,14 @@ _BLOCKS = {
 }
 
 
+def _mean_pool(x):
+    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+
+
+def _max_pool(x):
+    return F.max_pool2d(x, 3, 1, 1)
+
+
 class _Convolution(nn.Module):
     def __init__(self, inputs, width, kernel, stride=1, padded=True):
         super().__init__()
@@ -213,11 +225,9 @@ class InceptionFeatures(nn.Module):
                 "3b_1x1": (64, 80, 1), "4a_3x3": (80, 192, 3, 1, False)}
         for name, settings in stem.items():
             self.add_module(f"Conv2d_{name}", _Convolution(*settings))
-        mean = lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
         width = 192
         for name, chains in _BLOCKS.items():
-            pool = (lambda x: F.max_pool2d(x, 3, 1, 1)) if name == "7c" else mean
-            block = _Block(width, chains, pool)
+            block = _Block(width, chains, _max_pool if name == "7c" else _mean_pool)
             self.add_module(f"Mixed_{name}", block)
             width = block.width
         self.register_buffer("class_weights", None, persistent=False)  # (1008, 2048), if the file has them
@@ -278,7 +288,8 @@ class ClipFeatures(nn.Module):
         file = folder / "preprocessor_config.json"
         settings = read_json(file) if file.is_file() else {}
         scales = {name: settings[f"image_{name}"] for name in ("mean", "std") if f"image_{name}" in settings}
-        features = cls(load_transformers_model(CLIPModel, folder), AutoTokenizer.from_pretrained(folder), **scales)
+        model = load_transformers_model(CLIPModel, folder)
+        features = cls(model, AutoTokenizer.from_pretrained(folder), **scales)
         features.name = f"clip-{Path(path).name}"
         return features
 

@@ -46,11 +46,19 @@ def frechet_distance(real: FeatureTable, fake: FeatureTable) -> float:  # 0 or m
     return gaussian_distance(real.mean, real.covariance, fake.mean, fake.covariance)
 
 # %% ../../nbs/06_evaluation/03_metrics.ipynb #2d5ed642
+def _kernel(x, y):
+    "The cubic kernel of all pairs of rows: (m, D) and (n, D) -> (m, n)."
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _mean_within(kernel):
+    "The mean over pairs of different rows."
+    return (kernel.sum() - kernel.trace()) / (len(kernel) * (len(kernel) - 1))
+
+
 def _mmd(x, y):
-    "Unbiased squared maximum mean discrepancy of (m, D) and (n, D) under the cubic kernel."
-    kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3
-    within = lambda k: (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
-    return float(within(kernel(x, x)) + within(kernel(y, y)) - 2 * kernel(x, y).mean())
+    "Unbiased squared maximum mean discrepancy of (m, D) and (n, D)."
+    return float(_mean_within(_kernel(x, x)) + _mean_within(_kernel(y, y)) - 2 * _kernel(x, y).mean())
 
 
 def kernel_distance(
@@ -64,8 +72,12 @@ def kernel_distance(
         raise ValueError(f"{len(real)} and {len(fake)} rows do not make blocks={blocks} of two each; "
                          "take 2 blocks or more, and more images")
     generator = torch.Generator().manual_seed(seed)
-    cut = lambda rows: rows.double()[torch.randperm(len(rows), generator=generator)].tensor_split(blocks)
-    estimates = np.array([_mmd(x, y) for x, y in zip(cut(real), cut(fake))])
+
+    def split(rows):
+        order = torch.randperm(len(rows), generator=generator)
+        return rows.double()[order].tensor_split(blocks)
+
+    estimates = np.array([_mmd(x, y) for x, y in zip(split(real), split(fake))])
     return float(estimates.mean()), float(estimates.std(ddof=1) / blocks**0.5)
 
 # %% ../../nbs/06_evaluation/03_metrics.ipynb #76d74b6e
@@ -102,6 +114,10 @@ def precision_recall(
     return _covered(fake, real, radii(real), chunk), _covered(real, fake, radii(fake), chunk)
 
 # %% ../../nbs/06_evaluation/03_metrics.ipynb #1eba1f4c
+def _entropy(probabilities):
+    return -torch.special.xlogy(probabilities, probabilities).sum(-1)
+
+
 def inception_score(
     probabilities: Tensor,  # (N, classes) of a classifier, each row sums to 1
 ) -> float:  # 1 to the number of classes
@@ -110,8 +126,7 @@ def inception_score(
     if rows.dim() != 2 or not len(rows) or (rows < 0).any() or ((rows.sum(1) - 1).abs() > 1e-3).any():
         raise ValueError(f"an Inception score needs probabilities (N, classes) whose rows sum to 1, "
                          f"got {tuple(rows.shape)}; softmax makes them of logits")
-    entropy = lambda p: -torch.special.xlogy(p, p).sum(-1)
-    return float((entropy(rows.mean(0)) - entropy(rows).mean()).exp())
+    return float((_entropy(rows.mean(0)) - _entropy(rows).mean()).exp())
 
 # %% ../../nbs/06_evaluation/03_metrics.ipynb #2d442538
 def compare_features(real: FeatureTable, fake: FeatureTable, neighbours: int = 3, blocks: int = 10) -> dict:
@@ -142,8 +157,8 @@ class DigitFeatures:
             raise ValueError(f"digits are judged at (3, 32, 32), got {tuple(pixels.shape[1:])}; resize them")
         ink, paper, coverage = map(torch.from_numpy, unmix(self._levels(pixels)))
         fields = torch.nn.functional.avg_pool2d(coverage.view(-1, 1, 32, 32), 4).flatten(1)
-        colours = [torch.nn.functional.one_hot(*pair) for pair in ((ink, 6), (paper, 4))]
-        return torch.cat([fields, *colours], 1)
+        one_hot = torch.nn.functional.one_hot
+        return torch.cat([fields, one_hot(ink, 6), one_hot(paper, 4)], 1)
 
     @cached_property
     def _digits(self):
@@ -163,8 +178,10 @@ class DigitFeatures:
         "Whether each image matches its prompt."
         claims_of = [set(CLAIMS) & set(prompt) if isinstance(prompt, dict) else set() for prompt in prompts]
         if not all(claims_of):
-            raise ValueError(f"the judge needs {', '.join(CLAIMS)} of every prompt, or some; test_prompts has them")
-        reading, claims = self.judge(self._levels(pixels)), set.union(*claims_of)
+            raise ValueError(f"the judge needs {', '.join(CLAIMS)} of every prompt, or some of these; "
+                             "test_prompts has them")
+        reading = self.judge(self._levels(pixels))
+        claims = set.union(*claims_of)
         right = [reading[claim] == [prompt.get(claim, read) for prompt, read in zip(prompts, reading[claim])]
                  for claim in claims]
         return torch.from_numpy(np.all(right, 0)).float()

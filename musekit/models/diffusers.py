@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UVIT_NAMES', 'VQ_NAMES', 'UVIT_DEFAULTS', 'UVIT_SETTINGS', 'VQ_DEFAULTS', 'VQ_SETTINGS', 'MODEL_INDEX',
-           'AMUSED_PARTS', 'AMUSED_GENERATION', 'AMUSED_SCHEDULES', 'rename', 'uvit_from_diffusers',
+           'AMUSED_PARTS', 'AMUSED_GENERATION', 'AMUSED_SCHEDULES', 'rename_tensors', 'uvit_from_diffusers',
            'uvit_to_diffusers', 'vq_from_diffusers', 'vq_to_diffusers', 'to_diffusers', 'save_diffusers', 'read_amused',
            'save_amused']
 
@@ -61,13 +61,14 @@ VQ_NAMES = (
     (".to_q.", ".q."), (".to_k.", ".k."), (".to_v.", ".v."), (".to_out.0.", ".proj_out."),
 )
 
-def rename(weights, names, backwards=False):
-    """The tensors renamed by rows (theirs, ours), from the first to the last.
-
-    A row replaces its left side anywhere in a name; # is a number, which is kept.
-    backwards: ours to theirs, from the last row to the first
-    """
-    names, renamed = [row[::-1] for row in reversed(names)] if backwards else names, {}
+def rename_tensors(
+    weights,  # by name
+    names,  # rows (theirs, ours), replaced anywhere in a name; # is a number, which is kept
+    backwards=False,  # ours to theirs, from the last row to the first
+):
+    "The tensors under the names of the other library's layout, or of ours."
+    names = [row[::-1] for row in reversed(names)] if backwards else names
+    renamed = {}
     for name, tensor in weights.items():
         for old, new in names:
             name = re.sub(re.escape(old).replace(r"\#", r"(\d+)"), new.replace("#", r"\1"), name)
@@ -104,35 +105,35 @@ def _settings(config, defaults, name):
     settings = {key: value for key, value in ModelConfig(config).items() if not key.startswith("_")}
     for key in settings:
         if key not in defaults:
-            raise ValueError(f"{name} has a setting {key!r} that is not known here; there are "
-                             f"{', '.join(defaults)}. Save it with another version of diffusers.")
+            raise ValueError(f"{name} has an unknown setting {key!r}; supported are {', '.join(defaults)}. "
+                             "Save it with another version of diffusers.")
     return defaults | settings
 
 def _allow(name, config, **allowed):
-    """Raises ValueError for the first setting whose value is not allowed."""
+    "Raises ValueError for the first setting whose value is not allowed."
     for key, values in allowed.items():
         if config[key] not in values:
             raise ValueError(f"{name} with {key}={config[key]!r} has no counterpart; it must be "
                              f"{' or '.join(map(repr, values))}.")
 
-def _expressible(config, cls, known):
-    """All settings of our model; ValueError for one outside `known` that is not at its default."""
-    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    full = ModelConfig({one.name: config.get(one.name, one.default) for one in parameters})
-    _allow(cls.__name__, full, **{one.name: (one.default,) for one in parameters if one.name not in known})
-    return full
+def _expressible(config, cls, translated):
+    "All settings of our model; ValueError for one that is not `translated` and not at its default."
+    defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
+    settings = ModelConfig({name: config.get(name, default) for name, default in defaults.items()})
+    _allow(cls.__name__, settings, **{name: (defaults[name],) for name in defaults if name not in translated})
+    return settings
 
 # %% ../../nbs/02_models/15_diffusers.ipynb #98129a22
 def _split_gates(weights):
-    """Splits every `ffn.wi` of 2 I rows into `ffn.wi_1`, the upper half, and `ffn.wi_0`, for the GELU."""
-    cut = {name: tensor for name, tensor in weights.items() if ".ffn.wi." not in name}
+    "Splits every `ffn.wi` of 2 I rows into `ffn.wi_1`, the upper half, and `ffn.wi_0`, for the GELU."
+    split = {name: tensor for name, tensor in weights.items() if ".ffn.wi." not in name}
     for name in [name for name in weights if ".ffn.wi." in name]:
         for part, half in zip((".ffn.wi_1.", ".ffn.wi_0."), weights[name].chunk(2)):
-            cut[name.replace(".ffn.wi.", part)] = half.clone()
-    return cut
+            split[name.replace(".ffn.wi.", part)] = half.clone()
+    return split
 
 def _join_gates(weights):
-    """The inverse of `_split_gates`."""
+    "The inverse of `_split_gates`."
     joined = {name: tensor for name, tensor in weights.items() if ".ffn.wi_" not in name}
     for name in [name for name in weights if ".ffn.wi_1." in name]:
         halves = weights[name], weights[name.replace(".wi_1.", ".wi_0.")]
@@ -140,18 +141,18 @@ def _join_gates(weights):
     return joined
 
 def _block_norms(weights):
-    """Names of the norms of attention blocks -> names of the queries, their only readers."""
+    "Names of the norms of attention blocks -> names of the queries, their only readers."
     queries = [name for name in weights if re.search(r"attention_blocks\.\d+\.\w+\.query\.weight", name)]
     return {name.replace("attention.query", "attn_layer_norm"): name for name in queries}
 
 def _fold_norms(weights):
-    """Multiplies the norms of attention blocks into the queries."""
+    "Multiplies the norms of attention blocks into the queries."
     norms = {norm: query for norm, query in _block_norms(weights).items() if norm in weights}
     folded = {query: weights[query] * weights[norm] for norm, query in norms.items()}
     return {name: tensor for name, tensor in (weights | folded).items() if name not in norms}
 
 def _unfold_norms(weights):
-    """Adds norm weights of one to attention blocks."""
+    "Adds norm weights of one to attention blocks."
     norms = _block_norms(weights).items()
     return weights | {norm: torch.ones_like(weights[query][0]) for norm, query in norms}
 
@@ -163,7 +164,7 @@ def uvit_from_diffusers(config, weights):
     """
     theirs = _settings(config, UVIT_DEFAULTS, "UVit2DModel")
     _allow("UVit2DModel", theirs, upsample=(theirs["downsample"],), layer_norm_eps=(1e-6,))
-    weights = _split_gates(rename(weights, UVIT_NAMES))
+    weights = _split_gates(rename_tensors(weights, UVIT_NAMES))
     ours = {"_class_name": "MaskGiTUViT", "block_out_channels": (theirs["block_out_channels"],),
             "default_shape": (theirs["sample_size"],) * 2, "norm_type": "rmsnorm"}
     ours |= {name: theirs[other] for other, name in UVIT_SETTINGS.items()}
@@ -181,21 +182,23 @@ def uvit_to_diffusers(config, weights):
     theirs = {"_class_name": "UVit2DModel"} | UVIT_DEFAULTS
     theirs |= {name: ours[other] for name, other in UVIT_SETTINGS.items()}
     theirs |= {"upsample": ours.force_down_up_sample, "sample_size": height}
-    for name in ("block_out_channels", "block_num_heads"):
-        theirs[name] = ours[name][0] if isinstance(ours[name], tuple) else ours[name]
+    width = ours.block_out_channels
+    theirs["block_out_channels"] = width[0] if isinstance(width, tuple) else width
     weights = weights if ours.ln_elementwise_affine else _unfold_norms(weights)
-    return theirs, rename(_join_gates(weights), UVIT_NAMES, backwards=True)
+    return theirs, rename_tensors(_join_gates(weights), UVIT_NAMES, backwards=True)
 
 CONVERTERS["UVit2DModel"] = uvit_from_diffusers
 
 # %% ../../nbs/02_models/15_diffusers.ipynb #ef8e3cdd
 def _flip_levels(weights, levels):
-    """Numbers the levels of the decoder, `decoder.up.#`, from the other end."""
-    flip = lambda match: f"decoder.up.{levels - 1 - int(match[1])}."
+    "Numbers the levels of the decoder, `decoder.up.#`, from the other end."
+    def flip(match):
+        return f"decoder.up.{levels - 1 - int(match[1])}."
+
     return {re.sub(r"\bdecoder\.up\.(\d+)\.", flip, name): tensor for name, tensor in weights.items()}
 
 def _reshape_attention(weights, shape):
-    """Applies the function `shape` to every matrix of an attention."""
+    "Applies the function `shape` to every matrix of an attention."
     is_map = re.compile(r"\.(attn\.\d+|attn_1)\.(q|k|v|proj_out)\.weight$")
     return {name: shape(tensor) if is_map.search(name) else tensor for name, tensor in weights.items()}
 
@@ -223,22 +226,23 @@ def vq_from_diffusers(config, weights):
     theirs = _settings(config, VQ_DEFAULTS, "VQModel")
     _allow("VQModel", theirs, out_channels=(theirs["in_channels"],), norm_num_groups=(32,),
            act_fn=("silu", "swish"), norm_type=("group",))
-    levels, widths = _attention_levels(theirs), theirs["block_out_channels"]
+    levels = _attention_levels(theirs)
+    widths = theirs["block_out_channels"]
     if len(widths) != len(levels) or any(width % widths[0] for width in widths):
         raise ValueError(f"VQModel with block_out_channels={widths!r} has no counterpart; there must be "
                          f"{len(levels)} of them, multiples of the first.")
     sides = [theirs["sample_size"] >> level for level in range(len(levels))]
-    attended = tuple(side for side, attention in zip(sides, levels) if attention)
-    if [side in attended for side in sides] != levels:
+    attn_resolutions = tuple(side for side, attention in zip(sides, levels) if attention)
+    if [side in attn_resolutions for side in sides] != levels:
         raise ValueError(f"VQModel with sample_size={theirs['sample_size']} has levels of one resolution, of "
                          "which some have attention; write the side of its images there.")
-    ours = {"_class_name": "VQGANModel", "attn_resolutions": attended, "hidden_channels": widths[0],
+    ours = {"_class_name": "VQGANModel", "attn_resolutions": attn_resolutions, "hidden_channels": widths[0],
             "channel_mult": tuple(width // widths[0] for width in widths),
             "no_attn_mid_block": not theirs["mid_block_add_attention"],
             "quantized_embed_dim": theirs["vq_embed_dim"] or theirs["latent_channels"]}
     ours |= {name: theirs[other] for other, name in VQ_SETTINGS.items()}
     ours |= {"force_upcast": True} if theirs["force_upcast"] else {}
-    weights = _flip_levels(rename(weights, VQ_NAMES), len(levels))
+    weights = _flip_levels(rename_tensors(weights, VQ_NAMES), len(levels))
     return ours, _reshape_attention(weights, lambda matrix: matrix[..., None, None])
 
 def vq_to_diffusers(config, weights):
@@ -260,13 +264,13 @@ def vq_to_diffusers(config, weights):
                "vq_embed_dim": ours.quantized_embed_dim, "lookup_from_codebook": True, "force_upcast": True}
     _attention_levels(theirs)
     weights = _reshape_attention(weights, lambda matrix: matrix.flatten(1))
-    return theirs, rename(_flip_levels(weights, len(levels)), VQ_NAMES, backwards=True)
+    return theirs, rename_tensors(_flip_levels(weights, len(levels)), VQ_NAMES, backwards=True)
 
 CONVERTERS["VQModel"] = vq_from_diffusers
 
 # %% ../../nbs/02_models/15_diffusers.ipynb #07e9f4fb
 def to_diffusers(config, weights):
-    """A `MaskGiTUViT`'s or `VQGANModel`'s settings and tensors in diffusers' layout."""
+    "A `MaskGiTUViT`'s or `VQGANModel`'s settings and tensors in diffusers' layout."
     name = config["_class_name"]
     converters = {"MaskGiTUViT": uvit_to_diffusers, "VQGANModel": vq_to_diffusers}
     if name not in converters:
@@ -279,9 +283,8 @@ def save_diffusers(model, folder):
     model: a `MaskGiTUViT` or `VQGANModel`
     Raises ValueError, before anything is written, for another model or a setting without counterpart.
     """
-    state = model.adapter.merged(model) if model.adapter else model.state_dict()
-    config, weights = to_diffusers({"_class_name": type(model).__name__, **model.config}, state)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    config = {"_class_name": type(model).__name__, **model.config}
+    config, weights = to_diffusers(config, model.merged_tensors())
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names = "diffusion_pytorch_model.safetensors", "config.json"
@@ -321,7 +324,8 @@ def read_amused(folder):
     scheduler |= read_json(folder / "scheduler" / "scheduler_config.json")
     _allow("AmusedScheduler", scheduler, masking_schedule=AMUSED_SCHEDULES,
            mask_token_id=(transformer["vocab_size"] - 1,))
-    grid, factor = transformer["default_shape"], 2 ** (len(vq_model["channel_mult"]) - 1)
+    grid = transformer["default_shape"]
+    factor = 2 ** (len(vq_model["channel_mult"]) - 1)
     return {
         "transformer": transformer["_class_name"], "vq_model": vq_model["_class_name"],
         "text_encoder": {"kind": "clip", "use_pooled": True}, "grid": grid, "zero_uncond": False,

@@ -17,7 +17,7 @@ def _wide(x):
 
 
 def _unit(wide, eps, centre):
-    """The normalised rows of (B, N, D), their means (None unless `centre`) and scales (B, N, 1)."""
+    "The normalised rows of (B, N, D), their means (None unless `centre`) and scales (B, N, 1)."
     if centre:
         return torch.native_layer_norm(wide, wide.shape[-1:], None, None, eps)
     energy = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
@@ -26,7 +26,7 @@ def _unit(wide, eps, centre):
 
 
 class _Normalise(torch.autograd.Function):
-    """normalise(x) * weight + bias for x (B, N, D), weight and bias (B, 1, D); saves x, means and scales."""
+    "normalise(x) * weight + bias for x (B, N, D), weight and bias (B, 1, D); saves x, means and scales."
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, centre):
@@ -38,7 +38,9 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight, mean, scale = ctx.saved_tensors
-        wide, grad, weight = _wide(x), _wide(grad), _wide(weight)
+        wide = _wide(x)
+        grad = _wide(grad)
+        weight = _wide(weight)
         product = wide * grad if mean is None else (wide - mean).mul_(grad)
         grad_weight = scale.transpose(1, 2) @ product if ctx.needs_input_grad[1] else None
         grad_bias = grad.sum(1, keepdim=True) if ctx.needs_input_grad[2] else None
@@ -59,14 +61,15 @@ def normalise(
     eps=1e-6,
     centre=False,  # layer norm instead of RMS norm
 ):
-    """RMS norm or layer norm of x, computed in float32 and returned in the dtype of x."""
+    "RMS norm or layer norm of x, computed in float32 and returned in the dtype of x."
     all_float32 = all(part is None or part.dtype == torch.float32 for part in (x, weight, bias))
     if centre and modulation is None and all_float32:
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     weight = x.new_ones(x.shape[-1]) if weight is None else weight
     if modulation is None:
         rows = x.reshape(1, -1, x.shape[-1])
-        weight, bias = weight[None, None], bias if bias is None else bias[None, None]
+        weight = weight[None, None]
+        bias = None if bias is None else bias[None, None]
     else:
         rows, (scale, shift) = x.flatten(1, -2), modulation.unsqueeze(1).chunk(2, -1)
         bias = shift if bias is None else torch.addcmul(shift, bias, 1 + scale)
@@ -75,7 +78,7 @@ def normalise(
 
 # %% ../../nbs/02_models/01_functional.ipynb #b66d2878
 class _GatedLinear(torch.autograd.Function):
-    """linear(gelu(gate) * value) that saves only gate and value."""
+    "linear(gelu(gate) * value) that saves only gate and value."
 
     @staticmethod
     def forward(ctx, gate, value, weight, bias):
@@ -86,7 +89,8 @@ class _GatedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         gate, value, weight = ctx.saved_tensors
-        grad_hidden, active = grad @ weight.to(grad.dtype), F.gelu(gate)
+        grad_hidden = grad @ weight.to(grad.dtype)
+        active = F.gelu(gate)
         grads = _linear_grads(ctx, grad, active * value, weight)
         grad_value = active.mul_(grad_hidden)
         grad_gate = torch.ops.aten.gelu_backward(grad_hidden.mul_(value), gate)
@@ -94,7 +98,7 @@ class _GatedLinear(torch.autograd.Function):
 
 
 def _linear_grads(ctx, grad, hidden, weight):
-    """Gradients of weight and bias, the function's last two inputs; None where not needed."""
+    "Gradients of weight and bias, the function's last two inputs; None where not needed."
     grad = grad.flatten(0, -2)
     grad_weight = grad.t() @ hidden.flatten(0, -2).to(grad.dtype) if ctx.needs_input_grad[-2] else None
     grad_bias = grad.sum(0).to(weight.dtype) if ctx.needs_input_grad[-1] else None
@@ -102,19 +106,19 @@ def _linear_grads(ctx, grad, hidden, weight):
 
 
 def _may_fuse(linear, dropout):
-    """Whether a linear layer is a plain nn.Linear, not replaced by an adapter, with no dropout before it."""
+    "Whether a linear layer is a plain nn.Linear, not replaced by an adapter, with no dropout before it."
     return type(linear) is nn.Linear and not (dropout.training and dropout.p)
 
 
 def gated_linear(gate, value, norm, dropout, linear):
-    """linear(dropout(norm(gelu(gate) * value))), fused to save memory where the modules allow it."""
+    "linear(dropout(norm(gelu(gate) * value))), fused to save memory where the modules allow it."
     if isinstance(norm, nn.Identity) and _may_fuse(linear, dropout):
         return _GatedLinear.apply(gate, value, linear.weight, linear.bias)
     return linear(dropout(norm(F.gelu(gate) * value)))
 
 # %% ../../nbs/02_models/01_functional.ipynb #94e7c5ec
 class _ResponseLinear(torch.autograd.Function):
-    """linear(response_norm(gelu(x))) of x (B, H, W, C) that saves x and one norm per channel."""
+    "linear(response_norm(gelu(x))) of x (B, H, W, C) that saves x and one norm per channel."
 
     @staticmethod
     def forward(ctx, x, gamma, beta, weight, bias):
@@ -129,21 +133,23 @@ class _ResponseLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, gamma, beta, energy, inverse, weight = ctx.saved_tensors
-        active, relative = _wide(F.gelu(x)), energy * inverse
-        stretch = 1 + gamma * relative
-        grads = _linear_grads(ctx, grad, torch.addcmul(beta, active, stretch), weight)
+        active = _wide(F.gelu(x))
+        relative = energy * inverse
+        scale = 1 + gamma * relative
+        grads = _linear_grads(ctx, grad, torch.addcmul(beta, active, scale), weight)
         grad = _wide(grad @ weight.to(grad.dtype))
-        along = (grad * active).sum((1, 2), keepdim=True)
-        grad_gamma, grad_beta = (along * relative).sum(0, keepdim=True), grad.sum((0, 1, 2)).view_as(beta)
-        along = along * gamma
-        pull = (along - (along * relative).mean(-1, keepdim=True)) * inverse / energy
-        pull = pull.masked_fill(energy == 0, 0)
-        grad = grad.mul_(stretch).addcmul_(active, pull).to(x.dtype)
+        product = (grad * active).sum((1, 2), keepdim=True)
+        grad_gamma = (product * relative).sum(0, keepdim=True)
+        grad_beta = grad.sum((0, 1, 2)).view_as(beta)
+        product = product * gamma
+        grad_energy = (product - (product * relative).mean(-1, keepdim=True)) * inverse / energy
+        grad_energy = grad_energy.masked_fill(energy == 0, 0)
+        grad = grad.mul_(scale).addcmul_(active, grad_energy).to(x.dtype)
         return torch.ops.aten.gelu_backward(grad, x), grad_gamma, grad_beta, *grads
 
 
 def response_linear(x, norm, dropout, linear):
-    """linear(dropout(norm(gelu(x)))) of x (B, H, W, C), fused to save memory where the modules allow it."""
+    "linear(dropout(norm(gelu(x)))) of x (B, H, W, C), fused to save memory where the modules allow it."
     if _may_fuse(linear, dropout):
         return _ResponseLinear.apply(x, norm.gamma, norm.beta, linear.weight, linear.bias)
     return linear(dropout(norm(F.gelu(x))))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LayerNorm', 'RMSNorm', 'make_norm', 'PointwiseConv', 'conv_channels_last', 'resolve_grid', 'AdaLNModulation',
-           'Attention', 'key_mask', 'GLU', 'GlobalResponseNorm', 'TransformerLayer', 'run_block', 'NestedNorm',
-           'TokenEmbedding', 'TokenHead', 'check_width']
+           'Attention', 'key_mask', 'GLU', 'GlobalResponseNorm', 'TransformerLayer', 'run_block', 'stack_blocks',
+           'unstack_blocks', 'NestedNorm', 'TokenEmbedding', 'TokenHead', 'check_width']
 
 # %% ../../nbs/02_models/02_layers.ipynb #afd93991
 import math
@@ -19,7 +19,9 @@ from .functional import gated_linear, normalise
 
 # %% ../../nbs/02_models/02_layers.ipynb #7e70e81b
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis (Ba et al. 2016), optionally modulated; see `normalise`."""
+    "Layer normalisation over the last axis (Ba et al. 2016), optionally modulated; see `normalise`."
+
+    centre = True  # subtract the mean
 
     def __init__(
         self,
@@ -34,32 +36,26 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if elementwise_affine and use_bias else None
 
     def forward(self, x, modulation=None):
-        return normalise(x, self.weight, self.bias, modulation, self.eps, centre=True)
+        return normalise(x, self.weight, self.bias, modulation, self.eps, self.centre)
 
 
-class RMSNorm(nn.Module):
-    """RMS normalisation (Zhang & Sennrich 2019, eq. 4), optionally modulated; see `normalise`."""
+class RMSNorm(LayerNorm):
+    "RMS normalisation (Zhang & Sennrich 2019, eq. 4), optionally modulated; see `normalise`."
 
-    def __init__(self, dim, eps=1e-6, elementwise_affine=True):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim)) if elementwise_affine else None
-
-    def forward(self, x, modulation=None):
-        return normalise(x, self.weight, None, modulation, self.eps)
+    centre = False
 
 # %% ../../nbs/02_models/02_layers.ipynb #699f1f05
 def make_norm(norm_type, dim, eps=1e-6, use_bias=False, elementwise_affine=True):
     """The norm named in a configuration, "layernorm" or "rmsnorm" (never with a bias); else a ValueError."""
     if norm_type == "rmsnorm":
-        return RMSNorm(dim, eps, elementwise_affine)
+        return RMSNorm(dim, eps, False, elementwise_affine)
     if norm_type == "layernorm":
         return LayerNorm(dim, eps, use_bias, elementwise_affine)
     raise ValueError(f"norm_type {norm_type!r} is unknown; choose 'layernorm' or 'rmsnorm'.")
 
 # %% ../../nbs/02_models/02_layers.ipynb #9d2378b5
 class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution over channels-last tensors of any shape (..., in_channels): one matrix product."""
+    "A 1x1 convolution over channels-last tensors of any shape (..., in_channels): one matrix product."
 
     def __init__(self, in_channels, out_channels, bias=True):
         super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
@@ -69,29 +65,33 @@ class PointwiseConv(nn.Conv2d):
 
 # %% ../../nbs/02_models/02_layers.ipynb #79de6814
 def conv_channels_last(conv, x):
-    """Applies a convolution module to (B, H, W, C); returns (B, H', W', C')."""
+    "Applies a convolution module to (B, H, W, C); returns (B, H', W', C')."
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 # %% ../../nbs/02_models/02_layers.ipynb #902bf321
-def resolve_grid(num_tokens, grid=None):
-    """The grid (height, width) of `num_tokens` tokens, by default a square.
-
-    Raises ValueError if `grid` holds another number of tokens, or if it is None and N is not a square.
-    """
-    if grid is not None:
-        height, width = grid
-        if height * width != num_tokens:
-            raise ValueError(f"grid {height}x{width} holds {height * width} tokens, but there are "
-                             f"{num_tokens}; pass the grid they stand on.")
-        return height, width
-    side = math.isqrt(num_tokens)
-    if side * side != num_tokens:
-        raise ValueError(f"{num_tokens} tokens are no square; pass grid=(height, width).")
-    return side, side
+def resolve_grid(
+    num_tokens,
+    grid=None,  # (height, width); None: a square
+    multiple=1,  # of which both sides are multiples
+):
+    "The grid (height, width) of `num_tokens` tokens; ValueError if they do not fill it or it does not split."
+    if grid is None:
+        side = math.isqrt(num_tokens)
+        if side * side != num_tokens:
+            raise ValueError(f"{num_tokens} tokens are no square; pass grid=(height, width).")
+        grid = side, side
+    height, width = grid
+    if height * width != num_tokens:
+        raise ValueError(f"grid {height}x{width} holds {height * width} tokens, but there are {num_tokens}; "
+                         "pass the grid of these tokens.")
+    if height % multiple or width % multiple:
+        raise ValueError(f"a grid of {height}x{width} does not split into patches of {multiple}x{multiple}; "
+                         f"use multiples of {multiple}.")
+    return height, width
 
 # %% ../../nbs/02_models/02_layers.ipynb #2f7fd02b
 class AdaLNModulation(nn.Module):
-    """A scale and a shift of every channel, (B, 2 * dim), from a condition (B, cond_dim)."""
+    "A scale and a shift of every channel, (B, 2 * dim), from a condition (B, cond_dim)."
 
     def __init__(self, cond_dim, dim, use_bias=False):
         super().__init__()
@@ -112,13 +112,15 @@ class Attention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"{dim} channels do not split into {num_heads} heads; choose a divisor.")
         context_dim = context_dim or dim
-        self.num_heads, self.dropout = num_heads, dropout
+        self.num_heads = num_heads
+        self.dropout = dropout
         self.query = nn.Linear(dim, dim, bias=use_bias)
         self.key = nn.Linear(context_dim, dim, bias=use_bias)
         self.value = nn.Linear(context_dim, dim, bias=use_bias)
         self.out = nn.Linear(dim, dim, bias=use_bias)
 
     def keys_values(self, context):
+        "The keys and values of a context, each (B, M, dim)."
         return [self.key(context), self.value(context)]
 
     def forward(
@@ -129,11 +131,9 @@ class Attention(nn.Module):
     ):
         context = x if context is None else context
         key, value = self.keys_values(context) if isinstance(context, torch.Tensor) else context
-        q, k, v = (
-            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (self.query(x), key, value)
-        )
+        heads = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (self.query(x), key, value))
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, dropout_p=dropout)
+        y = F.scaled_dot_product_attention(*heads, attn_mask=attention_mask, dropout_p=dropout)
         return self.out(y.transpose(1, 2).flatten(2))
 
 # %% ../../nbs/02_models/02_layers.ipynb #86bfb12f
@@ -151,7 +151,7 @@ def key_mask(attention_mask):
 
 # %% ../../nbs/02_models/02_layers.ipynb #0a31676c
 class GLU(nn.Module):
-    """Gated feed-forward layer (Shazeer 2020, GEGLU) after a layer norm, (B, N, dim) to (B, N, dim)."""
+    "Gated feed-forward layer (Shazeer 2020, GEGLU) after a layer norm, (B, N, dim) to (B, N, dim)."
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class GLU(nn.Module):
 
 # %% ../../nbs/02_models/02_layers.ipynb #c2441f35
 class GlobalResponseNorm(nn.Module):
-    """Global response normalisation of (B, H, W, dim) (Woo et al. 2023)."""
+    "Global response normalisation of (B, H, W, dim) (Woo et al. 2023)."
 
     def __init__(self, dim):
         super().__init__()
@@ -197,7 +197,7 @@ class GlobalResponseNorm(nn.Module):
 
 # %% ../../nbs/02_models/02_layers.ipynb #787833a1
 class TransformerLayer(nn.Module):
-    """Pre-norm residual self-attention, cross-attention to a text and a feed-forward layer; (B, N, dim)."""
+    "Pre-norm residual self-attention, cross-attention to a text and a feed-forward layer; (B, N, dim)."
 
     def __init__(
         self,
@@ -226,8 +226,8 @@ class TransformerLayer(nn.Module):
             self.cross_attn_adaLN_modulation = AdaLNModulation(cond_dim, dim, use_bias) if cond_dim else None
         self.ffn = ffn
 
-    def read(self, cond, text):
-        """Three modulations, a key and a value for `forward`, from a condition (B, cond_dim) and a text."""
+    def precompute(self, cond, text):
+        "Three modulations, a key and a value for `forward`, from a condition (B, cond_dim) and a text."
         maps = self.self_attn_adaLN_modulation, self.cross_attn_adaLN_modulation, self.ffn.adaLN_modulation
         return [modulation(cond) for modulation in maps] + self.crossattention.keys_values(text)
 
@@ -236,21 +236,31 @@ class TransformerLayer(nn.Module):
         x,  # (B, N, dim)
         text=None,  # (B, L, text_dim), or its precomputed key and value, each (B, L, dim)
         text_mask=None,  # see `key_mask`
-        modulations=(None, None, None),  # each (B, 2 * dim), see `read`
+        modulations=(None, None, None),  # each (B, 2 * dim), see `precompute`
     ):
-        at_self, at_text, at_ffn = modulations
-        x = x + self.post_attn_layer_norm(self.attention(self.attn_layer_norm(x, at_self)))
+        self_modulation, cross_modulation, ffn_modulation = modulations
+        x = x + self.post_attn_layer_norm(self.attention(self.attn_layer_norm(x, self_modulation)))
         if self.crossattention is not None:
-            y = self.crossattention(self.crossattn_layer_norm(x, at_text), text, text_mask)
+            y = self.crossattention(self.crossattn_layer_norm(x, cross_modulation), text, text_mask)
             x = x + self.post_crossattn_layer_norm(y)
-        return x + self.ffn(x, at_ffn)
+        return x + self.ffn(x, ffn_modulation)
 
 # %% ../../nbs/02_models/02_layers.ipynb #b5953eb1
 def run_block(block, gradient_checkpointing, *inputs):
-    """The block's output; gradient checkpointing recomputes its activations in the backward pass."""
+    "The block's output; gradient checkpointing recomputes its activations in the backward pass."
     if gradient_checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)
+
+# %% ../../nbs/02_models/02_layers.ipynb #c0de5702
+def stack_blocks(blocks):
+    "One tensor (B, blocks, parts, ...) of the tensors (B, ...) of every block; None without blocks."
+    return torch.stack([torch.stack(parts, 1) for parts in blocks], 1) if blocks else None
+
+
+def unstack_blocks(stacked):
+    "The inverse of `stack_blocks`: for every block, its tensors (B, ...)."
+    return [] if stacked is None else [parts.unbind(1) for parts in stacked.unbind(1)]
 
 # %% ../../nbs/02_models/02_layers.ipynb #30c5aef0
 class NestedNorm(nn.Module):
@@ -265,7 +275,7 @@ class NestedNorm(nn.Module):
 
 
 class TokenEmbedding(nn.Module):
-    """Embeddings (B, H, W, out_dim) of ids (B, H*W)."""
+    "Embeddings (B, H, W, out_dim) of ids (B, H*W)."
 
     def __init__(self, vocab_size, dim, out_dim, norm, use_bias):
         super().__init__()
@@ -278,7 +288,7 @@ class TokenEmbedding(nn.Module):
 
 # %% ../../nbs/02_models/02_layers.ipynb #95c83440
 class TokenHead(nn.Module):
-    """Logits (..., codebook_size) over the image tokens from (..., dim)."""
+    "Logits (..., codebook_size) over the image tokens from (..., dim)."
 
     def __init__(self, dim, in_channels, codebook_size, norm, use_bias):
         super().__init__()
@@ -291,8 +301,8 @@ class TokenHead(nn.Module):
 
 # %% ../../nbs/02_models/02_layers.ipynb #5158a437
 def check_width(name, tensor, width, setting):
-    """Raises ValueError for a condition that is missing or not `width` wide, naming the model's `setting`."""
+    "Raises ValueError for a condition that is missing or not `width` wide, naming the model's `setting`."
     if tensor is None:
-        raise ValueError(f"{name} is missing; the model reads it, {width} values wide ({setting}).")
+        raise ValueError(f"{name} is missing; the model is conditioned on it, {width} values wide ({setting}).")
     if tensor.shape[-1] != width:
-        raise ValueError(f"{name} has width {tensor.shape[-1]}, but the model reads {width} ({setting}).")
+        raise ValueError(f"{name} has width {tensor.shape[-1]}, but the model expects {width} ({setting}).")

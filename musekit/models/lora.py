@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .diffusers import UVIT_NAMES, rename
+from .diffusers import UVIT_NAMES, rename_tensors
 from .pretrained import check_state_dict
 from .uvit import MaskGiTUViT
 from .weights import check_finite, common_prefix, find_folder, read_json, read_tensors
@@ -40,12 +40,12 @@ def lora_targets(
         inner = [name for name in names if "transformer_layers." in name]
         target, names = TARGETS, inner or names
     ends = sorted({name.rpartition(".")[2] for name in names})
-    matches_of = {end: [name for name in names if f".{name}".endswith(f".{end}")] for end in target}
-    for end in [end for end in matches_of if not matches_of[end]]:
-        near = nearest_name(end, ends, 0) or "nothing"
-        raise ValueError(f"no linear layer of this {type(model).__name__} ends in {end!r}; the nearest is "
-                         f"{near!r}. There are: {', '.join(ends)}.")
-    return [name for name in names if any(name in matches for matches in matches_of.values())]
+    for end in target:
+        if not any(f".{name}".endswith(f".{end}") for name in names):
+            nearest = nearest_name(end, ends, 0) or "nothing"
+            raise ValueError(f"no linear layer of this {type(model).__name__} ends in {end!r}; the nearest "
+                             f"is {nearest!r}. There are: {', '.join(ends)}.")
+    return [name for name in names if any(f".{name}".endswith(f".{end}") for end in target)]
 
 # %% ../../nbs/02_models/16_lora.ipynb #ee152468
 class LoraAdapter:
@@ -74,7 +74,7 @@ def _lora_layers(model):
 
 def _refuse_adapted(model):
     if _lora_layers(model):
-        raise ValueError("this model has low-rank updates already; fold them in with merge_lora first.")
+        raise ValueError("this model already has low-rank updates; merge them with merge_lora first.")
 
 
 def _inject(model, config):
@@ -123,7 +123,8 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> nn.Module:  # the same model
     "Merges the updates into the weights, in place; afterwards the model is plain and fully trainable."
-    merged, layers = merged_state_dict(model), _lora_layers(model)
+    merged = merged_state_dict(model)
+    layers = _lora_layers(model)
     for name, layer in layers:
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer.base_layer)
@@ -141,7 +142,8 @@ _KEPT = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "rank_pattern"
 
 def save_lora(model: nn.Module, folder: str | Path):
     "Writes the updates alone, in the layout of peft."
-    folder, config = Path(folder), model.peft_config["default"]
+    folder = Path(folder)
+    config = model.peft_config["default"]
     folder.mkdir(parents=True, exist_ok=True)
     tensors = _peft().get_peft_model_state_dict(model)
     tensors = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -166,18 +168,18 @@ def _find_updates(path):
         return path
     folder = find_folder(path)
     inner = "", "adapter", "transformer/adapter", "pipeline/transformer/adapter"
-    places = [folder / place for place in inner]
-    there = [place / name for place in places for name in LORA_FILES if (place / name).is_file()]
-    if not there:
+    candidates = [folder / place / name for place in inner for name in LORA_FILES]
+    files = [file for file in candidates if file.is_file()]
+    if not files:
         others = [other.name for other in sorted(folder.glob("*.safetensors"))]
         hint = f" There is {', '.join(others[:4])}: name the file itself." if others else ""
         raise FileNotFoundError(f"no low-rank updates in {folder}; looked for {', '.join(LORA_FILES)}.{hint}")
-    return there[0]
+    return files[0]
 
 
 def _read_updates(path):
     "Layer -> role -> tensor, under the file's layer names."
-    layers, unknown = {}, []
+    layers, problems = {}, []
     tensors = read_tensors(path)
     check_finite(tensors, path)
     for name, tensor in tensors.items():
@@ -188,12 +190,12 @@ def _read_updates(path):
         if role:
             layers.setdefault(_ROLES[role].sub("", name), {})[role] = tensor
         else:
-            unknown.append(f"{name} is no part of one")
+            problems.append(f"{name} is not part of one")
     halves = [layer for layer, parts in layers.items() if not {"A", "B"} <= parts.keys()]
-    unknown += [f"{layer} lacks one of its matrices" for layer in halves]
-    unknown += ["it is empty"] * (not layers)
-    if unknown:
-        raise ValueError(f"{path} holds no low-rank updates of linear layers alone: {unknown[0]}.")
+    problems += [f"{layer} lacks one of its matrices" for layer in halves]
+    problems += ["it is empty"] * (not layers)
+    if problems:
+        raise ValueError(f"{path} must hold low-rank updates of linear layers only: {problems[0]}.")
     return layers
 
 
@@ -204,7 +206,8 @@ def _layer_names(model):
         theirs = layer
         if isinstance(model, MaskGiTUViT):
             gate = re.sub(r"\.wi_[01]$", ".wi", layer)
-            theirs = next(iter(rename({f"{gate}.": None}, UVIT_NAMES, backwards=True))).removesuffix(".")
+            renamed = rename_tensors({f"{gate}.": None}, UVIT_NAMES, backwards=True)
+            theirs = next(iter(renamed)).removesuffix(".")
         for name in (layer, theirs, theirs.removesuffix(".0")):
             names.setdefault(name, set()).add(layer)
             names.setdefault(name.replace(".", "_"), set()).add(layer)
@@ -213,27 +216,29 @@ def _layer_names(model):
 
 def _fit_updates(model, updates, path):
     "The updates by the model's layer names; those of a text encoder are skipped with a warning."
-    names, fitting, strangers = _layer_names(model), {}, []
+    names = _layer_names(model)
+    fitting, unmatched = {}, []
     plain = {re.sub(r"^lora_(unet|transformer)_", "", layer): parts for layer, parts in updates.items()}
     prefix = common_prefix(names, plain)
     for layer, parts in plain.items():
         layers = names.get(layer.removeprefix(prefix), []) if layer.startswith(prefix) else []
-        cut = parts["B"].chunk(len(layers)) if layers else []
-        fitting |= {name: parts | {"B": rows.contiguous()} for name, rows in zip(layers, cut)}
-        strangers += [layer] * (not layers)
-    text = [layer for layer in strangers if layer.startswith(("text_encoder", "lora_te"))]
-    if len(text) < len(strangers) or not fitting:
-        other = next((layer for layer in strangers if layer not in text), strangers[0])
+        chunks = parts["B"].chunk(len(layers)) if layers else []
+        fitting |= {name: parts | {"B": rows.contiguous()} for name, rows in zip(layers, chunks)}
+        unmatched += [layer] * (not layers)
+    text = [layer for layer in unmatched if layer.startswith(("text_encoder", "lora_te"))]
+    if len(text) < len(unmatched) or not fitting:
+        other = next((layer for layer in unmatched if layer not in text), unmatched[0])
         raise ValueError(f"{path} holds updates of {other}, which this {type(model).__name__} does not have "
                          f"({len(fitting)} layers fit); use the model that they were trained with.")
     if text:
-        warnings.warn(f"{path}: the updates of {len(text)} layers of a text encoder are left out.")
+        warnings.warn(f"{path}: the updates of {len(text)} layers of a text encoder are ignored.")
     return fitting
 
 
 def _read_config(path):
     "The settings beside the updates, or in their file's header, under peft's names."
-    settings, header = path.with_name(_SETTINGS), {}
+    settings = path.with_name(_SETTINGS)
+    header = {}
     if settings.is_file():
         return read_json(settings)
     if path.suffix == ".safetensors":
@@ -254,10 +259,10 @@ def _of_pattern(pattern, layer, default):
 def _lora_config(fitting, settings, scale):
     "peft's configuration of these updates: the commonest rank and alpha, and the exceptions."
     ranks = {layer: len(parts["A"]) for layer, parts in fitting.items()}
-    usual = settings.get("lora_alpha")
-    stated = {layer: _of_pattern(settings.get("alpha_pattern"), layer, usual) for layer in fitting}
-    stated |= {layer: parts["alpha"].item() for layer, parts in fitting.items() if "alpha" in parts}
-    alphas = {layer: scale * (ranks[layer] if alpha is None else alpha) for layer, alpha in stated.items()}
+    pattern, default = settings.get("alpha_pattern"), settings.get("lora_alpha")
+    alphas = {layer: _of_pattern(pattern, layer, default) for layer in fitting}
+    alphas |= {layer: parts["alpha"].item() for layer, parts in fitting.items() if "alpha" in parts}
+    alphas = {layer: scale * (ranks[layer] if alpha is None else alpha) for layer, alpha in alphas.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return _peft().LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=list(fitting), use_rslora=bool(settings.get("use_rslora")),
@@ -292,8 +297,7 @@ def load_lora(
     missing = _targets_without(model, fitting, settings)
     if missing:
         raise ValueError(f"{path} lacks updates of {len(missing)} layers that it should have, missing: "
-                         f"{missing[0]}; "
-                         "load them into the model that they were trained with.")
+                         f"{missing[0]}; load them into the model that they were trained with.")
     _inject(model, _lora_config(fitting, settings, scale))
     stored = {f"{layer}.lora_{role}.weight": parts[role] for layer, parts in fitting.items() for role in "AB"}
     try:

@@ -32,14 +32,15 @@ class PaellaBlock(nn.Module):
         return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
     def forward(self, x):
-        g, x = self.gammas, x.permute(0, 2, 3, 1).contiguous()
+        g = self.gammas
+        x = x.permute(0, 2, 3, 1).contiguous()  # channels-last in memory, here and in the result
         x = x + g[2] * conv_channels_last(self.depthwise, self.norm(x, g[0], g[1]))
         x = x + g[5] * self.channelwise(self.norm(x, g[3], g[4]))
         return x.permute(0, 3, 1, 2)
 
 # %% ../../nbs/02_models/11_paella_vq.ipynb #5e154916
 def paella_down_blocks(widths, c_latent):
-    """Features (B, widths[0], H, W) to latents (B, c_latent, H/2^n, W/2^n), n = len(widths) - 1."""
+    "Features (B, widths[0], H, W) to latents (B, c_latent, H/2^n, W/2^n), n = len(widths) - 1."
     layers = [PaellaBlock(widths[0])]
     for finer, coarser in zip(widths, widths[1:]):
         layers += [nn.Conv2d(finer, coarser, 4, stride=2, padding=1), PaellaBlock(coarser)]
@@ -48,7 +49,7 @@ def paella_down_blocks(widths, c_latent):
 
 
 def paella_up_blocks(widths, c_latent, bottleneck_blocks):
-    """Latents to features, with `bottleneck_blocks` blocks at the coarsest level, one at each other."""
+    "Latents to features, with `bottleneck_blocks` blocks at the coarsest level, one at each other."
     layers = [nn.Sequential(nn.Conv2d(c_latent, widths[-1], 1))]
     layers += [PaellaBlock(widths[-1]) for _ in range(bottleneck_blocks)]
     for coarser, finer in zip(widths[::-1], widths[-2::-1]):
@@ -85,19 +86,19 @@ class PaellaVQModel(ImageTokenizer):
         return 2 ** self.config.levels
 
     def latents(self, pixel_values):
-        """The vectors (B, c_latent, height/f, width/f) to quantize."""
+        "The vectors (B, c_latent, height/f, width/f) to quantize."
         return self.down_blocks(self.in_block(self.fit_images(pixel_values)))
 
     def encode(self, pixel_values, return_loss=False):
-        """(codes / scale_factor (B, c_latent, height/f, width/f), ids (B, N)[, the codebook's loss])."""
+        "(codes / scale_factor (B, c_latent, height/f, width/f), ids (B, N)[, quantizer loss])."
         quantized, *rest = super().encode(pixel_values, return_loss)
         return quantized / self.config.scale_factor, *rest
 
     def decode(self, quantized):
-        """Images of the scaled codes (B, c_latent, height/f, width/f) of `encode`, not clipped to [0, 1]."""
+        "Images of the scaled codes (B, c_latent, height/f, width/f) of `encode`, not clipped to [0, 1]."
         return self.out_block(self.up_blocks(quantized.to(self.dtype) * self.config.scale_factor))
 
     def decode_code(self, ids, grid=None):
-        """Images of ids (B, N); grid: (height/f, width/f), a square if None (ValueError if N is none)."""
+        "Images of ids (B, N); grid: (height/f, width/f), None: a square (ValueError if N is not one)."
         codes = self.vquantizer.lookup(ids, resolve_grid(ids.shape[1], grid))
         return self.decode(codes / self.config.scale_factor)

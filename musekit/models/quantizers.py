@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUANTIZERS', 'squared_distances', 'Quantizer', 'VectorQuantizer', 'code_counts', 'perplexity',
-           'FiniteScalarQuantizer', 'LookupFreeQuantizer', 'make_quantizer', 'ImageTokenizer']
+           'FiniteScalarQuantizer', 'LookupFreeQuantizer', 'make_quantizer', 'ImageTokenizer', 'plot_reconstructions']
 
 # %% ../../nbs/02_models/09_quantizers.ipynb #1568771a
 import inspect
@@ -19,7 +19,7 @@ from .layers import resolve_grid
 
 # %% ../../nbs/02_models/09_quantizers.ipynb #628bad72
 def squared_distances(vectors, codes):
-    """Squared Euclidean distances (M, K) of vectors (M, C) to codes (K, C), always in float32."""
+    "Squared Euclidean distances (M, K) of vectors (M, C) to codes (K, C), always in float32."
     with torch.autocast(vectors.device.type, enabled=False):
         vectors, codes = vectors.float(), codes.float()
         squares = vectors.square().sum(1, keepdim=True) + codes.square().sum(1)
@@ -36,23 +36,23 @@ class Quantizer(nn.Module):
 
     @property
     def codes(self):
-        """All codes (K, C), in the order of their ids."""
+        "All codes (K, C), in the order of their ids."
         return self.code_of(torch.arange(self.num_embeddings, device=self.places.device))
 
     def project(self, vectors):
-        """The vectors (M, C), mapped into the space of the codes."""
+        "The vectors (M, C), mapped into the space of the codes."
         return vectors
 
     def flatten(self, z):
-        """The vectors (B*H*W, C) of a grid (B, C, H, W), row by row."""
+        "The vectors (B*H*W, C) of a grid (B, C, H, W), row by row."
         return z.permute(0, 2, 3, 1).flatten(0, 2)
 
     def lookup(self, ids, grid):
-        """The codes (B, C, height, width) of ids (B, height*width)."""
+        "The codes (B, C, height, width) of ids (B, height*width)."
         return self.code_of(ids).unflatten(1, tuple(grid)).permute(0, 3, 1, 2)
 
     def distances(self, z):
-        """Squared distances (B*H*W, K) of the vectors of z (B, C, H, W) to the codes."""
+        "Squared distances (B*H*W, K) of the vectors of z (B, C, H, W) to the codes."
         return squared_distances(self.project(self.flatten(z)), self.codes)
 
     def soft_codes(self, z, temp=1.0, stochastic=False, generator=None):
@@ -63,13 +63,13 @@ class Quantizer(nn.Module):
         if temp <= 0:
             raise ValueError(f"temp must be positive, got {temp}; 0.01 gives nearly hard codes.")
         distances = self.distances(z)
-        soft = F.softmax(-distances / temp, -1)
-        ids = torch.multinomial(soft, 1, generator=generator)[:, 0] if stochastic else distances.argmin(-1)
-        return soft.unflatten(0, (len(z), -1)), ids.unflatten(0, (len(z), -1))
+        probs = F.softmax(-distances / temp, -1)
+        ids = torch.multinomial(probs, 1, generator=generator)[:, 0] if stochastic else distances.argmin(-1)
+        return probs.unflatten(0, (len(z), -1)), ids.unflatten(0, (len(z), -1))
 
 # %% ../../nbs/02_models/09_quantizers.ipynb #bc738faf
 class VectorQuantizer(Quantizer):
-    """Replaces every vector of a grid by the nearest of K learned codes (van den Oord et al. 2017)."""
+    "Replaces every vector of a grid by the nearest of K learned codes (van den Oord et al. 2017)."
 
     def __init__(
         self,
@@ -80,37 +80,44 @@ class VectorQuantizer(Quantizer):
         table="embedding",  # the codebook's name in checkpoints
     ):
         super().__init__()
-        self.num_embeddings, self.dim, self.commitment_cost = num_embeddings, dim, commitment_cost
-        self.squared, self.table = squared, table
+        self.num_embeddings = num_embeddings
+        self.dim = dim
+        self.commitment_cost = commitment_cost
+        self.squared = squared
+        self.table = table
         self.add_module(table, nn.Embedding(num_embeddings, dim))
         nn.init.uniform_(self.codes, -1 / num_embeddings, 1 / num_embeddings)
 
     @property
     def codes(self):
-        """All codes (K, C), the table's weight."""
+        "All codes (K, C), the table's weight."
         return self.get_submodule(self.table).weight
 
     def code_of(self, ids):
-        """The codes (..., C) of ids (...)."""
+        "The codes (..., C) of ids (...)."
         return F.embedding(ids, self.codes)
 
     def distances(self, z):
-        """Distances (B*H*W, K) of the vectors of z (B, C, H, W) to the codes, squared or plain."""
+        "Distances (B*H*W, K) of the vectors of z (B, C, H, W) to the codes, squared or plain."
         distances = super().distances(z)
         return distances if self.squared else distances.clamp_min(1e-12).sqrt()
 
     def forward(self, z):
-        """(Codes with the shape and gradient of z (B, C, H, W), ids (B, H*W) int64, loss)."""
+        "(Codes with the shape and gradient of z (B, C, H, W), ids (B, H*W) int64, loss)."
         ids = super().distances(z).argmin(1).view(z.shape[0], -1)
         codes = self.lookup(ids, z.shape[-2:])
         loss = F.mse_loss(codes, z.detach()) + self.commitment_cost * F.mse_loss(z, codes.detach())
         return z + (codes - z).detach(), ids, loss
 
     @torch.no_grad()
-    def revive(self, vectors, used, generator=None):
+    def revive(
+        self,
+        vectors,  # (M, C) outputs of the encoder, see `flatten`
+        used,  # (K,) bool, or counts, see `code_counts`
+        generator=None,
+    ):
         """Replaces every unused code by a random one of the encoder's vectors; returns how many.
 
-        vectors: (M, C) outputs of the encoder, see `flatten`; used: (K,) bool, or counts, see `code_counts`
         In distributed training, all processes must pass the same vectors, counts and generator state.
         """
         dead = (used == 0).nonzero().flatten()
@@ -122,18 +129,18 @@ class VectorQuantizer(Quantizer):
 
 # %% ../../nbs/02_models/09_quantizers.ipynb #42c5d38d
 def code_counts(ids, num_embeddings):
-    """The count of each code in ids of any shape: (K,) int64."""
+    "The count of each code in ids of any shape: (K,) int64."
     return torch.bincount(ids.flatten(), minlength=num_embeddings)
 
 
 def perplexity(counts):
-    """exp of the entropy of the code frequencies, from counts (K,): from 1 (a single code) to K (uniform)."""
+    "exp of the entropy of the code frequencies, from counts (K,): from 1 (a single code) to K (uniform)."
     frequencies = counts / counts.sum()
     return torch.special.entr(frequencies).sum().exp().item()
 
 # %% ../../nbs/02_models/09_quantizers.ipynb #6bcff8ea
 class FiniteScalarQuantizer(Quantizer):
-    """Rounds each channel to one of its levels (FSQ, Mentzer et al. 2023), without table or loss."""
+    "Rounds each channel to one of its levels (FSQ, Mentzer et al. 2023), without table or loss."
 
     def __init__(
         self,
@@ -150,18 +157,18 @@ class FiniteScalarQuantizer(Quantizer):
         self.register_buffer("places", torch.tensor(places), persistent=False)
 
     def project(self, vectors):
-        """The channels of (M, C) bounded to their ranges, before rounding, in float32."""
+        "The channels of (M, C) bounded to their ranges, before rounding, in float32."
         half = (self.levels - 1) / 2 + 1e-3  # slightly wider, so that the outermost levels are reached
         offset = (1 - self.levels % 2) / 2
         bounded = torch.tanh(vectors.float() + torch.atanh(offset / half)) * half - offset
         return bounded / (self.levels // 2)
 
     def code_of(self, ids):
-        """The codes (..., C) of ids (...), within [-1, 1]."""
+        "The codes (..., C) of ids (...), within [-1, 1]."
         return ids[..., None] // self.places % self.levels / (self.levels // 2) - 1
 
     def forward(self, z):
-        """(Codes of the shape of z (B, C, H, W), with gradient, ids (B, H*W) int64, a loss of 0)."""
+        "(Codes of the shape of z (B, C, H, W), with gradient, ids (B, H*W) int64, a loss of 0)."
         bounded, middle = self.project(self.flatten(z)), self.levels // 2
         digits = (bounded * middle).round().detach().long() + middle
         ids = (digits * self.places).sum(1).view(len(z), -1)
@@ -175,7 +182,7 @@ def _corner_bits(ids, count):
 
 
 class LookupFreeQuantizer(Quantizer):
-    """Replaces every channel by its sign, 2^dim codes (LFQ, Yu et al. 2023, MAGVIT-v2)."""
+    "Replaces every channel by its sign, 2^dim codes (LFQ, Yu et al. 2023, MAGVIT-v2)."
 
     def __init__(
         self,
@@ -189,54 +196,56 @@ class LookupFreeQuantizer(Quantizer):
         super().__init__()
         if not 1 <= dim <= 62 or group_bits < 1 or temperature <= 0:
             raise ValueError(f"dim {dim} must be 1 to 62, group_bits {group_bits} at least 1 and temperature "
-                             f"{temperature} positive; 18, 9 and 1.0 are a beginning.")
-        self.num_embeddings, self.dim, self.commitment_cost = 2 ** dim, dim, commitment_cost
-        self.entropy_weight, self.diversity_weight = entropy_weight, diversity_weight
-        self.temperature, self.group_bits = temperature, group_bits
+                             f"{temperature} positive; start with 18, 9 and 1.0.")
+        self.num_embeddings = 2 ** dim
+        self.dim = dim
+        self.commitment_cost = commitment_cost
+        self.entropy_weight = entropy_weight
+        self.diversity_weight = diversity_weight
+        self.temperature = temperature
+        self.group_bits = group_bits
         self.register_buffer("places", 2 ** torch.arange(dim), persistent=False)
 
     def code_of(self, ids):
-        """The codes (..., C) of ids (...): 1.0 where the bit is set, else -1.0."""
+        "The codes (..., C) of ids (...): 1.0 where the bit is set, else -1.0."
         return 2.0 * _corner_bits(ids, self.dim) - 1
 
     def entropies(self, z):
-        """(Mean entropy of each vector's code, entropy of the mean) of z (B, C, H, W), in nats."""
+        "(Mean entropy of each vector's code, entropy of the mean) of z (B, C, H, W), in nats."
         with torch.autocast(z.device.type, enabled=False):
-            odds = self.flatten(z).float() * (4 / self.temperature)
-            single = (F.softplus(odds) - odds * odds.sigmoid()).sum(1).mean()
-            groups = odds.tensor_split(math.ceil(self.dim / self.group_bits), dim=1)
-            return single, sum(torch.special.entr(self._use(group)).sum() for group in groups)
+            logits = self.flatten(z).float() * (4 / self.temperature)
+            code_entropy = (F.softplus(logits) - logits * logits.sigmoid()).sum(1).mean()
+            groups = logits.tensor_split(math.ceil(self.dim / self.group_bits), dim=1)
+            return code_entropy, sum(torch.special.entr(self._mean_probs(group)).sum() for group in groups)
 
-    def _use(self, odds):
-        bits = _corner_bits(torch.arange(2 ** odds.shape[1], device=odds.device), odds.shape[1])
-        return F.softmax(odds @ bits.T.to(odds), -1).mean(0)
+    def _mean_probs(self, logits):
+        bits = _corner_bits(torch.arange(2 ** logits.shape[1], device=logits.device), logits.shape[1])
+        return F.softmax(logits @ bits.T.to(logits), -1).mean(0)
 
     def forward(self, z):
-        """(Codes with the shape and gradient of z (B, C, H, W), ids (B, H*W) int64, loss)."""
+        "(Codes with the shape and gradient of z (B, C, H, W), ids (B, H*W) int64, loss)."
         ids = ((self.flatten(z) > 0) * self.places).sum(1).view(len(z), -1)
-        codes, (single, use) = self.lookup(ids, z.shape[-2:]).to(z.dtype), self.entropies(z)
+        codes = self.lookup(ids, z.shape[-2:]).to(z.dtype)
+        code_entropy, usage_entropy = self.entropies(z)
         loss = self.commitment_cost * F.mse_loss(z, codes)
-        loss = loss + self.entropy_weight * (single - self.diversity_weight * use)
+        loss = loss + self.entropy_weight * (code_entropy - self.diversity_weight * usage_entropy)
         return z + (codes - z).detach(), ids, loss
 
 # %% ../../nbs/02_models/09_quantizers.ipynb #a8fb4c1f
 QUANTIZERS = {"vq": VectorQuantizer, "fsq": FiniteScalarQuantizer, "lfq": LookupFreeQuantizer}
 
 
-def _given(**sizes):
-    return {name: size for name, size in sizes.items() if size is not None}
-
-
-def make_quantizer(kind="vq", num_embeddings=None, dim=None, params=None):
-    """The quantizer of a configuration.
-
-    kind: "vq", "fsq" or "lfq"; params: dictionary of arguments of its class, such as `levels` of "fsq"
-    num_embeddings, dim: its sizes; None: 1024 and 256 for "vq", else derived from the rest
-    Raises ValueError for unknown kinds and parameters, and for sizes that contradict each other.
-    """
+def make_quantizer(
+    kind="vq",  # "vq", "fsq" or "lfq"
+    num_embeddings=None,  # None: 1024 for "vq", else derived from the rest
+    dim=None,  # None: 256 for "vq", else derived from the rest
+    params=None,  # dictionary of arguments of its class, such as `levels` of "fsq"
+):
+    "The quantizer of a configuration; ValueError for unknown parameters and contradictory sizes."
     if kind not in QUANTIZERS:
         raise ValueError(f"quantizer {kind!r} is unknown; choose one of {', '.join(map(repr, QUANTIZERS))}.")
-    params, sizes = dict(params or {}), _given(num_embeddings=num_embeddings, dim=dim)
+    params, sizes = dict(params or {}), {"num_embeddings": num_embeddings, "dim": dim}
+    sizes = {name: size for name, size in sizes.items() if size is not None}
     if kind == "vq":
         params = {"num_embeddings": 1024, "dim": 256} | sizes | params
     elif kind == "lfq" and (dim or num_embeddings):
@@ -265,12 +274,12 @@ class ImageTokenizer(PretrainedModel):
 
     @property
     def codebook_size(self):
-        """The number of codes, K."""
+        "The number of codes, K."
         return self.quantize.num_embeddings
 
     @classmethod
     def from_config(cls, config):
-        """See `PretrainedModel.from_config`; `force_upcast`: activations overflow in half precision."""
+        "See `PretrainedModel.from_config`; `force_upcast`: activations overflow in half precision."
         settings = {name: value for name, value in config.items() if name != "force_upcast"}
         upcast = config.get("force_upcast", False)
         if not isinstance(upcast, bool):
@@ -281,14 +290,14 @@ class ImageTokenizer(PretrainedModel):
         return model
 
     def to(self, *args, **options):
-        """`nn.Module.to`, but float32 in place of float16 if `force_upcast` is set."""
+        "`nn.Module.to`, but float32 in place of float16 if `force_upcast` is set."
         device, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **options)
         if dtype == torch.float16 and self.config.get("force_upcast"):
             dtype = torch.float32
         return super().to(device=device, dtype=dtype, non_blocking=non_blocking, memory_format=layout)
 
     def half(self):
-        """See `to`."""
+        "See `to`."
         return self.to(torch.float16)
 
     def fit_images(self, pixel_values):
@@ -298,33 +307,59 @@ class ImageTokenizer(PretrainedModel):
         multiples of `downsample_factor`.
         """
         if pixel_values.ndim != 4 or not pixel_values.is_floating_point():
-            raise ValueError(f"images are (batch, channels, height, width) in floating point, from 0 to 1; got "
-                             f"{tuple(pixel_values.shape)} of {pixel_values.dtype}.")
-        factor, (height, width) = self.downsample_factor, pixel_values.shape[-2:]
+            raise ValueError("images are (batch, channels, height, width) in floating point, from 0 to 1; "
+                             f"got {tuple(pixel_values.shape)} of {pixel_values.dtype}.")
+        factor = self.downsample_factor
+        height, width = pixel_values.shape[-2:]
         if height % factor or width % factor:
             raise ValueError(f"images of {height}x{width} do not split into tokens of {factor}x{factor}; "
                              f"resize or crop them to multiples of {factor}.")
         return pixel_values.to(self.dtype)
 
     def encode(self, pixel_values, return_loss=False):
-        """(Codes (B, C, height/f, width/f), ids (B, N)[, quantizer loss]) of images."""
+        "(Codes (B, C, height/f, width/f), ids (B, N)[, quantizer loss]) of images."
         quantized, ids, loss = self.quantize(self.latents(pixel_values))
         return (quantized, ids, loss) if return_loss else (quantized, ids)
 
     def get_code(self, pixel_values):
-        """The ids (B, N) int64 of images, row by row."""
+        "The ids (B, N) int64 of images, row by row."
         return self.encode(pixel_values)[1]
 
     def get_soft_code(self, pixel_values, temp=1.0, stochastic=False, generator=None):
-        """softmax(-distance / temp) (B, N, num_embeddings) and ids (B, N), sampled if `stochastic`."""
+        "softmax(-distance / temp) (B, N, num_embeddings) and ids (B, N), sampled if `stochastic`."
         return self.quantize.soft_codes(self.latents(pixel_values), temp, stochastic, generator)
 
     def decode_code(self, ids, grid=None):
-        """Images of ids (B, N); grid: (height/f, width/f), if None a square (ValueError if N is not one)."""
+        "Images of ids (B, N); grid: (height/f, width/f), if None a square (ValueError if N is not one)."
         return self.decode(self.quantize.lookup(ids, resolve_grid(ids.shape[1], grid)))
 
     def forward(self, pixel_values, return_loss=False):
-        """The reconstruction of images[, and the quantizer loss]."""
+        "The reconstruction of images[, and the quantizer loss]."
         quantized, ids, loss = self.encode(pixel_values, return_loss=True)
         images = self.decode(quantized)
         return (images, loss) if return_loss else images
+
+# %% ../../nbs/02_models/09_quantizers.ipynb #c0de0901
+def plot_reconstructions(
+    models,  # dictionary of image tokenizers
+    pixel_values,  # (B, C, h, w) in [0, 1]
+):
+    "A figure of images and, for each tokenizer, of their ids and reconstructions."
+    import matplotlib.pyplot as plt
+
+    rows = {"image": (pixel_values, "gray", 1)}
+    for name, model in models.items():
+        height, width = (side // model.downsample_factor for side in pixel_values.shape[-2:])
+        with torch.no_grad():
+            ids = model.get_code(pixel_values)
+            images = model.decode_code(ids, (height, width)).clamp(0, 1)
+        rows[f"ids, {name}"] = ids.view(-1, 1, height, width), "tab20", model.codebook_size - 1
+        rows[name] = images, "gray", 1
+    size = len(pixel_values), 1.03 * len(rows)
+    fig, axes = plt.subplots(len(rows), len(pixel_values), figsize=size, squeeze=False)
+    for row, (label, (images, cmap, top)) in zip(axes, rows.items()):
+        for ax, image in zip(row, images):
+            ax.imshow(image.permute(1, 2, 0), cmap=cmap, vmin=0, vmax=top)
+            ax.set(xticks=[], yticks=[])
+        row[0].set_ylabel(label, fontsize=8)
+    return fig

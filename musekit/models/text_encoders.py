@@ -86,13 +86,17 @@ class TextEncoder(nn.Module):
     def __init__(self, model: nn.Module, tokenizer, *, max_seq_length: int | None = None, use_pooled=False):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer, self.use_pooled = tokenizer, use_pooled
-        limit, positions = tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)
-        self.max_seq_length, longest = max_seq_length or min(limit, positions or limit), positions or _LONGEST
+        self.tokenizer = tokenizer
+        self.use_pooled = use_pooled
+        positions = getattr(model.config, "max_position_embeddings", None)
+        limit = tokenizer.model_max_length
+        self.max_seq_length = max_seq_length or min(limit, positions or limit)
+        longest = positions or _LONGEST
         if not 2 <= self.max_seq_length <= longest:
             raise ValueError(f"max_seq_length={self.max_seq_length}: this model reads 2 to {longest}; set it")
         tokenizer.model_max_length = self.max_seq_length
-        self.texts_read, self.texts_cut = 0, 0  # cut: truncated to max_seq_length
+        self.texts_read = 0
+        self.texts_cut = 0  # truncated to max_seq_length
 
     @classmethod
     def from_pretrained(
@@ -115,12 +119,13 @@ class TextEncoder(nn.Module):
         if kind not in config.model_type:
             raise ValueError(f"{path} holds a {config.model_type!r} model, not a {kind!r} one")
         projected = use_pooled or "CLIPTextModelWithProjection" in (config.architectures or ())
-        cls_there = _TEXT_MODELS[kind, projected]
-        model = load_transformers_model(cls_there, path, model_folder, dtype=dtype, variant=variant)
+        model_class = _TEXT_MODELS[kind, projected]
+        model = load_transformers_model(model_class, path, model_folder, dtype=dtype, variant=variant)
         tokenizer = AutoTokenizer.from_pretrained(path, subfolder=tokenizer_folder)
-        if pad_token_id is not None and pad_token_id >= len(tokenizer):
-            raise ValueError(f"pad_token_id={pad_token_id}: the tokenizer of {path} has ids below {len(tokenizer)}")
         if pad_token_id is not None:
+            if pad_token_id >= len(tokenizer):
+                raise ValueError(f"pad_token_id={pad_token_id}: the tokenizer of {path} has ids below "
+                                 f"{len(tokenizer)}")
             tokenizer.pad_token_id = pad_token_id
         return cls(model, tokenizer, max_seq_length=max_seq_length, use_pooled=use_pooled)
 
@@ -142,8 +147,10 @@ class TextEncoder(nn.Module):
     def to(self, *args, **options) -> "TextEncoder":
         "Moves and converts; layers that overflow in float16, such as T5's `wo`, stay in float32."
         dtype = torch._C._nn._parse_to(*args, **options)[1]
-        wide = set(getattr(self.model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
-        kept = {name: p.data for name, p in self.named_parameters() if set(name.split(".")) & set(wide)}
+        in_float32 = set(getattr(self.model, "_keep_in_fp32_modules", None) or ())
+        kept = {}
+        if dtype == torch.float16:
+            kept = {name: p.data for name, p in self.named_parameters() if in_float32 & set(name.split("."))}
         super().to(*args, **options)
         for name, value in kept.items():
             parameter = self.get_parameter(name)
@@ -165,8 +172,8 @@ class TextEncoder(nn.Module):
         "How many texts are truncated; slow tokenizers do not report it."
         if encodings is not None:
             return sum(bool(each.overflowing) for each in encodings)
-        room = self.max_seq_length - self.tokenizer.num_special_tokens_to_add()
-        return sum(len(self.tokenizer.tokenize(text)) > room for text in texts)
+        most = self.max_seq_length - self.tokenizer.num_special_tokens_to_add()
+        return sum(len(self.tokenizer.tokenize(text)) > most for text in texts)
 
     @torch.no_grad()
     def forward(self, texts: list[str]) -> dict[str, Tensor]:
@@ -219,8 +226,9 @@ class ClassEncoder(_WithoutText):
         if text.isdecimal() and int(text) < self.num_classes:
             matches = [int(text)]
         if len(matches) != 1:
-            problem = f"the name of {matches}" if matches else "neither a number nor a name of them"
-            raise ValueError(f"the model draws classes 0 .. {self.num_classes - 1}, and {text!r} is {problem}")
+            problem = f"the name of {matches}" if matches else "neither one of their numbers nor a name"
+            classes = f"0 .. {self.num_classes - 1}"
+            raise ValueError(f"the model has the classes {classes}, and {text!r} is {problem}")
         return matches[0]
 
     def forward(self, texts: list[str]) -> dict[str, Tensor]:
@@ -231,13 +239,15 @@ class ClassEncoder(_WithoutText):
 class NoEncoder(_WithoutText):
     "For an unconditional model: empty texts to tensors without content."
 
-    settings, default_prompt = {"kind": "none"}, ""
+    settings = {"kind": "none"}
+    default_prompt = ""
 
     def forward(self, texts: list[str]) -> dict[str, Tensor]:
         "`nothing` (B, 0)."
         if any(texts):
-            raise ValueError(f"this model draws without prompts and cannot read {next(filter(None, texts))!r}; "
-                             "leave the prompts out; num_images_per_prompt (--num-images) says how many images")
+            prompt = next(filter(None, texts))
+            raise ValueError(f"this model is unconditional and cannot use the prompt {prompt!r}; leave the "
+                             "prompts out; num_images_per_prompt (--num-images) sets the number of images")
         return {"nothing": torch.empty(len(texts), 0)}
 
 # %% ../../nbs/02_models/14_text_encoders.ipynb #f9440750

@@ -14,23 +14,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from musekit.models.layers import (
-    GLU, PointwiseConv, TokenEmbedding, TokenHead, TransformerLayer, check_width, conv_channels_last, key_mask,
-    make_norm, resolve_grid, run_block,
+    GLU, PointwiseConv, TokenEmbedding, TokenHead, TransformerLayer, check_width, conv_channels_last,
+    key_mask, make_norm, resolve_grid, run_block, stack_blocks, unstack_blocks,
 )
 from .pretrained import PretrainedModel
 
 # %% ../../nbs/02_models/07_transformer.ipynb #b82a4195
 def _positions(table, count):
-    """The first `count` rows of a table of position embeddings; ValueError if there are fewer."""
+    "The first `count` rows of a table of position embeddings; ValueError if there are fewer."
     if count > table.num_embeddings:
-        raise ValueError(f"{count} positions are asked for, but the model has learned "
-                         f"{table.num_embeddings}; pass fewer tokens, or build the model for more "
-                         "(max_position_embeddings).")
+        raise ValueError(f"{count} positions exceed the {table.num_embeddings} that the model has learned; "
+                         "pass fewer tokens, or build the model for more (max_position_embeddings).")
     return table.weight[:count]
 
 
 class SequenceEmbedding(nn.Module):
-    """Token plus position embeddings (B, N, dim) of ids (B, N)."""
+    "Token plus position embeddings (B, N, dim) of ids (B, N)."
 
     def __init__(self, vocab_size, dim, num_positions, dropout=0.0):
         super().__init__()
@@ -44,7 +43,7 @@ class SequenceEmbedding(nn.Module):
 
 # %% ../../nbs/02_models/07_transformer.ipynb #aa5b81c3
 class PatchEmbedding(TokenEmbedding):
-    """Embeddings (B, H*W / patch_size**2, hidden_size) of the patches of ids (B, H*W), row by row."""
+    "Embeddings (B, H*W / patch_size**2, hidden_size) of the patches of ids (B, H*W), row by row."
 
     def __init__(
         self,
@@ -88,7 +87,7 @@ class PatchHead(TokenHead):
 
 # %% ../../nbs/02_models/07_transformer.ipynb #2ffa9619
 class MlmHead(nn.Module):
-    """Masked-language-model head (Devlin et al. 2019, appendix): logits (..., out_size) from (..., dim)."""
+    "Masked-language-model head (Devlin et al. 2019, appendix): logits (..., out_size) from (..., dim)."
 
     def __init__(self, dim, out_size, norm, use_bias):
         super().__init__()
@@ -100,8 +99,8 @@ class MlmHead(nn.Module):
         return self.to_logits(self.mlm_ln(F.gelu(self.mlm_dense(x))))
 
 # %% ../../nbs/02_models/07_transformer.ipynb #374f29d9
-def _refuse_contradictions(config):
-    """Raises ValueError where settings of a `MaskGitTransformer` contradict each other."""
+def _check_settings(config):
+    "Raises ValueError where settings of a `MaskGitTransformer` contradict each other."
     needed = config.codebook_size + (config.num_classes or 0) + 1
     if config.codebook_size < 1 or config.vocab_size < needed:
         raise ValueError(f"vocab_size {config.vocab_size} must hold {config.codebook_size} image tokens, "
@@ -151,41 +150,42 @@ class MaskGitTransformer(PretrainedModel):
         use_conv_in_out=False, patch_size=1,
     ):
         super().__init__()
-        _refuse_contradictions(self.config)
+        _check_settings(self.config)
         self.note(mask_token_id=vocab_size - 1)
         side = math.isqrt(num_vq_tokens)
         self.default_shape = (side, side) if side * side == num_vq_tokens else None
-        self.gradient_checkpointing, self.grid_multiple = False, patch_size  # of both sides of a grid
+        self.gradient_checkpointing = False
+        self.grid_multiple = patch_size  # of both sides of a grid
         norm = partial(make_norm, norm_type, eps=layer_norm_eps, use_bias=use_bias)
-        optional = lambda enabled: norm if enabled else nn.Identity
-        channels, text_dim = embedding_size or hidden_size, None
+        post_norm = norm if use_normformer else nn.Identity
+        channels = embedding_size or hidden_size
         if use_conv_in_out:
             self.embed = PatchEmbedding(self.config, channels, norm)
         else:
             self.embed = SequenceEmbedding(vocab_size, hidden_size, max_position_embeddings, hidden_dropout)
-        if add_cross_attention:
-            text_dim = hidden_size if project_encoder_hidden_states else encoder_hidden_size
+        text_dim = hidden_size if project_encoder_hidden_states else encoder_hidden_size
         self.encoder_proj = None
         if add_cross_attention and project_encoder_hidden_states:
             self.encoder_proj = nn.Linear(encoder_hidden_size, hidden_size, bias=use_bias)
             self.encoder_proj_layer_norm = norm(hidden_size)
-        post_norm = optional(use_normformer)
 
         def layer():
             ffn = GLU(hidden_size, intermediate_size, hidden_dropout, layer_norm_eps, use_bias,
                       mid_norm=post_norm(intermediate_size))
-            return TransformerLayer(hidden_size, num_attention_heads, ffn, norm, text_dim=text_dim,
+            return TransformerLayer(hidden_size, num_attention_heads, ffn, norm,
+                                    text_dim=text_dim if add_cross_attention else None,
                                     post_norm=post_norm, use_bias=use_bias, dropout=attention_dropout)
 
         self.transformer_layers = nn.ModuleList(layer() for _ in range(num_hidden_layers))
-        self.encoder_layer_norm = optional(use_encoder_layernorm)(hidden_size)
+        self.encoder_layer_norm = norm(hidden_size) if use_encoder_layernorm else nn.Identity()
         out_size = codebook_size if use_codebook_size_for_output else vocab_size
         if not use_mlm_layer:
             self.to_logits = nn.Linear(hidden_size, out_size, bias=use_bias)
         elif use_conv_in_out:
             self.mlm_layer = PatchHead(self.config, channels, out_size, norm)
         else:
-            self.mlm_layer = MlmHead(hidden_size, out_size, optional(use_mlm_layernorm), use_bias)
+            head_norm = norm if use_mlm_layernorm else nn.Identity
+            self.mlm_layer = MlmHead(hidden_size, out_size, head_norm, use_bias)
         self._init_weights()
 
     def _init_weights(self):
@@ -199,27 +199,29 @@ class MaskGitTransformer(PretrainedModel):
         """The conditioning, computed once per image for `forward(ids, precomputed=...)`.
 
         A dictionary of tensors (B, ...): class_ids and encoder_attention_mask unchanged and, if the model
-        reads text, layer_text (B, K, 2, L, D), the precomputed keys and values of its K layers.
+        is conditioned on text, layer_text (B, K, 2, L, D), the precomputed keys and values of its K layers.
         """
         text, _ = self._text(encoder_hidden_states, encoder_attention_mask)
         conditioning = {"class_ids": class_ids, "encoder_attention_mask": encoder_attention_mask}
-        if text is not None and len(self.transformer_layers):
-            reads = [layer.crossattention.keys_values(text) for layer in self.transformer_layers]
-            conditioning["layer_text"] = torch.stack([torch.stack(read, 1) for read in reads], 1)
+        if text is not None:
+            keys_values = [layer.crossattention.keys_values(text) for layer in self.transformer_layers]
+            conditioning["layer_text"] = stack_blocks(keys_values)
         return {name: value for name, value in conditioning.items() if value is not None}
 
-    def forward(self, input_ids, encoder_hidden_states=None, class_ids=None, *, token_mask=None, grid=None,
-                encoder_attention_mask=None, precomputed=None):
+    def forward(
+        self,
+        input_ids,  # (B, N) int64; masked positions hold `config.mask_token_id`
+        encoder_hidden_states=None,  # (B, L, encoder_hidden_size) text states, with add_cross_attention
+        class_ids=None,  # (B,) int64 in 0 .. num_classes - 1, or num_classes for no class (a mask token)
+        *,
+        token_mask=None,  # bool, of the shape of input_ids
+        grid=None,  # (height, width) of the image tokens, used with `use_conv_in_out`; None: a square
+        encoder_attention_mask=None,  # (B, L), nonzero for real text tokens
+        precomputed=None,  # the result of `precompute`, instead of all conditions
+    ):
         """Logits (B, N, V), or (M, V) for the M positions of `token_mask`, row by row.
 
-        input_ids: (B, N) int64; masked positions hold `config.mask_token_id`. Without `class_ids`, a class
-            model expects the class token in the first column, which then has logits too
-        encoder_hidden_states: (B, L, encoder_hidden_size) text states, with add_cross_attention
-        class_ids: (B,) int64 in 0 .. num_classes - 1, or num_classes for no class (a mask token in front)
-        token_mask: bool, of the shape of input_ids
-        grid: (height, width) of the image tokens, used with `use_conv_in_out`; a square if None
-        encoder_attention_mask: (B, L), nonzero for real text tokens
-        precomputed: the result of `precompute`, instead of all conditions
+        Without `class_ids`, a class model expects the class token in the first column, which then has logits.
         Raises ValueError for a condition that is missing, unused or of the wrong size, for more tokens than
         the model has positions, and for a grid that does not fit.
         """
@@ -227,20 +229,15 @@ class MaskGitTransformer(PretrainedModel):
             text, text_mask = self._text(encoder_hidden_states, encoder_attention_mask)
             texts = [text] * len(self.transformer_layers)
         else:
-            texts, class_ids = self._ready(precomputed), precomputed.get("class_ids")
+            texts = unstack_blocks(precomputed.get("layer_text")) or [None] * len(self.transformer_layers)
+            class_ids = precomputed.get("class_ids")
             text_mask = key_mask(precomputed.get("encoder_attention_mask"))
         grid = self._grid(input_ids.shape[1], class_ids, grid)
-        in_front = [] if class_ids is None else [self._class_tokens(class_ids, len(input_ids))]
-        x = self.embed(torch.cat([*in_front, input_ids], 1), grid)
+        class_tokens = [] if class_ids is None else [self._class_tokens(class_ids, len(input_ids))]
+        x = self.embed(torch.cat([*class_tokens, input_ids], 1), grid)
         for layer, text in zip(self.transformer_layers, texts):
             x = run_block(layer, self.gradient_checkpointing, x, text, text_mask)
-        return self._logits(self.encoder_layer_norm(x[:, len(in_front):]), token_mask, grid)
-
-    def _ready(self, precomputed):
-        "Precomputed keys and values of every layer."
-        if "layer_text" not in precomputed:
-            return [None] * len(self.transformer_layers)
-        return [layer.unbind(1) for layer in precomputed["layer_text"].unbind(1)]
+        return self._logits(self.encoder_layer_norm(x[:, len(class_tokens):]), token_mask, grid)
 
     def _text(self, states, mask):
         if self.config.add_cross_attention:
@@ -248,28 +245,24 @@ class MaskGitTransformer(PretrainedModel):
             check_width("encoder_hidden_states", states, width, "encoder_hidden_size")
             states = states.to(self.dtype)
         elif states is not None or mask is not None:
-            raise ValueError("this model reads no text; leave encoder_hidden_states and their mask out, "
-                             "or build it with add_cross_attention=True.")
+            raise ValueError("this model is not conditioned on text; leave encoder_hidden_states and their "
+                             "mask out, or build it with add_cross_attention=True.")
         if self.encoder_proj is not None:
             states = self.encoder_proj_layer_norm(self.encoder_proj(states))
         return states, key_mask(mask)
 
     def _grid(self, columns, class_ids, grid):
-        config, size = self.config, self.grid_multiple
+        config = self.config
         if config.num_classes and class_ids is None:
             if columns == (math.prod(grid) if grid else config.num_vq_tokens):
-                raise ValueError(f"class_ids are missing: this model knows {config.num_classes} classes. "
+                raise ValueError(f"class_ids are missing: this model has {config.num_classes} classes. "
                                  "Pass class_ids (B,), or ids with the class token in front.")
             columns -= 1
         if class_ids is not None and not config.num_classes:
-            raise ValueError("this model knows no classes; leave class_ids out, or set num_classes.")
+            raise ValueError("this model has no classes; leave class_ids out, or set num_classes.")
         if grid is None and not config.use_conv_in_out:
             return None
-        height, width = resolve_grid(columns, grid)
-        if height % size or width % size:
-            raise ValueError(f"a grid of {height}x{width} does not split into patches of {size}x{size}; "
-                             f"use multiples of {size}.")
-        return height, width
+        return resolve_grid(columns, grid, self.grid_multiple)
 
     def _class_tokens(self, class_ids, rows):
         num_classes = self.config.num_classes
@@ -283,9 +276,10 @@ class MaskGitTransformer(PretrainedModel):
         return tokens.masked_fill(class_ids == num_classes, self.config.mask_token_id)[:, None]
 
     def _logits(self, x, token_mask, grid):
-        config, size = self.config, self.config.patch_size
+        config = self.config
         if config.use_conv_in_out and config.use_mlm_layer:
             height, width = grid
+            size = config.patch_size
             return self.mlm_layer(x.unflatten(1, (height // size, width // size)), token_mask)
         x = x if token_mask is None else x[token_mask]
         return self.mlm_layer(x) if config.use_mlm_layer else self.to_logits(x)

@@ -15,20 +15,21 @@ from torch import nn
 
 from .functional import response_linear
 from musekit.models.layers import (
-    AdaLNModulation, Attention, GLU, GlobalResponseNorm, NestedNorm, TokenEmbedding, TokenHead, TransformerLayer,
-    check_width, conv_channels_last, key_mask, make_norm, resolve_grid, run_block,
+    AdaLNModulation, Attention, GLU, GlobalResponseNorm, NestedNorm, TokenEmbedding, TokenHead,
+    TransformerLayer, check_width, conv_channels_last, key_mask, make_norm, resolve_grid, run_block,
+    stack_blocks, unstack_blocks,
 )
 from .pretrained import PretrainedModel
 
 # %% ../../nbs/02_models/08_uvit.ipynb #5cfeb0b5
 def modulate(x, modulation):
-    """x * (1 + scale) + shift, for x (B, ..., dim) and a modulation (B, 2 * dim) of scale and shift."""
+    "x * (1 + scale) + shift, for x (B, ..., dim) and a modulation (B, 2 * dim) of scale and shift."
     scale, shift = modulation.unflatten(0, (-1,) + (1,) * (x.ndim - 2)).chunk(2, -1)
     return torch.addcmul(shift, x, 1 + scale)
 
 
 class ConvNextBlock(nn.Module):
-    """ConvNeXt V2 block (Woo et al. 2023) on (B, H, W, dim), modulated by the output of `read`."""
+    "ConvNeXt V2 block (Woo et al. 2023) on (B, H, W, dim), modulated by the output of `precompute`."
 
     def __init__(self, dim, cond_dim, norm, use_bias, dropout):
         super().__init__()
@@ -40,7 +41,7 @@ class ConvNextBlock(nn.Module):
         )
         self.adaLN_modulation = AdaLNModulation(cond_dim, dim, use_bias)
 
-    def read(self, cond):
+    def precompute(self, cond):
         return [self.adaLN_modulation(cond)]
 
     def forward(self, x, modulation):
@@ -50,7 +51,7 @@ class ConvNextBlock(nn.Module):
 
 # %% ../../nbs/02_models/08_uvit.ipynb #0d02cf36
 class TextAttentionBlock(nn.Module):
-    """Two pre-norm residual cross-attentions from the image (B, H, W, dim) to the text (B, L, text_dim)."""
+    "Two pre-norm residual cross-attentions from the image (B, H, W, dim) to the text (B, L, text_dim)."
 
     def __init__(self, dim, num_heads, text_dim, norm, use_bias, dropout):
         super().__init__()
@@ -60,7 +61,7 @@ class TextAttentionBlock(nn.Module):
         self.crossattn_layer_norm = norm(dim)
         self.crossattention = Attention(dim, num_heads, use_bias=use_bias, dropout=dropout)
 
-    def read(self, text):
+    def precompute(self, text):
         if self.kv_mapper is not None:
             text = self.kv_mapper(F.silu(text))
         return self.attention.keys_values(text) + self.crossattention.keys_values(text)
@@ -68,47 +69,50 @@ class TextAttentionBlock(nn.Module):
     def forward(
         self,
         x,  # (B, H, W, dim)
-        read,  # the output of `read`: keys and values (B, L, dim) of both attentions
+        keys_values,  # the output of `precompute`: keys and values (B, L, dim) of both attentions
         text_mask=None,  # see `key_mask`
     ):
-        grid, x = x.shape[1:3], x.flatten(1, 2)
-        x = x + self.attention(self.attn_layer_norm(x), read[:2], text_mask)
-        x = x + self.crossattention(self.crossattn_layer_norm(x), read[2:], text_mask)
+        grid = x.shape[1:3]
+        x = x.flatten(1, 2)
+        x = x + self.attention(self.attn_layer_norm(x), keys_values[:2], text_mask)
+        x = x + self.crossattention(self.crossattn_layer_norm(x), keys_values[2:], text_mask)
         return x.unflatten(1, grid)
 
 # %% ../../nbs/02_models/08_uvit.ipynb #c1356f20
 class Stage(nn.Module):
-    """Pairs of residual and attention blocks on (B, H, W, dim), with an optional change of resolution."""
+    "Pairs of residual and attention blocks on (B, H, W, dim), with an optional change of resolution."
 
     def __init__(
         self,
         num_blocks,
-        res_block,  # function that makes a residual block
-        attention_block,  # function that makes an attention block
+        make_res_block,  # function without arguments
+        make_attention_block,  # function without arguments
         downsample=None,  # nn.Sequential of a norm and a strided convolution
         upsample=None,  # nn.Sequential of a norm and a strided transposed convolution
     ):
         super().__init__()
-        self.downsample, self.upsample = downsample, upsample
-        self.res_blocks = nn.ModuleList(res_block() for _ in range(num_blocks))
-        self.attention_blocks = nn.ModuleList(attention_block() for _ in range(num_blocks))
+        self.downsample = downsample
+        self.upsample = upsample
+        self.res_blocks = nn.ModuleList(make_res_block() for _ in range(num_blocks))
+        self.attention_blocks = nn.ModuleList(make_attention_block() for _ in range(num_blocks))
 
-    def read(self, cond, text):
+    def precompute(self, cond, text):
         pairs = zip(self.res_blocks, self.attention_blocks)
-        return [res_block.read(cond) + attention_block.read(text) for res_block, attention_block in pairs]
+        return [res.precompute(cond) + attention.precompute(text) for res, attention in pairs]
 
     def forward(
         self,
         x,  # (B, H, W, dim)
-        reads,  # the output of `read`, one entry for each pair
+        conditioning,  # the output of `precompute`: for each pair a modulation, keys and values
         text_mask=None,  # see `key_mask`
         gradient_checkpointing=False,  # see `MaskGiTUViT`
     ):
         if self.downsample is not None:
             x = _resample(self.downsample, x)
-        for res_block, attention_block, read in zip(self.res_blocks, self.attention_blocks, reads):
-            x = run_block(res_block, gradient_checkpointing, x, read[0])
-            x = run_block(attention_block, gradient_checkpointing, x, read[1:], text_mask)
+        triples = zip(self.res_blocks, self.attention_blocks, conditioning)
+        for res_block, attention_block, (modulation, *keys_values) in triples:
+            x = run_block(res_block, gradient_checkpointing, x, modulation)
+            x = run_block(attention_block, gradient_checkpointing, x, keys_values, text_mask)
         return x if self.upsample is None else _resample(self.upsample, x)
 
 
@@ -117,12 +121,12 @@ def _resample(modules, x):
     return conv_channels_last(conv, norm(x))
 
 # %% ../../nbs/02_models/08_uvit.ipynb #732422ff
-def sinusoidal_code(values, dim, max_period=10_000):
-    """Cosines, then sines, of `dim / 2` frequencies for each value (Vaswani et al. 2017, 3.5).
-
-    values: (B, K), preferably float32 (bfloat16 skips integers above 256); returns (B, K * dim) float32
-    Raises ValueError for an odd `dim`.
-    """
+def sinusoidal_code(
+    values,  # (B, K), preferably float32: bfloat16 skips integers above 256
+    dim,  # even
+    max_period=10_000,
+):
+    "Cosines, then sines, of `dim / 2` frequencies of each value, (B, K * dim) (Vaswani et al. 2017, 3.5)."
     if dim % 2:
         raise ValueError(f"a code of cosines and sines has an even width, got {dim}; use {dim + 1}.")
     half = dim // 2
@@ -131,13 +135,14 @@ def sinusoidal_code(values, dim, max_period=10_000):
     return torch.cat([angles.cos(), angles.sin()], -1).flatten(1)
 
 # %% ../../nbs/02_models/08_uvit.ipynb #b766fc6c
-def _single(name, value):
-    """The single number of a setting that old files write as a list."""
-    values = (value,) if isinstance(value, int) else tuple(value)
-    if len(values) != 1:
-        raise ValueError(f"{name} must be one number, got {value!r}; this model, as the published one, has one "
-                         f"stage on each side: use [{values[-1] if values else 768}].")
-    return values[0]
+def _stage_width(block_out_channels):
+    "The single width of `block_out_channels`, which is a number or a list of one."
+    widths = (block_out_channels,) if isinstance(block_out_channels, int) else tuple(block_out_channels)
+    if len(widths) != 1:
+        raise ValueError(f"block_out_channels must be one number, got {block_out_channels!r}; this model, as "
+                         "the published one, has one stage on each side: use "
+                         f"[{widths[-1] if widths else 768}].")
+    return widths[0]
 
 # %% ../../nbs/02_models/08_uvit.ipynb #692bf691
 class MaskGiTUViT(PretrainedModel):
@@ -154,8 +159,9 @@ class MaskGiTUViT(PretrainedModel):
                       "max_position_embeddings", "num_vq_tokens", "xavier_init_embed", "quant_embed_dim",
                       "use_empty_embeds_for_uncond")
     fixed_config = {
-        "add_cross_attention": True, "project_encoder_hidden_states": True, "use_codebook_size_for_output": True,
-        "use_conv_in_out": True, "use_mlm_layer": True, "use_mlm_layernorm": True, "block_has_attention": True,
+        "add_cross_attention": True, "project_encoder_hidden_states": True,
+        "use_codebook_size_for_output": True, "use_conv_in_out": True, "use_mlm_layer": True,
+        "use_mlm_layernorm": True, "block_has_attention": True,
         "patch_size": 1, "res_ffn_factor": 4, "ffn_type": "glu", "transformer_type": "default",
         "num_classes": None, "use_normformer": False, "use_encoder_layernorm": False,
         "layer_norm_before_mlm": False, "layer_norm_embeddings": False, "layer_norm_embedddings": False,
@@ -177,26 +183,29 @@ class MaskGiTUViT(PretrainedModel):
     ):
         super().__init__()
         self.note(mask_token_id=vocab_size - 1)
-        self.default_shape, self.gradient_checkpointing = tuple(default_shape), False
+        self.default_shape = tuple(default_shape)
+        self.gradient_checkpointing = False
         self.grid_multiple = 2 if force_down_up_sample else 1  # of both sides of a grid
-        width = _single("block_out_channels", block_out_channels)
-        heads = _single("block_num_heads", block_num_heads)
+        width = _stage_width(block_out_channels)
         cond_dim = cond_embed_dim * add_cond_embeds + micro_cond_embed_dim * add_micro_cond_embeds
         if not 0 < codebook_size < vocab_size or not cond_dim:
             raise ValueError(f"vocab_size {vocab_size} must hold {codebook_size} image tokens and a mask "
                              "token, and the model needs add_cond_embeds or add_micro_cond_embeds.")
-        hidden, affine = hidden_size, ln_elementwise_affine
-        norm = partial(make_norm, norm_type, eps=layer_norm_eps, use_bias=use_bias, elementwise_affine=affine)
+        hidden = hidden_size
+        norm = partial(make_norm, norm_type, eps=layer_norm_eps, use_bias=use_bias,
+                       elementwise_affine=ln_elementwise_affine)
         linear = partial(nn.Linear, bias=use_bias)
         res_block = partial(ConvNextBlock, width, hidden, norm, use_bias, hidden_dropout)
-        attention_block = partial(TextAttentionBlock, width, heads, hidden, norm, use_bias, attention_dropout)
+        attention_block = partial(TextAttentionBlock, width, block_num_heads, hidden, norm, use_bias,
+                                  attention_dropout)
 
         def resample(conv):
             modules = NestedNorm(norm(width)), conv(width, width, 2, stride=2, bias=use_bias)
             return nn.Sequential(*modules) if force_down_up_sample else None
 
         def layer():
-            ffn = GLU(hidden, intermediate_size, hidden_dropout, layer_norm_eps, use_bias, affine, hidden)
+            ffn = GLU(hidden, intermediate_size, hidden_dropout, layer_norm_eps, use_bias,
+                      ln_elementwise_affine, cond_dim=hidden)
             return TransformerLayer(hidden, num_attention_heads, ffn, norm, text_dim=hidden, cond_dim=hidden,
                                     use_bias=use_bias, dropout=attention_dropout)
 
@@ -204,12 +213,16 @@ class MaskGiTUViT(PretrainedModel):
         self.encoder_proj_layer_norm = norm(hidden)
         self.embed = TokenEmbedding(vocab_size, in_channels, width, norm, use_bias)
         self.cond_embed = nn.Sequential(linear(cond_dim, hidden), nn.SiLU(), linear(hidden, hidden))
-        down, up = {"downsample": resample(nn.Conv2d)}, {"upsample": resample(nn.ConvTranspose2d)}
-        self.down_blocks = nn.ModuleList([Stage(num_res_blocks, res_block, attention_block, **down)])
-        self.project_to_hidden_norm, self.project_to_hidden = norm(width), linear(width, hidden)
+        downsample, upsample = resample(nn.Conv2d), resample(nn.ConvTranspose2d)
+        down = Stage(num_res_blocks, res_block, attention_block, downsample=downsample)
+        self.down_blocks = nn.ModuleList([down])
+        self.project_to_hidden_norm = norm(width)
+        self.project_to_hidden = linear(width, hidden)
         self.transformer_layers = nn.ModuleList(layer() for _ in range(num_hidden_layers))
-        self.project_from_hidden_norm, self.project_from_hidden = norm(hidden), linear(hidden, width)
-        self.up_blocks = nn.ModuleList([Stage(num_res_blocks, res_block, attention_block, **up)])
+        self.project_from_hidden_norm = norm(hidden)
+        self.project_from_hidden = linear(hidden, width)
+        up = Stage(num_res_blocks, res_block, attention_block, upsample=upsample)
+        self.up_blocks = nn.ModuleList([up])
         self.mlm_layer = TokenHead(width, in_channels, codebook_size, norm, use_bias)
         self._init_weights()
 
@@ -232,14 +245,16 @@ class MaskGiTUViT(PretrainedModel):
     def published_config(self):
         config = self.config
         if not (config.add_cond_embeds and config.add_micro_cond_embeds):
-            raise ValueError("the published U-ViT always reads a pooled text and micro-conditions, and this model "
-                             "does not; save it with safe_serialization=True.")
-        own = {key: value for key, value in config.items() if key not in ("default_shape", "initializer_range")}
-        return own | {"use_fused_mlp": False, "use_fused_residual_norm": False}
+            raise ValueError("the published U-ViT is always conditioned on pooled text and micro-conditions, "
+                             "and this model is not; save it with safe_serialization=True.")
+        unpublished = "default_shape", "initializer_range"
+        published = {key: value for key, value in config.items() if key not in unpublished}
+        return published | {"use_fused_mlp": False, "use_fused_residual_norm": False}
 
     def condition(self, cond_embeds, micro_conds):
-        """The condition vector (B, hidden_size) of pooled text (B, P) and micro-conditions (B, K)."""
-        config, parts = self.config, []
+        "The condition vector (B, hidden_size) of pooled text (B, P) and micro-conditions (B, K)."
+        config = self.config
+        parts = []
         if config.add_cond_embeds:
             check_width("cond_embeds", cond_embeds, config.cond_embed_dim, "cond_embed_dim")
             parts.append(cond_embeds)
@@ -249,14 +264,14 @@ class MaskGiTUViT(PretrainedModel):
             parts.append(sinusoidal_code(micro_conds, config.micro_cond_encode_dim))
         return self.cond_embed(torch.cat([part.to(self.dtype) for part in parts], -1))
 
-    def read(self, encoder_hidden_states, cond_embeds=None, micro_conds=None):
-        """The conditioning of both stages and of the layers: (modulations, keys, values) for every block."""
+    def _conditioning(self, encoder_hidden_states, cond_embeds, micro_conds):
+        "For every block of both stages and every layer, its modulations, keys and values."
         text_width = self.config.encoder_hidden_size
         check_width("encoder_hidden_states", encoder_hidden_states, text_width, "encoder_hidden_size")
         text = self.encoder_proj_layer_norm(self.encoder_proj(encoder_hidden_states.to(self.dtype)))
         cond = self.condition(cond_embeds, micro_conds)
-        outer = [self.down_blocks[0].read(cond, text), self.up_blocks[0].read(cond, text)]
-        return *outer, [layer.read(cond, text) for layer in self.transformer_layers]
+        stages = [stage.precompute(cond, text) for stage in (self.down_blocks[0], self.up_blocks[0])]
+        return *stages, [layer.precompute(cond, text) for layer in self.transformer_layers]
 
     def precompute(self, encoder_hidden_states, cond_embeds=None, micro_conds=None,
                    encoder_attention_mask=None):
@@ -266,60 +281,60 @@ class MaskGiTUViT(PretrainedModel):
         (B, 2R, 1, 2C), stage_text (B, 2R, 4, L, C), layer_modulations (B, K, 3, 2D), layer_text
         (B, K, 2, L, D) and encoder_attention_mask, each if there is one.
         """
-        down, up, layers = self.read(encoder_hidden_states, cond_embeds, micro_conds)
-        join = lambda reads, part: torch.stack([torch.stack(read[part], 1) for read in reads], 1) if reads else None
-        of_stages, of_layers = slice(None, 1), slice(None, 3)
+        down, up, layers = self._conditioning(encoder_hidden_states, cond_embeds, micro_conds)
         conditioning = {
-            "stage_modulations": join(down + up, of_stages), "stage_text": join(down + up, slice(1, None)),
-            "layer_modulations": join(layers, of_layers), "layer_text": join(layers, slice(3, None)),
+            "stage_modulations": stack_blocks([block[:1] for block in down + up]),
+            "stage_text": stack_blocks([block[1:] for block in down + up]),
+            "layer_modulations": stack_blocks([layer[:3] for layer in layers]),
+            "layer_text": stack_blocks([layer[3:] for layer in layers]),
             "encoder_attention_mask": encoder_attention_mask,
         }
         return {name: tensors for name, tensors in conditioning.items() if tensors is not None}
 
-    def forward(self, input_ids, encoder_hidden_states=None, cond_embeds=None, micro_conds=None, *,
-                token_mask=None, grid=None, encoder_attention_mask=None, precomputed=None):
+    def forward(
+        self,
+        input_ids,  # (B, N) int64; masked positions hold `config.mask_token_id`
+        encoder_hidden_states=None,  # (B, L, encoder_hidden_size) text states of any floating-point type
+        cond_embeds=None,  # (B, cond_embed_dim) pooled text
+        micro_conds=None,  # (B, 5) float32 width, height, crop top, crop left, aesthetic score
+        *,
+        token_mask=None,  # (B, N) bool
+        grid=None,  # (height, width); None: `default_shape` if that holds N tokens, else a square
+        encoder_attention_mask=None,  # (B, L), nonzero for real text tokens
+        precomputed=None,  # the result of `precompute`, instead of all conditions
+    ):
         """Logits (B, N, codebook_size), or (M, codebook_size) for the M positions of `token_mask`, by row.
 
-        input_ids: (B, N) int64; masked positions hold `config.mask_token_id`
-        encoder_hidden_states: (B, L, encoder_hidden_size) text states of any floating-point type
-        cond_embeds: (B, cond_embed_dim) pooled text, needed unless built with add_cond_embeds=False
-        micro_conds: (B, 5) float32 original width, original height, crop top, crop left, aesthetic score,
-            needed unless built with add_micro_cond_embeds=False
-        token_mask: (B, N) bool
-        grid: (height, width); None: `default_shape` if that holds N tokens, else a square
-        encoder_attention_mask: (B, L), nonzero for real text tokens
-        precomputed: the result of `precompute`, instead of all conditions
+        Pooled text and micro-conditions are needed where add_cond_embeds and add_micro_cond_embeds are set.
         Raises ValueError for a condition that is missing or of the wrong size, and for an invalid grid.
         """
-        grid = self._grid(input_ids.shape[1], grid)
+        num_tokens = input_ids.shape[1]
+        if grid is None and math.prod(self.default_shape) == num_tokens:
+            grid = self.default_shape
+        grid = resolve_grid(num_tokens, grid, self.grid_multiple)
         if precomputed is None:
-            down, up, layers = self.read(encoder_hidden_states, cond_embeds, micro_conds)
+            down, up, layers = self._conditioning(encoder_hidden_states, cond_embeds, micro_conds)
         else:
-            down, up, layers = _unjoin(precomputed)
+            down, up, layers = _unstack(precomputed)
             encoder_attention_mask = precomputed.get("encoder_attention_mask")
-        text_mask, checkpointing = key_mask(encoder_attention_mask), self.gradient_checkpointing
+        text_mask = key_mask(encoder_attention_mask)
+        checkpointing = self.gradient_checkpointing
         x = self.down_blocks[0](self.embed(input_ids, grid), down, text_mask, checkpointing)
-        inner, x = x.shape[1:3], self.project_to_hidden(self.project_to_hidden_norm(x)).flatten(1, 2)
+        inner_grid = x.shape[1:3]
+        x = self.project_to_hidden(self.project_to_hidden_norm(x)).flatten(1, 2)
         for layer, (*modulations, key, value) in zip(self.transformer_layers, layers):
             x = run_block(layer, checkpointing, x, [key, value], text_mask, modulations)
-        x = self.project_from_hidden(self.project_from_hidden_norm(x)).unflatten(1, inner)
+        x = self.project_from_hidden(self.project_from_hidden_norm(x)).unflatten(1, inner_grid)
         x = self.up_blocks[0](x, up, text_mask, checkpointing).flatten(1, 2)
         return self.mlm_layer(x if token_mask is None else x[token_mask])
 
-    def _grid(self, num_tokens, grid):
-        if grid is None and math.prod(self.default_shape) == num_tokens:
-            grid = self.default_shape
-        height, width = resolve_grid(num_tokens, grid)
-        if height % self.grid_multiple or width % self.grid_multiple:
-            raise ValueError(f"this model halves its grid and cannot take {height}x{width}; use even sides.")
-        return height, width
 
-
-def _unjoin(precomputed):
-    """The conditioning of the first stage, the last stage and the layers, from the output of `precompute`."""
-    unbind = lambda name: [part.unbind(1) for part in precomputed[name].unbind(1)] if name in precomputed else []
-    stages, layers = (
-        [(*modulations, *text) for modulations, text in zip(unbind(f"{of}_modulations"), unbind(f"{of}_text"))]
-        for of in ("stage", "layer")
-    )
-    return stages[: len(stages) // 2], stages[len(stages) // 2 :], layers
+def _unstack(precomputed):
+    "The conditioning of the first stage, the last stage and the layers, from the output of `precompute`."
+    blocks = {}
+    for name in ("stage", "layer"):
+        modulations = unstack_blocks(precomputed.get(f"{name}_modulations"))
+        texts = unstack_blocks(precomputed.get(f"{name}_text"))
+        blocks[name] = [(*modulation, *text) for modulation, text in zip(modulations, texts)]
+    half = len(blocks["stage"]) // 2
+    return blocks["stage"][:half], blocks["stage"][half:], blocks["layer"]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHT_FILES', 'read_tensors', 'read_json', 'weight_variants', 'weight_paths', 'load_weights', 'unwrap_names',
            'common_prefix', 'match_names', 'check_finite', 'find_folder', 'push_folder', 'write_weights',
-           'remove_others', 'plot_file']
+           'remove_others']
 
 # %% ../../nbs/02_models/04_weights.ipynb #977238d9
 import json
@@ -28,7 +28,7 @@ _TABLES = (
 )  # names of the weights in files of training programs; EMA weights first
 
 def _find_table(state, path):
-    """The first flat table of tensors in a loaded file, at its root or under one of `_TABLES`, or None."""
+    "The first flat table of tensors in a loaded file, at its root or under one of `_TABLES`, or None."
     if not isinstance(state, Mapping):
         return None
     if all(isinstance(value, torch.Tensor) for value in state.values()):
@@ -36,23 +36,23 @@ def _find_table(state, path):
     tables = {name: _find_table(state[name], path) for name in _TABLES if name in state}
     names = [name for name, table in tables.items() if table]
     if len(names) > 1:
-        warnings.warn(f"{path} holds the weights {', '.join(names)}; {names[0]} is read.")
+        warnings.warn(f"{path} holds several sets of weights ({', '.join(names)}); {names[0]} is loaded.")
     return tables[names[0]] if names else None
 
 def read_tensors(path):
-    """The named tensors of one file, `.safetensors` or a PyTorch pickle, on the CPU."""
+    "The named tensors of one file, `.safetensors` or a PyTorch pickle, on the CPU."
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         with open(path, "rb") as file:
             if file.read(2) not in (b"PK", b"\x80\x02", b"\x80\x04"):  # a zip archive or a bare pickle
-                raise ValueError("no PyTorch file; it may be a web page or a pointer to large storage")
+                raise ValueError("not a PyTorch file; it may be a web page or a pointer to large storage")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         kind = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f" ({kind[1]})" if kind else ""
-        raise ValueError(f"{path} holds more than tensors{what} and was refused: loading it could run code. "
-                         "Get the weights as safetensors from a source you trust.") from error
+        content = f" ({kind[1]})" if kind else ""
+        raise ValueError(f"{path} holds more than tensors{content} and was refused: loading it could run "
+                         "code. Get the weights as safetensors from a source you trust.") from error
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # damaged files raise any exception
@@ -71,20 +71,20 @@ WEIGHT_FILES = (
 )
 
 def _shards(index):
-    """The files named in an index; each must be in its folder."""
+    "The files named in an index; each must be in its folder."
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
         raise ValueError(f"{index} holds no weight_map from tensors to files; fetch it again.")
     names = sorted(set(table.values()))
     for name in names:
         if Path(name).name != name:
-            raise ValueError(f"{index} names {name!r}, no plain file name; shards must lie beside it.")
+            raise ValueError(f"{index} names {name!r}, not a plain file name; shards must be in its folder.")
         if not (index.parent / name).is_file():
-            raise FileNotFoundError(f"{index} names {name!r}, which is not there; fetch the missing shard.")
+            raise FileNotFoundError(f"{index} names {name!r}, which is missing; fetch that shard.")
     return [index.parent / name for name in names]
 
 def read_json(path):
-    """The dictionary in a JSON file; ValueError if it is damaged."""
+    "The dictionary in a JSON file; ValueError if it is damaged."
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -94,7 +94,7 @@ def read_json(path):
     return table
 
 def _first_file(folder, variant=None):
-    """The first of `WEIGHT_FILES` (of a variant) that exists, or None."""
+    "The first of `WEIGHT_FILES` (of a variant) that exists, or None."
     middle = f".{variant}." if variant else "."
     names = (middle.join(name.rsplit(".", 1)) for name in WEIGHT_FILES)
     return next((folder / name for name in names if (folder / name).is_file()), None)
@@ -108,43 +108,45 @@ def weight_variants(folder):
     return sorted(variants)
 
 _ENDINGS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
-_BESIDE = ("adapter_", "ema_parameters", "optimizer", "pytorch_lora_", "random_states", "rng_state", "scaler",
-           "scheduler", "training_args")  # prefixes of files that are not weights
+_NOT_WEIGHTS = ("adapter_", "ema_parameters", "optimizer", "pytorch_lora_", "random_states", "rng_state",
+                "scaler", "scheduler", "training_args")  # prefixes of other files of a training run
 
-def _other_files(folder):
-    """Weight files with other names."""
-    return sorted(path for path in folder.glob("*.*")
-                  if path.suffix in _ENDINGS and path.is_file() and not path.name.startswith(_BESIDE))
+def _only_file(folder, variant):
+    "In a folder without plain weights: those of its only variant, or its only weight file of another name."
+    variants = weight_variants(folder)
+    if variant:
+        available = ["the plain ones"] * (_first_file(folder) is not None) + variants
+        raise FileNotFoundError(f"no weights of variant {variant!r} in {folder}; there are: "
+                                f"{', '.join(available) or 'none'}.")
+    if len(variants) > 1:
+        raise ValueError(f"{folder} holds the variants {', '.join(variants)} of its weights; choose one "
+                         "with variant=.")
+    if variants:
+        return _first_file(folder, variants[0])
+    files = sorted(path for path in folder.glob("*.*") if path.suffix in _ENDINGS and path.is_file()
+                   and not path.name.startswith(_NOT_WEIGHTS))
+    if len(files) != 1:
+        names = ", ".join(path.name for path in files[:4])
+        hint = f" There are {names}; name the file itself" if files else ""
+        raise FileNotFoundError(f"no weights in {folder}; looked for {', '.join(WEIGHT_FILES)}.{hint}")
+    return files[0]
 
-def weight_paths(folder, variant=None):
+def weight_paths(
+    folder,  # or the file itself
+    variant=None,  # such as "fp16"; None: the plain weights, else the only variant or the only file
+):
     """The weight files of a folder: the first of `WEIGHT_FILES`, or the shards of an index.
 
-    folder: or the file itself
-    variant: such as "fp16"; None: the plain weights, else the only variant or the only file
     Raises FileNotFoundError for missing weights or shards, ValueError if the choice is ambiguous.
     """
     folder = Path(folder)
     if folder.is_file():
         return [folder]
-    path, variants = _first_file(folder, variant), weight_variants(folder)
-    if path is None and variant:
-        available = ["the plain ones"] * (_first_file(folder) is not None) + variants
-        raise FileNotFoundError(f"no weights of variant {variant!r} in {folder}; there are: "
-                                f"{', '.join(available) or 'none'}.")
-    if path is None and len(variants) > 1:
-        raise ValueError(f"{folder} holds the variants {', '.join(variants)} of its weights; choose one "
-                         "with variant=.")
-    path = path or _first_file(folder, *variants)
-    others = [] if path else _other_files(folder)
-    if path is None and len(others) != 1:
-        several = ", ".join(other.name for other in others[:4])
-        hint = f" There are {several}; name the file itself" if others else ""
-        raise FileNotFoundError(f"no weights in {folder}; looked for {', '.join(WEIGHT_FILES)}.{hint}")
-    path = path or others[0]
+    path = _first_file(folder, variant) or _only_file(folder, variant)
     return _shards(path) if path.suffix == ".json" else [path]
 
 def load_weights(folder, variant=None):
-    """The named tensors of a folder, on the CPU: dict; see `weight_paths` and `read_tensors`."""
+    "The named tensors of a folder, on the CPU: dict; see `weight_paths` and `read_tensors`."
     tables = (read_tensors(path) for path in weight_paths(folder, variant))
     return {name: tensor for table in tables for name, tensor in table.items()}
 
@@ -152,7 +154,7 @@ def load_weights(folder, variant=None):
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 def unwrap_names(table):
-    """The table with names free of the wrappers of `torch.compile`, FSDP and gradient checkpointing."""
+    "The table with names free of the wrappers of `torch.compile`, FSDP and gradient checkpointing."
     unwrapped = {".".join(part for part in name.split(".") if part not in _WRAPPERS): name for name in table}
     if len(unwrapped) < len(table):  # two names became one
         return dict(table)
@@ -169,68 +171,75 @@ def common_prefix(expected, names, at_least=1):
     best = [prefix for prefix in counts if counts[prefix] == most]
     chosen = min(best, key=lambda prefix: ("ema" not in prefix.lower(), len(prefix)))
     if len(best) > 1:
-        warnings.warn(f"the weights lie there {len(best)} times, under {', '.join(best)}; {chosen} is read.")
+        warnings.warn(f"the weights occur {len(best)} times, under {', '.join(best)}; {chosen} is loaded.")
     return f"{chosen}."
 
-def match_names(expected, weights, source="the file"):
+def match_names(
+    expected,  # the model's names
+    weights,  # tensors by the names in the file
+    source="the file",  # name of the weights in a warning
+):
     """The tensors under the model's names, if these differ by a prefix or a wrapper only.
 
-    expected: the model's names; source: name of the weights in a warning
     If a prefix (`module.`, `model.`, `transformer.` ...) makes names match, tensors without it are left out
     with a warning. Names that do not match are unchanged.
     """
     if all(name in weights for name in expected):
         return weights
-    plain, unwrapped = unwrap_names({name: name for name in expected}), unwrap_names(weights)
+    plain = unwrap_names({name: name for name in expected})
+    unwrapped = unwrap_names(weights)
     prefix = common_prefix(plain, unwrapped, at_least=len(plain) / 2)
     inside = [name for name in unwrapped if name.startswith(prefix)]
     beside = [name for name in unwrapped if not name.startswith(prefix)]
     inner = {name.removeprefix(prefix): unwrapped[name] for name in inside}
     if beside:
-        warnings.warn(f"{source}: {len(inner)} tensors under {prefix!r} are read, {len(beside)} others are "
-                      "left out "
-                      f"({beside[0]}{', ...' * (len(beside) > 1)}).")
+        examples = beside[0] + ", ..." * (len(beside) > 1)
+        warnings.warn(f"{source}: {len(inner)} tensors under {prefix!r} are loaded, {len(beside)} others are "
+                      f"ignored ({examples}).")
     return {plain.get(name, name): tensor for name, tensor in inner.items()}
 
+def _is_finite(tensor):
+    tensor = tensor.float() if tensor.element_size() == 1 else tensor  # isfinite does not support float8
+    return bool(tensor.isfinite().all())
+
 def check_finite(tensors, source):
-    """Raises ValueError if one of the named tensors has NaN or infinity; source: their name in the error."""
+    "Raises ValueError, naming their `source`, if one of the named tensors has NaN or infinity."
     floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    plain = lambda tensor: tensor.float() if tensor.element_size() == 1 else tensor  # isfinite lacks float8
-    broken = [name for name, tensor in floats.items() if not plain(tensor).isfinite().all()]
+    broken = [name for name, tensor in floats.items() if not _is_finite(tensor)]
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         raise ValueError(f"{source}: {broken[0]}{more} of {len(tensors)} tensors not finite (NaN or "
-                         "infinity); take an "
-                         "earlier checkpoint, or another type if they were converted.")
+                         "infinity); take an earlier checkpoint, or another type if they were converted.")
 
 # %% ../../nbs/02_models/04_weights.ipynb #bd27c5b8
 def _variant_patterns(variant, suffix):
-    """Patterns of a variant's weight files: single files, and shards under both naming schemes."""
+    "Patterns of a variant's weight files: single files, and shards under both naming schemes."
     return [f"*.{variant}.{suffix}", f"*.{variant}-*-of-*.{suffix}"]
 
 def _rounds(variant):
-    """Pairs of allow and ignore patterns, tried in order until every model has weights."""
+    "Pairs of allow and ignore patterns, tried in order until every model has weights."
     ends = ("safetensors", "bin")
-    usual = [pattern for name in ("fp16", "bf16", "non_ema") for pattern in _variant_patterns(name, "*")]
-    chosen = [(_variant_patterns(variant, end), []) for end in ends] if variant else []
-    return chosen + [([f"*.{end}"], usual) for end in ends] + [([f"*.{end}"], []) for end in ends]
+    variants = [pattern for name in ("fp16", "bf16", "non_ema") for pattern in _variant_patterns(name, "*")]
+    requested = [(_variant_patterns(variant, end), []) for end in ends] if variant else []
+    plain = [([f"*.{end}"], variants) for end in ends]
+    return requested + plain + [([f"*.{end}"], []) for end in ends]
 
 def _complete(folder):
-    """Whether there are weights, and some for each model's configuration."""
+    "Whether there are weights, and some for each model's configuration."
     some = any(path.suffix in _ENDINGS for path in folder.rglob("*"))
     models = [path.parent for path in folder.rglob("config.json")]
     return some and all(_first_file(model) or weight_variants(model) for model in models)
 
 def _fetch(repository, subfolder, revision, whole, variant=None):
-    """Downloads a checkpoint from the hub, unless cached; returns the local folder."""
+    "Downloads a checkpoint from the hub, unless cached; returns the local folder."
     from huggingface_hub import snapshot_download
 
     prefix = f"{subfolder}/" if subfolder else ""
     inner = [f"{prefix}*/*"] * (not whole)
-    for taken, left in _rounds(variant):
+    for allowed, ignored in _rounds(variant):
         # a star also matches subfolders
-        patterns = [f"{prefix}{pattern}" for pattern in ("*.json", "*.txt", *taken)]
-        options = {"revision": revision, "allow_patterns": patterns, "ignore_patterns": left + inner}
+        patterns = [f"{prefix}{pattern}" for pattern in ("*.json", "*.txt", *allowed)]
+        options = {"revision": revision, "allow_patterns": patterns, "ignore_patterns": ignored + inner}
         folder = Path(snapshot_download(repository, **options))
         if _complete(folder / prefix):
             break
@@ -243,16 +252,15 @@ _HUB_ERRORS = {
     "LocalEntryNotFoundError": "it is not in the cache, and the hub cannot be reached",
 }
 
-def find_folder(path, *, subfolder=None, revision=None, whole=False, variant=None):
-    """The local folder of a checkpoint, downloaded from the hub if needed.
-
-    path: a folder, or the hub id "owner/name" if no such folder exists
-    subfolder: of the model inside it, e.g. "transformer"
-    revision: branch, tag or commit on the hub; ignored for a local folder
-    whole: download subfolders too, as a pipeline needs
-    variant: prefer this variant of the weights, such as "fp16"; see `weight_paths`
-    Raises FileNotFoundError if there is neither folder nor repository.
-    """
+def find_folder(
+    path,  # a folder, or the hub id "owner/name" if no such folder exists
+    *,
+    subfolder=None,  # of the model inside it, e.g. "transformer"
+    revision=None,  # branch, tag or commit on the hub; ignored for a local folder
+    whole=False,  # download subfolders too, as a pipeline needs
+    variant=None,  # prefer this variant of the weights, such as "fp16"; see `weight_paths`
+):
+    "The local folder of a checkpoint, downloaded if needed; FileNotFoundError if there is neither."
     folder = Path(path).expanduser()
     if folder.is_file():
         raise FileNotFoundError(f"{path} is a file, where a folder is needed; name the folder that holds it.")
@@ -291,21 +299,26 @@ def push_folder(folder, repository, *, private=None, revision=None, message="Upl
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        options = {"revision": revision, "commit_message": message, "allow_patterns": _UPLOADED, "ignore_patterns": _NOT_UPLOADED}
-        return str(api.upload_folder(repo_id=repository, folder_path=folder, **options))
+        patterns = {"allow_patterns": _UPLOADED, "ignore_patterns": _NOT_UPLOADED}
+        return str(api.upload_folder(
+            repo_id=repository, folder_path=folder, revision=revision, commit_message=message, **patterns
+        ))
     except Exception as error:  # names, tokens and networks raise any exception
         reason = one_line(error)
         raise ValueError(f"{repository} was not uploaded: {reason} Log in with `hf auth login`.") from error
 
 # %% ../../nbs/02_models/04_weights.ipynb #595134ac
-def write_weights(tensors, folder, aside, max_shard_size="5GB"):
-    """Writes named tensors to the temporary file `aside(path)` of each path in a folder; returns the paths.
-
-    max_shard_size: of a file, such as "500MB" or a number of bytes; a single tensor is never split
-    """
+def write_weights(
+    tensors,  # by name
+    folder,
+    aside,  # function from a path to the temporary file that is written in its place
+    max_shard_size="5GB",  # of a file, or a number of bytes; a single tensor is never split
+):
+    "Writes named tensors to one file or several in a folder; returns their paths, the index first."
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    plan, paths = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size), []
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    paths = []
     if plan.is_sharded:
         paths.append(folder / "model.safetensors.index.json")
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
@@ -317,28 +330,7 @@ def write_weights(tensors, folder, aside, max_shard_size="5GB"):
     return paths
 
 def remove_others(folder, paths):
-    """Removes the files of an earlier save, which would take precedence."""
+    "Removes the files of an earlier save, which would take precedence."
     for pattern in ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"):
         for old in set(folder.glob(pattern)) - set(paths):
             old.unlink()
-
-# %% ../../nbs/02_models/04_weights.ipynb #7f2c80b6
-def plot_file(path, ax=None):
-    """Plots the byte ranges of a safetensors file, header in grey, then tensors; returns the axes."""
-    import matplotlib.pyplot as plt
-
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    spans = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
-    spans = {"header": (-8 - length, 0)} | dict(sorted(spans.items(), key=lambda span: span[1]))
-    ax = ax or plt.subplots(figsize=(9, 1.9), layout="constrained")[1]
-    total = max(end for _, end in spans.values()) + 8 + length
-    for i, (name, (start, end)) in enumerate(spans.items()):
-        color = "0.7" if name == "header" else f"C{i % 10}"
-        ax.barh(0, end - start, left=start + 8 + length, color=color, edgecolor="white", lw=0.5)
-        if end - start > total / 60:
-            ax.text((start + end) / 2 + 8 + length, 0.45, name, rotation=30, fontsize=7)
-    ax.set(xlabel="byte", yticks=[], xlim=(0, total), ylim=(-0.4, 1.6))
-    ax.spines[["top", "right", "left"]].set_visible(False)
-    return ax

@@ -152,7 +152,7 @@ def make_once(
         changed = ", ".join(name for name in {**made_from, **facts} if made_from.get(name) != facts.get(name))
         raise ValueError(
             f"{folder} was made from something else (changed: {changed}), and a model was trained on it. "
-            "Take the change back, choose another experiment.output_dir, delete that run's folder, or name the "
+            "Take the change back, choose another folder (output=...), delete that run's folder, or name the "
             "checkpoint to go on from: experiment.resume_from_checkpoint=FOLDER/checkpoint-STEP."
         )
     with folder_aside(folder) as aside:
