@@ -1,4 +1,5 @@
-"""Checks that nbdev_clean and nbdev_export would change nothing and that README.md is the index notebook's; exits 1 otherwise."""
+"""Checks that nbdev_clean and nbdev_export would change nothing that README.md is the index notebook's, and that links lead somewhere; exits 1 otherwise."""
+import json
 import re
 import shutil
 import subprocess
@@ -32,10 +33,29 @@ def changed_by(*commands: str) -> list[str]:
     return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
 
 
+def markdown_of(path: Path) -> str:
+    """The text of a Markdown file, or of a notebook's Markdown cells."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".ipynb":
+        return text
+    return "\n\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
+
+
+def anchors_of(path: Path) -> set[str]:
+    """The ids of a page's headings, as JupyterLab and GitHub make them from a notebook."""
+    titles = re.findall(r"^#+ (.+)$", markdown_of(path), flags=re.MULTILINE)
+    return {title.replace("`", "").replace(" ", "-") for title in titles}
+
+
 def broken_links() -> list[str]:
-    """Relative links of README.md that lead nowhere."""
-    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
-    return [link for link in links if not (ROOT / link).exists()]
+    """Relative links of README.md and of the notebooks that lead to no file, or to no heading of it."""
+    broken = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "nbs").rglob("*.ipynb"))]:
+        for link, target, _, anchor in re.findall(r"\]\((([^)#:\s]*)(#([^)\s]*))?)\)", markdown_of(page)):
+            path = page.parent / target if target else page
+            if not path.exists() or anchor and anchor not in anchors_of(path):
+                broken.append(f"{page.relative_to(ROOT)} links to {link}, which is not there")
+    return broken
 
 
 def main() -> int:
@@ -43,7 +63,7 @@ def main() -> int:
     problems += [f"nbdev_export would change {name}" for name in changed_by("nbdev_export")]
     if (ROOT / "README.md").read_text(encoding="utf-8") != render():
         problems.append("README.md is not what nbs/index.ipynb gives: run `make readme`")
-    problems += [f"README.md links to {link}, which is not there" for link in broken_links()]
+    problems += broken_links()
     print("\n".join(problems) or "notebooks clean, package and README in sync")
     return bool(problems)
 

@@ -16,11 +16,11 @@ from musekit.recipes.clip import train_bpe
 from musekit.data.masks import token_mask
 from musekit.models.lora import add_lora, lora_parameters, save_lora
 from musekit.core.guidance import GenerationConfig
+from musekit.models.pretrained import find_model_class
 from musekit.models.transformer import MaskGitTransformer
 from musekit.models.uvit import MaskGiTUViT
 from musekit.models.vqgan import VQGANModel
 from musekit.inference.pipeline import OUTPUT_TYPES, ImagePipeline, Pipeline
-from musekit.models.pretrained import find_model_class
 from musekit.core.samplers import sampler_names
 from musekit.inference.sheets import Task, draw_again, draw_sheet, read_task, write_sheet
 
@@ -354,7 +354,7 @@ def test_numbers_that_are_not_finite_are_named_with_their_part(folder, tmp_path,
     save_file(weights, path, metadata={"format": "pt"})
     said = told(capsys, "generate", "two", "--model", "broken", "--num-images", 1)
     names = {"transformer": "transformer", "vq_model": "image tokenizer", "text_encoder": "text encoder"}
-    assert (f"broken/{part}: {last}" if value != 3e38 else f"the {names[part]} made ") in said and "not finite" in said
+    assert (f"broken/{part}: {last}" if value != 3e38 else f"the {names[part]} returned ") in said and "not finite" in said
     assert not Path("generated.png").exists()
 
 
@@ -362,7 +362,7 @@ def test_a_type_that_overflows_is_named(folder):
     pipeline = Pipeline.from_pretrained(folder)
     torch.nn.init.constant_(pipeline.vq_model.decoder.conv_out.weight, 6e4)
     assert pipeline("two", seed=0)
-    with pytest.raises(ValueError, match="the image tokenizer made pixels .* float16 overflows early: load the pipeline with dtype=torch.bfloat16"):
+    with pytest.raises(ValueError, match="the image tokenizer returned pixels .* float16 overflows early: load the pipeline with dtype=torch.bfloat16"):
         pipeline.to(dtype=torch.float16)("two", seed=0)
     torch.nn.init.constant_(pipeline.vq_model.float().decoder.conv_out.weight, 1e5)
     pipeline.vq_model.note(force_upcast=True)
@@ -401,5 +401,5 @@ def test_an_option_of_what_has_none_is_told(folder, tmp_path, capsys, monkeypatc
 
 def test_model_classes_are_found_by_name_alone():
     assert find_model_class("MaskGiTUViT_v2") is MaskGiTUViT
-    with pytest.raises(ValueError, match="known are"):
+    with pytest.raises(ValueError, match="choose one of"):
         find_model_class("os.system")

@@ -104,7 +104,7 @@ def test_classes_without_a_layout(place):
 
 
 def test_a_template_asks_for_what_it_leaves_open(place):
-    with pytest.raises(ValueError, match="Required, not given: .*experiment.max_train_examples.*optimizer.params.learning_rate.*wandb.entity"):
+    with pytest.raises(ValueError, match="Missing: .*experiment.max_train_examples.*lr.*wandb.entity"):
         read("template_config")
 
 

@@ -1,5 +1,6 @@
 """The README and the examples of every --help, typed in their order into a fresh folder, by bash, with short runs and a hub on this machine."""
 import gzip
+import importlib
 import json
 import os
 import re
@@ -222,6 +223,17 @@ def test_commands_in_the_prose_are_typed_or_listed():
     for command in re.findall(r"`((?:make|musekit|musekit-shards|pip|source|nbdev_install_hooks|accelerate|torchrun)(?: [^`]+)?)`", prose):
         typed = command in blocks or command in UNTYPED or command in ("make", "musekit", "musekit/")
         assert typed or "COMMAND" in command or command.endswith("--help"), command
+
+
+def test_names_in_the_readme_exist():
+    "musekit.room.module.name, or with the method of a class."
+    names = re.findall(r"`(musekit(?:\.\w+){3,4})`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(names) >= 6
+    for name in names:
+        _, room, module, *rest = name.split(".")
+        value = importlib.import_module(f"musekit.{room}.{module}")
+        for part in rest:
+            value = getattr(value, part)
 
 
 @pytest.mark.parametrize("target, expected", [

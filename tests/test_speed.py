@@ -68,8 +68,8 @@ def test_any_grid_and_batch_size_draws_what_raw_conditions_draw(grid):
         again = TokenPipeline(model, micro_conds=(48, 48, 0, 0, 5.0)).ids(**given, batch_size=batch_size)
         assert torch.equal(ids, again)
     raw = TokenPipeline(model, micro_conds=(48, 48, 0, 0, 5.0))
-    raw.reads.remove("precomputed")
-    raw.reads.remove("token_mask")
+    raw.input_names.remove("precomputed")
+    raw.input_names.remove("token_mask")
     assert torch.equal(raw.ids(**given), ids)
 
 

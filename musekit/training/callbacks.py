@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['validation_loss', 'Evaluate', 'Measure', 'track_image', 'SampleImages', 'save_sample', 'sample_prompts',
            'drawn_by_all', 'prompt_sheet', 'inpainting_sheet', 'input_sheet', 'FirstInputs', 'Diagnose',
-           'gradient_norms', 'token_diagnostics', 'DiagnoseTokens', 'leave_later', 'Checkpoint', 'standard_callbacks']
+           'gradient_norms', 'token_diagnostics', 'DiagnoseTokens', 'abandon_later', 'Checkpoint', 'standard_callbacks']
 
 # %% ../../nbs/04_training/10_callbacks.ipynb #3aa7781a
 import shutil
@@ -27,6 +27,7 @@ from musekit.core.diagnostics import (
     bucket_sums, diagnose, mask_bucket, plot_token_probabilities, token_probability_histogram,
 )
 from ..utils.files import PARTIAL, publish, sweep, write_aside
+from .distributed import whole_tensor
 from .config import Config, condition_of, num_classes, save_config
 from .ema import evaluating, save_model
 from .log import Callback, Log, read_log
@@ -39,20 +40,21 @@ from .trainer import Trainer
 # %% ../../nbs/04_training/10_callbacks.ipynb #bc95cef8
 def validation_loss(trainer: Trainer) -> dict[str, float]:
     "Cross-entropy on the evaluation batches of all processes, with EMA weights and hard targets."
-    cap, processes = trainer.config.experiment.max_eval_examples, trainer.accelerator.num_processes
-    ratios, batches = trainer.config.training.eval_mask_ratios, trainer.eval_batches
+    limit = trainer.config.experiment.max_eval_examples
+    ratios = trainer.config.training.eval_mask_ratios
+    batches = trainer.eval_batches() if callable(trainer.eval_batches) else trainer.eval_batches
     sums = torch.zeros(3, device=trainer.accelerator.device)
     with evaluating(trainer.network, trainer.ema) as network:
-        for number, batch in enumerate(batches() if callable(batches) else batches):
+        for number, batch in enumerate(batches):
             micro = trainer.make_micro_batch(batch, "evaluation", number, ratios=ratios, training=False)
-            loss, weight, rows = trainer.loss(network, micro), micro.weight, len(micro.tokens.mask)
-            sums += torch.stack([loss * weight, weight, torch.full_like(weight, rows)])
-            if cap and sums[2] * processes >= cap:
+            loss = trainer.loss(network, micro)
+            sums += torch.stack([loss * micro.weight, micro.weight, torch.full_like(loss, len(micro))])
+            if limit and sums[2] * trainer.accelerator.num_processes >= limit:
                 break
-    loss, weight, rows = trainer.accelerator.reduce(sums, "sum").tolist()
-    if not rows:
-        raise ValueError("There was no evaluation batch; look at dataset.params.eval_shards_path_or_url.")
-    return {"eval_loss": loss / weight, "eval_examples": int(rows)}
+    loss, weight, examples = trainer.accelerator.reduce(sums, "sum").tolist()
+    if not examples:
+        raise ValueError("There is no evaluation batch; check eval_data and its filters.")
+    return {"eval_loss": loss / weight, "eval_examples": int(examples)}
 
 
 class Evaluate(Callback):
@@ -64,7 +66,7 @@ class Evaluate(Callback):
 
     def on_start(self, trainer):
         if trainer.eval_batches is None:
-            raise ValueError("Evaluate needs data: give Trainer eval_batches=, or leave Evaluate out.")
+            raise ValueError("Evaluate needs data: pass eval_batches= to Trainer, or leave Evaluate out.")
 
     def on_step(self, trainer):
         if self.due(trainer):
@@ -75,7 +77,7 @@ class Evaluate(Callback):
             self.write(trainer)
 
     def write(self, trainer: Loop):
-        "Measures and logs."
+        "Logs `measure(trainer)`."
         trainer.log(self.measure(trainer))
         self.last = trainer.step
 
@@ -150,21 +152,21 @@ def sample_prompts(config: Config, texts: list[str]) -> list[str]:
         return read_prompts(path, "dataset.params.validation_prompts_file")
     if condition_of(config) == "class":
         texts = map(str, range(num_classes(config)))
-    different = sorted(set(texts) - {""}) or [""] * 8  # no text: eight unconditional images
-    return different[:: max(1, len(different) // 8)][:8]
+    prompts = sorted(set(texts) - {""}) or [""] * 8  # no text: eight unconditional images
+    return prompts[:: max(1, len(prompts) // 8)][:8]
 
 # %% ../../nbs/04_training/10_callbacks.ipynb #f5d305f1
 def drawn_by_all(draw: Callable[[list], list], items: list) -> list:
     "The results of `draw(items)`, one per item, computed by all processes together and returned in each."
     state = PartialState()
     count = state.num_processes
-    mine = items[state.process_index :: count]
-    parts = gather_object([draw(mine) if mine else []])
+    own_items = items[state.process_index :: count]
+    parts = gather_object([draw(own_items) if own_items else []])
     return [parts[number % count][number // count] for number in range(len(items))]
 
 
 def prompt_sheet(make_pipeline: Callable, prompts: list[str], seed: int) -> Callable:
-    "A `sample` function for `SampleImages`: an image for each prompt, by `make_pipeline(model)`."
+    "A `sample` function for `SampleImages`: an image for each prompt, from `make_pipeline(model)`."
 
     def sample(model, step):
         pipeline = make_pipeline(model)
@@ -175,14 +177,18 @@ def prompt_sheet(make_pipeline: Callable, prompts: list[str], seed: int) -> Call
 
 def inpainting_sheet(make_pipeline: Callable, config: Config) -> Callable | None:
     "A `sample` function that inpaints `dataset.params.inpainting_folder`; None without one."
-    folder, pixels = config.dataset.params.inpainting_folder, config.dataset.preprocessing
+    folder = config.dataset.params.inpainting_folder
     if folder is None:
         return None
-    examples, seed = read_inpainting(folder, pixels.resolution, pixels.background), config.training.seed
+    pixels = config.dataset.preprocessing
+    examples = read_inpainting(folder, pixels.resolution, pixels.background)
 
     def sample(model, step):
-        fill = make_pipeline(model).inpaint
-        draw = lambda some: [fill(image, mask, text, seed=seed)[0] for text, image, mask in some]
+        inpaint = make_pipeline(model).inpaint
+
+        def draw(some):
+            return [inpaint(image, mask, text, seed=config.training.seed)[0] for text, image, mask in some]
+
         return inpainting_grid(examples, drawn_by_all(draw, examples))
 
     return sample
@@ -190,14 +196,14 @@ def inpainting_sheet(make_pipeline: Callable, config: Config) -> Callable | None
 # %% ../../nbs/04_training/10_callbacks.ipynb #3ae107da
 def input_sheet(
     pictures: list[Image.Image],  # the training images
-    hidden: Tensor,  # (B, N) bool
+    masks: Tensor,  # (B, N) bool
     grid: tuple[int, int],  # (height, width) in tokens
     captions: list[str],
 ) -> Image.Image:
     "A grid of images with captions, above the same images with their masks and mask ratios."
-    faded = [fade_tokens(picture, mask, grid) for picture, mask in zip(pictures, hidden)]
-    shares = [f"{share:.0%} hidden" for share in hidden.float().mean(1).tolist()]
-    return image_grid([*pictures, *faded], [*captions, *shares], len(pictures))
+    faded = [fade_tokens(picture, mask, grid) for picture, mask in zip(pictures, masks)]
+    ratios = [f"{ratio:.0%} masked" for ratio in masks.float().mean(1).tolist()]
+    return image_grid([*pictures, *faded], [*captions, *ratios], len(pictures))
 
 
 class FirstInputs(Callback):
@@ -229,8 +235,7 @@ class Diagnose(Callback):
 def gradient_norms(trainer: Loop) -> dict[str, float]:
     "The norm of every parameter's gradient in the last step, after clipping."
     named = [(name, p.grad) for name, p in trainer.network.named_parameters() if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm([gradient for _, gradient in named]))
-    norms = norms.full_tensor() if hasattr(norms, "full_tensor") else norms  # of a sharded model
+    norms = whole_tensor(torch.stack(torch._foreach_norm([gradient for _, gradient in named])))
     return {f"grad_norm/{name}": norm for (name, _), norm in zip(named, norms.tolist())}
 
 # %% ../../nbs/04_training/10_callbacks.ipynb #621199f9
@@ -246,8 +251,8 @@ def token_diagnostics(
     network.train()
     means = diagnose(logits, tokens.labels, mask, trainer.config.training.label_smoothing)
     means["token_probabilities"] = token_probability_histogram(logits, mask)
-    hidden, images = bucket_sums(mask.sum(-1), mask_bucket(mask))
-    counts = {name: images for name in means} | {"token_probabilities": hidden[:, None]}
+    masked, images = bucket_sums(mask.sum(-1), mask_bucket(mask))
+    counts = {name: images for name in means} | {"token_probabilities": masked[:, None]}
     sums = {name: (means[name].nan_to_num(0.0) * counts[name], counts[name]) for name in names}
     values = {}
     for name, (total, count) in trainer.accelerator.reduce(sums, "sum").items():
@@ -283,7 +288,7 @@ class DiagnoseTokens(Callback):
                 track_image(trainer, "token_probabilities", _as_image(figure))
 
 # %% ../../nbs/04_training/10_callbacks.ipynb #fe3d05d1
-def leave_later(folder: Path, step: int):
+def abandon_later(folder: Path, step: int):
     "Renames checkpoints after `step` to abandoned-*, so that a run that went back does not resume from them."
     for path in checkpoint_folders(folder):
         if step_of(path) > step:
@@ -298,7 +303,7 @@ class Checkpoint(Callback):
     def __init__(
         self,
         every: int | None = 1000,
-        limit: int | None = None,  # checkpoints kept; None = all
+        limit: int | None = None,  # checkpoints to keep; None: all
     ):
         super().__init__(every)
         self.limit, self.saved = limit, None
@@ -306,13 +311,13 @@ class Checkpoint(Callback):
     def on_start(self, trainer):
         if not trainer.step and latest_checkpoint(trainer.output_dir):
             raise ValueError(
-                f"{trainer.output_dir} holds checkpoints of an earlier run. To go on with it, set "
-                "experiment.resume_from_checkpoint=latest; else choose another experiment.output_dir."
+                f"{trainer.output_dir} holds checkpoints of an earlier run. To resume it, set "
+                "experiment.resume_from_checkpoint=latest; else choose another folder (output=...)."
             )
         self.saved = trainer.step
         if trainer.accelerator.is_main_process:
             sweep(trainer.output_dir)
-            leave_later(trainer.output_dir, trainer.step)
+            abandon_later(trainer.output_dir, trainer.step)
             save_config(trainer.config)
 
     def on_step(self, trainer):
@@ -329,7 +334,7 @@ class Checkpoint(Callback):
                     save_model(network, trainer.output_dir)
 
     def save(self, trainer: Loop):
-        "Writes `checkpoint-<step>` aside, renames it, and removes the oldest above the limit."
+        "Saves `checkpoint-<step>`, which appears when complete, and removes the oldest above the limit."
         path = trainer.output_dir / f"checkpoint-{trainer.step}"
         aside = path.with_name(PARTIAL + path.name)
         if trainer.accelerator.is_main_process:
@@ -355,21 +360,24 @@ def standard_callbacks(
     progress: bool | None = None,  # as in `Log`
 ) -> list[Callback]:
     "Log, diagnostics, evaluation, samples and checkpoints, with the intervals of `config.experiment`."
-    e = config.experiment
-    callbacks = [Log(e.log_every, progress)]
-    callbacks += [Diagnose(gradient_norms, e.log_grad_norm_every)] if e.log_grad_norm_every else []
+    run = config.experiment
+    callbacks = [Log(run.log_every, progress)]
+    if run.log_grad_norm_every:
+        callbacks.append(Diagnose(gradient_norms, run.log_grad_norm_every))
     tokens = DiagnoseTokens({
-        "token_entropy": e.log_pixel_entropy_every, "image_entropy": e.log_image_entropy_every,
-        "cross_entropy": e.log_cross_entropy_every,
-        "token_probabilities": e.log_token_probability_distributions_every,
+        "token_entropy": run.log_pixel_entropy_every, "image_entropy": run.log_image_entropy_every,
+        "cross_entropy": run.log_cross_entropy_every,
+        "token_probabilities": run.log_token_probability_distributions_every,
     })
-    callbacks += [tokens] if tokens.intervals else []
-    callbacks += [FirstInputs(inputs)] if inputs else []
+    if tokens.intervals:
+        callbacks.append(tokens)
+    if inputs:
+        callbacks.append(FirstInputs(inputs))
     if evaluation:
-        callbacks.append(Evaluate(e.eval_every))
+        callbacks.append(Evaluate(run.eval_every))
     for draw, name in ((sample, "step"), (inpaint, "inpainting")):
-        if draw and e.generate_every:
-            callbacks.append(SampleImages(draw, e.generate_every, name))
-    if measure and e.measure_every:
-        callbacks.append(Measure(e.measure_every, measure))
-    return [*callbacks, Checkpoint(e.save_every, e.checkpoints_total_limit)]
+        if draw and run.generate_every:
+            callbacks.append(SampleImages(draw, run.generate_every, name))
+    if measure and run.measure_every:
+        callbacks.append(Measure(run.measure_every, measure))
+    return [*callbacks, Checkpoint(run.save_every, run.checkpoints_total_limit)]

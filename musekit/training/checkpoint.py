@@ -27,7 +27,7 @@ from ..utils.validation import first_line, one_line, shorten
 from .config import flatten, load_config, save_config
 from .ema import evaluating, load_ema, save_ema, save_model
 from .optim import fits_state
-from .schema import Section
+from .schema import Section, short_name
 
 # %% ../../nbs/04_training/07_checkpoint.ipynb #88a40147
 STATE_FILE = "trainer_state.json"
@@ -57,22 +57,22 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 
 def find_checkpoint(
     folder: str | Path,  # the run's folder
-    wanted: str | None,  # "latest", a path, a name inside the folder, or None
+    name: str | None,  # "latest", a path, a name inside the folder, or None
 ) -> Path | None:
-    "The checkpoint to resume from, None for a fresh start; a missing path is a `FileNotFoundError`."
-    if not wanted:
+    "The checkpoint to resume from; None for a fresh start. Raises `FileNotFoundError` for a missing one."
+    if not name:
         return None
-    if wanted == "latest":
+    if name == "latest":
         return (checkpoint_folders(folder) or [None])[-1]
-    for path in (Path(wanted), Path(folder) / wanted):
+    for path in (Path(name), Path(folder) / name):
         if path.is_dir():
             return path
-    names = ", ".join(path.name for path in checkpoints(folder)) or "none"
-    raise FileNotFoundError(f"There is no checkpoint {str(wanted)!r}. Complete ones in {folder}: {names}.")
+    complete = ", ".join(path.name for path in checkpoints(folder)) or "none"
+    raise FileNotFoundError(f"There is no checkpoint {str(name)!r}. Complete ones in {folder}: {complete}.")
 
 # %% ../../nbs/04_training/07_checkpoint.ipynb #735b70c2
 def fault_of(path: Path) -> str | None:
-    "The fault of a checkpoint's file, from its structure alone; None if there is none."
+    "What is wrong with the structure of a checkpoint's file; None if nothing is."
     try:
         if path.suffix == ".safetensors":
             with open(path, "rb") as file:
@@ -81,17 +81,18 @@ def fault_of(path: Path) -> str | None:
                 tensors = json.loads(file.read(length)) if length < size else {}
             tensors.pop("__metadata__", None)
             end = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
-            return None if tensors and 8 + length + end == size else "it is cut"
+            return None if tensors and 8 + length + end == size else "it is truncated"
         if path.suffix == ".json":
             json.loads(path.read_text(encoding="utf-8"))
         if path.suffix in (".bin", ".pkl", ".pt"):
             zipfile.ZipFile(path).close()
     except (OSError, ValueError, TypeError, KeyError, AttributeError, zipfile.BadZipFile) as error:
-        return "it is empty" if path.is_file() and not path.stat().st_size else f"it is broken ({one_line(error, 60)})"
+        empty = path.is_file() and not path.stat().st_size
+        return "it is empty" if empty else f"it is corrupt ({one_line(error, 60)})"
 
 
 def _first_fault(checkpoint):
-    "The first damaged file of a checkpoint and its fault; None if there is none."
+    "The first damaged file of a checkpoint and what is wrong with it; None if there is none."
     state = checkpoint / STATE_FILE
     if not state.is_file():
         return state, "it is missing"
@@ -99,7 +100,7 @@ def _first_fault(checkpoint):
         return state, fault
     saved = json.loads(state.read_text())
     sizes = saved.get("files", {}) if isinstance(saved, dict) else {}
-    if not sizes and not _is_cut_up(checkpoint):  # an older version, which did not list files
+    if not sizes and not _is_sharded(checkpoint):  # of an older version, which did not list files
         sizes = dict.fromkeys(("model.safetensors", "optimizer.bin", "scheduler.bin"))
     for name, size in sizes.items():
         path = checkpoint / name
@@ -112,29 +113,30 @@ def _first_fault(checkpoint):
             return path, fault
 
 
-def _is_cut_up(checkpoint):
+def _is_sharded(checkpoint):
     "Whether a checkpoint has sharded weights, of FSDP or DeepSpeed."
     return any(checkpoint.glob("pytorch_model*"))
 
 
-def _way_back(checkpoint):
-    "Advice for the error: the newest undamaged checkpoint before this one."
-    before = [p for p in checkpoint_folders(checkpoint.parent) if step_of(p) < step_of(checkpoint)]
-    whole = next((path for path in reversed(before) if not _first_fault(path)), None)
-    if whole:
-        return f"go on from the checkpoint before it with experiment.resume_from_checkpoint={whole}"
-    return "there is no complete checkpoint before it; start a new run in another experiment.output_dir"
+def _alternative(checkpoint):
+    "Advice for the error: to resume from the newest undamaged checkpoint before this one."
+    earlier = [p for p in checkpoint_folders(checkpoint.parent) if step_of(p) < step_of(checkpoint)]
+    undamaged = next((path for path in reversed(earlier) if not _first_fault(path)), None)
+    if undamaged:
+        return f"resume from the checkpoint before it with experiment.resume_from_checkpoint={undamaged}"
+    return "there is no complete checkpoint before it; start a new run in another folder (output=...)"
 
 
 def check_files(checkpoint: Path):
     "Raises ValueError with the first damaged file of a checkpoint, and the one to resume from instead."
-    if fault := _first_fault(checkpoint):
-        raise ValueError(f"{fault[0]} is damaged: {fault[1]}. Copy it again if you have it elsewhere, or "
-                         f"{_way_back(checkpoint)}.")
+    if damage := _first_fault(checkpoint):
+        path, fault = damage
+        raise ValueError(f"{path} is damaged: {fault}. Copy it again if you have it elsewhere, or "
+                         f"{_alternative(checkpoint)}.")
 
 # %% ../../nbs/04_training/07_checkpoint.ipynb #c462ce9e
 def keep_newest(folder: str | Path, limit: int | None):
-    "Removes the oldest checkpoints above `limit`; each is renamed first, so that no partial one is left."
+    "Removes the oldest checkpoints above `limit`, each renamed first."
     for path in checkpoints(folder)[: -limit if limit else 0]:
         aside = path.with_name(f"{PARTIAL}{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -142,84 +144,92 @@ def keep_newest(folder: str | Path, limit: int | None):
         shutil.rmtree(aside)
 
 # %% ../../nbs/04_training/07_checkpoint.ipynb #5328ea1e
-Changes = dict[str, tuple]  # changed settings: (value before, value now)
+Changes = dict[str, tuple]  # changed settings -> (value before, value now)
 
 
 def changed_settings(checkpoint: Path, config: Section) -> Changes:
     "The settings that differ from those of a checkpoint; empty if the checkpoint has none."
-    places = (checkpoint / "config.yaml", checkpoint.parent / "config.yaml")  # older ones beside it
-    path = next(filter(Path.is_file, places), None)
+    paths = (checkpoint / "config.yaml", checkpoint.parent / "config.yaml")  # older versions: in the run's folder
+    path = next(filter(Path.is_file, paths), None)
     if path is None:
         return {}
-    before, now = _plain(load_config(path, schema=type(config))), _plain(config)
+    before = _training_settings(load_config(path, schema=type(config)))
+    now = _training_settings(config)
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     return {name: (before.get(name), now.get(name)) for name in names}
 
 
-def _plain(config):
+def _training_settings(config):
     "The settings that matter for training, by name, with paths resolved."
-    plain = {}
+    settings = {}
     for name, value in flatten(config).items():
-        inner = {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
-        plain |= inner if not name.startswith(("experiment.", "wandb.")) else {}
-    plain["optimizer.name"] = plain["optimizer.name"].removeprefix("fused_")  # same numbers, other kernels
-    return {name: _same_path(value) if isinstance(value, str) else value for name, value in plain.items()}
+        if name.startswith(("experiment.", "wandb.")):
+            continue
+        if isinstance(value, dict):
+            settings |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            settings[name] = value
+    settings["optimizer.name"] = settings["optimizer.name"].removeprefix("fused_")  # same numbers, other kernels
+    return {name: _resolved(value) if isinstance(value, str) else value for name, value in settings.items()}
 
 
-def _same_path(value):
-    return str(Path(value).resolve()) if os.path.exists(value) else value.rstrip("/")
+def _resolved(path):
+    return str(Path(path).resolve()) if os.path.exists(path) else path.rstrip("/")
 
 
-def _listed(changes, room=60):
-    "The first four changes as text, with values of at most `room` characters."
-    shown = [f"{name}: {_short(before, room)} -> {_short(now, room)}" for name, (before, now) in changes.items()]
+def _listed(changes, width=60):
+    "The first four changes as text, with values of at most `width` characters."
+    shown = [
+        f"{short_name(key)}: {_short(before, width)} -> {_short(now, width)}" for key, (before, now) in changes.items()
+    ]
     return "; ".join(shown[:4]) + (f"; and {len(shown) - 4} more" if len(shown) > 4 else "")
 
 
-def _short(value, room=60):
+def _short(value, width=60):
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return shorten(text, room)
+    return shorten(text, width)
 
 
 def refuse_changes(checkpoint: Path, config: Section):
-    "Raises ValueError if a configuration cannot resume from a checkpoint; `latest` is strict, a name is not."
+    "Raises ValueError for changes that forbid to resume: of the model, or with `latest` of the run."
     changes = changed_settings(checkpoint, config)
-    elsewhere = "choose another experiment.output_dir"
+    elsewhere = "choose another folder (output=...)"
     model = {name: pair for name, pair in changes.items() if name.startswith(config.SAME_MODEL)}
     model |= {name: pair for name, pair in changes.items() if name.endswith(".pretrained") and pair[1] is None}
     if model:
-        raise ValueError(f"{checkpoint} holds another model ({_listed(model)}), and a run goes on with the same one. "
-                         f"Take the change back; or to start a new run, {elsewhere} and set "
+        raise ValueError(f"{checkpoint} holds another model ({_listed(model)}), and a resumed run needs the same one. "
+                         f"Undo the change; or to start a new run, {elsewhere} and set "
                          "experiment.resume_from_checkpoint=null.")
     run = {name: pair for name, pair in changes.items() if name.startswith(config.SAME_RUN)}
     if run and config.experiment.resume_from_checkpoint == "latest":
-        raise ValueError(f"{checkpoint.parent} holds another run ({_listed(run)}). To go on from its last step with "
+        raise ValueError(f"{checkpoint.parent} holds another run ({_listed(run)}). To resume from its last step with "
                          f"the new settings, name it: experiment.resume_from_checkpoint={checkpoint}. To start a new "
                          f"run, {elsewhere}, or delete that folder.")
 
 
 def refuse_other_run(config: Section):
-    "Raises ValueError if the checkpoint to resume from is damaged, or it or the folder is of another run."
-    folder, wanted = Path(config.experiment.output_dir), config.experiment.resume_from_checkpoint
-    checkpoint = find_checkpoint(folder, wanted)
+    "Raises ValueError if the checkpoint to resume from is damaged, or if it or the folder is of another run."
+    folder = Path(config.experiment.output_dir)
+    checkpoint = find_checkpoint(folder, config.experiment.resume_from_checkpoint)
     if checkpoint is not None:
         check_files(checkpoint)
         refuse_changes(checkpoint, config)
     elif latest_checkpoint(folder):
-        raise ValueError(f"{folder} holds checkpoints of an earlier run. To go on with it, set "
-                         "experiment.resume_from_checkpoint=latest; else choose another experiment.output_dir, "
+        raise ValueError(f"{folder} holds checkpoints of an earlier run. To resume it, set "
+                         "experiment.resume_from_checkpoint=latest; else choose another folder (output=...), "
                          "or delete that folder.")
 
 # %% ../../nbs/04_training/07_checkpoint.ipynb #64fc70f8
 def settle_run_seed(config: Section) -> bool:  # whether it is a new one
     "Replaces a null `training.seed` by that of the run to resume, else by a random one."
-    folder, wanted = Path(config.experiment.output_dir), config.experiment.resume_from_checkpoint
     if config.training.seed is not None:
         return False
-    checkpoint = find_checkpoint(folder, wanted)
-    kept = (checkpoint.parent if checkpoint else folder) / "config.yaml"
-    if wanted and kept.is_file():
-        config.training.seed = load_config(kept, schema=type(config)).training.seed
+    folder = Path(config.experiment.output_dir)
+    resume_from = config.experiment.resume_from_checkpoint
+    checkpoint = find_checkpoint(folder, resume_from)
+    saved = (checkpoint.parent if checkpoint else folder) / "config.yaml"
+    if resume_from and saved.is_file():
+        config.training.seed = load_config(saved, schema=type(config)).training.seed
     if config.training.seed is not None:
         return False
     config.training.seed = secrets.randbelow(2**31)
@@ -227,8 +237,8 @@ def settle_run_seed(config: Section) -> bool:  # whether it is a new one
 
 
 def keep_seed(config: Section, accelerator: Accelerator):
-    "Prints the chosen seed, and saves it in the run's folder before the first stage."
-    accelerator.print(f"training.seed is null: {config.training.seed} was chosen, and is kept with the run")
+    "Prints a random seed, and saves it in the run's folder before the first stage."
+    accelerator.print(f"training.seed is null: {config.training.seed} was drawn, and is saved with the run")
     if accelerator.is_main_process:
         save_config(config)
 
@@ -237,8 +247,9 @@ def save_run(
     trainer,  # a `Loop`
     folder: str | Path,
 ):
-    "Writes all state for a resume, the state file last; all processes call it."
-    folder, write = Path(folder), trainer.accelerator.is_main_process
+    "Saves all state for a resume, the state file last; all processes call it."
+    folder = Path(folder)
+    write = trainer.accelerator.is_main_process
     with evaluating(trainer.network) as network:
         if not sum(parameter.norm() for parameter in network.parameters()).isfinite():
             raise ValueError(f"Not all weights after step {trainer.step} are finite; they are not saved. "
@@ -248,7 +259,7 @@ def save_run(
     trainer.accelerator.save_state(str(folder))
     if trainer.ema:
         save_ema(trainer.ema, folder / "ema_model", write)
-    trainer.accelerator.wait_for_everyone()  # all files are there
+    trainer.accelerator.wait_for_everyone()  # until all files are written
     if write:
         save_config(trainer.config, folder)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != STATE_FILE]
@@ -259,16 +270,15 @@ def save_run(
 
 @contextmanager
 def failing_clearly(path: Path):
-    "Removes a partial checkpoint if writing it fails, and raises a one-line OSError."
+    "A block that writes a checkpoint; on failure removes the partial one and raises a one-line OSError."
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        aside, why = path.with_name(PARTIAL + path.name), first_line(error)
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(path.with_name(PARTIAL + path.name), ignore_errors=True)
+        free = shutil.disk_usage(path.parent).free / 1e9
         raise OSError(
-            f"{path} could not be written: {why} ({shutil.disk_usage(path.parent).free / 1e9:.2f} GB free). "
-            f"Last good checkpoint: {latest_checkpoint(path.parent)}. Make room and go on with "
-            "experiment.resume_from_checkpoint=latest."
+            f"{path} could not be written: {first_line(error)} ({free:.2f} GB free). Last good checkpoint: "
+            f"{latest_checkpoint(path.parent)}. Make room and resume with experiment.resume_from_checkpoint=latest."
         ) from error
 
 
@@ -280,11 +290,12 @@ def load_run(
     trainer,  # a `Loop`
     folder: str | Path,
 ):
-    "Resumes from what `save_run` wrote; states that no longer fit start afresh, each reported in a line."
+    "Resumes from a checkpoint; states that no longer fit start afresh, each reported in a line."
     folder = Path(folder)
     check_files(folder)
     refuse_changes(folder, trainer.config)
-    changes, state = changed_settings(folder, trainer.config), json.loads((folder / STATE_FILE).read_text())
+    changes = changed_settings(folder, trainer.config)
+    state = json.loads((folder / STATE_FILE).read_text())
     if state.get("num_processes") != trainer.processes:
         changes["number of processes"] = state.get("num_processes"), trainer.processes
     _refuse_other_model(trainer, folder)
@@ -294,7 +305,7 @@ def load_run(
         trainer.load_state_dict(state)
     except _DAMAGE as error:
         message = shorten(first_line(error), 200)
-        raise ValueError(f"{folder} could not be loaded: {message}. You can {_way_back(folder)}.") from error
+        raise ValueError(f"{folder} could not be loaded: {message}. You can {_alternative(folder)}.") from error
     if not trainer.same_data or any(name.startswith(trainer.config.SAME_DATA) for name in changes):
         trainer.batches_seen = 0
         fresh.append("the data starts from its beginning")
@@ -304,17 +315,16 @@ def load_run(
 
 
 def _load(trainer, folder, changes):
-    "Loads the states that fit into a trainer; returns descriptions of those that start afresh."
+    "Loads the states that fit into a trainer; returns a line for each that starts afresh."
     accelerator, experiment = trainer.accelerator, trainer.config.experiment
-    plain = lambda group: {name: value for name, value in group.items() if name != "params"}
-    options = [[plain(group) for group in optimizer.param_groups] for optimizer, _ in trainer.schedules]
+    options = [_options(optimizer) for optimizer, _ in trainer.schedules]
     models = _models_that_fit(accelerator, folder)
     fresh = ["a fresh discriminator"] * (models < len(accelerator._models))
-    keep = not experiment.dont_resume_optimizer and "optimizer.name" not in changes
-    optimizers = _optimizers_that_fit(trainer, folder, models) if keep else 0
+    same_optimizer = not experiment.dont_resume_optimizer and "optimizer.name" not in changes
+    optimizers = _optimizers_that_fit(trainer, folder, models) if same_optimizer else 0
     fresh += ["a fresh optimizer"] * (optimizers < models)
-    counts = {"_models": models, "_optimizers": optimizers,
-              "_schedulers": models if experiment.resume_lr_scheduler else 0}
+    schedulers = models if experiment.resume_lr_scheduler else 0
+    counts = {"_models": models, "_optimizers": optimizers, "_schedulers": schedulers}
     with _loading_only(accelerator, counts, scaler=(folder / "scaler.pt").is_file()):
         accelerator.load_state(str(folder))
     for (optimizer, scheduler), group_options in zip(trainer.schedules, options):
@@ -336,7 +346,8 @@ def _loading_only(accelerator, counts, scaler):
     try:
         for name, count in counts.items():
             setattr(accelerator, name, before[name][:count])
-        accelerator.scaler = before["scaler"] if scaler else None
+        if not scaler:
+            accelerator.scaler = None
         yield
     finally:
         for name, value in before.items():
@@ -345,8 +356,8 @@ def _loading_only(accelerator, counts, scaler):
 
 def _numbered(folder, name, number):
     "The path of an accelerate file, numbered from the second model or optimizer on."
-    stem, dot, end = name.partition(".")
-    return folder / f"{stem}_{number}{dot}{end}" if number else folder / name
+    path = folder / name
+    return path.with_stem(f"{path.stem}_{number}") if number else path
 
 
 def _is_whole(accelerator):
@@ -356,30 +367,30 @@ def _is_whole(accelerator):
 
 def _difference(model, path):
     "A description of the first weight that differs between model and file; None if all fit."
-    wanted = model.state_dict()
+    weights = model.state_dict()
     with safe_open(path, "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    saved = {wanted[name].data_ptr() for name in shapes if name in wanted}  # shared weights are saved once
-    for name in {**shapes, **wanted}:
-        if name not in wanted:
+    saved = {weights[name].data_ptr() for name in shapes if name in weights}  # shared weights are saved once
+    for name in {**shapes, **weights}:
+        if name not in weights:
             return f"{name} is only in the checkpoint"
-        if name not in shapes and wanted[name].data_ptr() not in saved:
+        if name not in shapes and weights[name].data_ptr() not in saved:
             return f"{name} is not in the checkpoint"
-        if name in shapes and shapes[name] != tuple(wanted[name].shape):
-            return f"{name} is {shapes[name]} there and {tuple(wanted[name].shape)} here"
+        if name in shapes and shapes[name] != tuple(weights[name].shape):
+            return f"{name} is {shapes[name]} there and {tuple(weights[name].shape)} here"
 
 
 def _refuse_other_model(trainer, folder):
     "Raises ValueError if the weights of a checkpoint do not fit the model."
     if not _is_whole(trainer.accelerator):
         return
-    if _is_cut_up(folder):
-        raise ValueError(f"{folder} is of a run with FSDP or DeepSpeed and holds its weights in pieces; launch as that "
+    if _is_sharded(folder):
+        raise ValueError(f"{folder} is of a run with FSDP or DeepSpeed and holds sharded weights; launch as that "
                          f"run was, or start a new run from model.pretrained_model_path={folder}/unwrapped_model.")
     path = folder / "model.safetensors"
     if difference := _difference(trainer.accelerator.unwrap_model(trainer.model), path):
-        raise ValueError(f"{folder} holds another model: {difference}. A run goes on with the same one; take "
-                         "the change back, or choose another experiment.output_dir.")
+        raise ValueError(f"{folder} holds another model: {difference}. A resumed run needs the same one; undo "
+                         "the change, or choose another folder (output=...).")
 
 
 def _refuse_deepspeed(accelerator, changes):
@@ -387,7 +398,7 @@ def _refuse_deepspeed(accelerator, changes):
     fixed = {"optimizer.name", "training.mixed_precision", "number of processes"}
     other = {name: pair for name, pair in changes.items() if name in fixed}
     if other and accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError(f"With DeepSpeed a run goes on as it was ({_listed(other)}). Take the change back, or start "
+        raise ValueError(f"With DeepSpeed these settings must stay ({_listed(other)}). Undo the change, or start "
                          "a new run from its weights with model.pretrained_model_path=CHECKPOINT/unwrapped_model.")
 
 
@@ -405,19 +416,24 @@ def _models_that_fit(accelerator, folder):
 
 def _optimizers_that_fit(trainer, folder, models):
     "The number of leading optimizers that the state in a checkpoint fits."
-    optimizers, name = trainer.accelerator._optimizers[:models], trainer.config.optimizer.name
+    optimizers = trainer.accelerator._optimizers[:models]
     if not _is_whole(trainer.accelerator):
         return len(optimizers)
     for number, optimizer in enumerate(optimizers):
         path = _numbered(folder, "optimizer.bin", number)
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if not fits_state(optimizer, name, state):
+        if not fits_state(optimizer, trainer.config.optimizer.name, state):
             return number
     return len(optimizers)
 
 
+def _options(optimizer):
+    "The options of an optimizer's groups, without parameters."
+    return [{name: v for name, v in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
 def _set_options(optimizer, schedule, options):
-    "Sets an optimizer's options, and the learning rate that follows from them at the current step."
+    "Restores an optimizer's options, and the learning rate that follows from them at the current step."
     schedule.base_lrs = [option["initial_lr"] for option in options]
     for group, option, factor in zip(optimizer.param_groups, options, schedule.lr_lambdas):
         group.update(option, lr=option["initial_lr"] * factor(schedule.last_epoch))

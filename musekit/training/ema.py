@@ -16,35 +16,35 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..models.weights import load_weights, match_names
-from .distributed import local_piece, local_piece_like, whole_copy
+from .distributed import local_shard, local_shard_like, whole_copy
 from .schema import Steps
 
 # %% ../../nbs/04_training/06_ema.ipynb #bac0904b
 def ema_decay(
-    step: int,  # optimizer steps done, from 1
+    step: int,  # number of optimizer steps, from 1
     decay: float = 0.9999,  # the highest, in [0, 1]
     *,
-    update_after_step: int = 0,  # until one step after this one the average is a copy
+    update_after_step: int = 0,  # until the step after this one, the weights are copied
     use_ema_warmup: bool = False,  # the power rule instead of the rational one
     inv_gamma: float = 1.0,  # its time scale, in steps
     power: float = 2 / 3,  # its exponent
-    min_decay: float = 0.0,  # the lowest, once averaging began
+    min_decay: float = 0.0,  # the lowest, once averaging has begun
 ) -> float:
-    "The share of the old average that is kept at `step`."
+    "The weight of the old average at `step`."
     since = step - update_after_step - 1
     if since <= 0:
         return 0.0
-    value = 1 - (1 + since / inv_gamma) ** -power if use_ema_warmup else (1 + since) / (10 + since)
-    return max(min_decay, min(decay, value))
+    growing = 1 - (1 + since / inv_gamma) ** -power if use_ema_warmup else (1 + since) / (10 + since)
+    return max(min_decay, min(decay, growing))
 
 # %% ../../nbs/04_training/06_ema.ipynb #d0a6d3c9
 def _shadow(parameter):
-    wide = torch.promote_types(parameter.dtype, torch.float32)
-    return local_piece(parameter).to(wide, copy=True)
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return local_shard(parameter).to(dtype, copy=True)
 
 
 class EMA:
-    "An exponential moving average of a model's trainable parameters. All else is the model's own."
+    "An exponential moving average of a model's trainable parameters."
 
     def __init__(
         self,
@@ -55,32 +55,35 @@ class EMA:
         **rule,  # the other arguments of `ema_decay`
     ):
         ema_decay(1, decay, **rule)
-        self.model, self.update_every, self.rule = model, update_every, {"decay": decay, **rule}
+        self.model = model
+        self.update_every = update_every
+        self.rule = {"decay": decay, **rule}
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.names, self.parameters = list(trained), list(trained.values())
+        self.names = list(trained)
+        self.parameters = list(trained.values())
         self.shadow = [_shadow(p) for p in self.parameters]
         self.step, self.decay = 0, 0.0
 
     @torch.no_grad()
     def update(self):
-        "Tells the average that one optimizer step was done."
+        "Updates the average after an optimizer step."
         self.step += 1
         if (self.step - 1) % self.update_every:
             return
         self.decay = ema_decay(self.step, **self.rule)
-        current = [local_piece(p).to(s.dtype) for p, s in zip(self.parameters, self.shadow)]
+        current = [local_shard(p).to(s.dtype) for p, s in zip(self.parameters, self.shadow)]
         get_ema_multi_avg_fn(self.decay)(self.shadow, current, self.step)
 
     @torch.no_grad()
     def restart(self):
         "Restarts the average from the current weights."
-        torch._foreach_copy_(self.shadow, [local_piece(p) for p in self.parameters])
+        torch._foreach_copy_(self.shadow, [local_shard(p) for p in self.parameters])
         self.step, self.decay = 0, 0.0
 
     @contextmanager
     def swapped(self):
-        "Inside the block the model holds the averaged weights; afterwards its own again, whatever happened."
-        own = [local_piece(p).clone() for p in self.parameters]
+        "A block in which the model has the averaged weights; its own are restored, also after an error."
+        own = [local_shard(p).clone() for p in self.parameters]
         self._write(self.shadow)
         try:
             yield self.model
@@ -89,19 +92,21 @@ class EMA:
 
     @torch.no_grad()
     def _write(self, values):
-        torch._foreach_copy_([local_piece(p) for p in self.parameters], values)
+        torch._foreach_copy_([local_shard(p) for p in self.parameters], values)
 
 
 def make_ema(model: nn.Module, training: Steps) -> EMA | None:
-    "The average of the weights that a configuration asks for, if it does."
+    "The average of a model's weights by the configuration; None without `use_ema`."
     if training.use_ema:
-        after, every = training.ema_update_after_step, training.ema_update_every
-        return EMA(model, training.ema_decay, update_after_step=after, update_every=every)
+        return EMA(
+            model, training.ema_decay, update_every=training.ema_update_every,
+            update_after_step=training.ema_update_after_step,
+        )
 
 # %% ../../nbs/04_training/06_ema.ipynb #708d60d9
 @contextmanager
 def evaluating(network: nn.Module, ema: EMA | None = None):
-    "Inside the block: evaluation mode, averaged weights if there are any, no gradients; then as it was."
+    "A block in evaluation mode, without gradients and with averaged weights, if any; then all is restored."
     training = network.training
     with ema.swapped() if ema else nullcontext(), whole_copy(network) as network, torch.no_grad():
         network.eval()
@@ -112,7 +117,7 @@ def evaluating(network: nn.Module, ema: EMA | None = None):
 
 # %% ../../nbs/04_training/06_ema.ipynb #f26eb104
 def save_model(model: nn.Module, folder: str | Path):
-    "Saves in the model's own format, `save_pretrained`; a module without one as bare `model.safetensors`."
+    "Saves a model by its `save_pretrained`; without one, its weights as `model.safetensors`."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "save_pretrained"):
@@ -121,13 +126,13 @@ def save_model(model: nn.Module, folder: str | Path):
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
 
 
-ADAPTED = "ema_parameters.safetensors"
+ADAPTED = "ema_parameters.safetensors"  # of a model with LoRA, under the names of its parameters
 
 
 def save_ema(
     ema: EMA,
     folder: str | Path,
-    write: bool = True,  # of several processes all must call, and one writes
+    write: bool = True,  # all processes call, and one of them writes
 ):
     "Saves the averaged weights as a model, and the step as `ema_state.json`."
     with evaluating(ema.model, ema) as model:
@@ -141,13 +146,14 @@ def save_ema(
 
 
 def load_ema(ema: EMA, folder: str | Path):
-    "Continues an average that `save_ema` wrote; raises `ValueError` when it is another model's."
+    "Restores an average that `save_ema` wrote; raises `ValueError` if it is another model's."
     adapted = Path(folder) / ADAPTED
-    weights = match_names(ema.names, load_file(adapted) if adapted.is_file() else load_weights(folder), folder)
+    weights = load_file(adapted) if adapted.is_file() else load_weights(folder)
+    weights = match_names(ema.names, weights, folder)
     missing = [name for name in ema.names if name not in weights]
     if missing:
         raise ValueError(f"{folder} holds no {missing[0]} ({len(missing)} missing); is it another model's?")
-    pieces = [local_piece_like(weights[name], p) for name, p in zip(ema.names, ema.parameters)]
-    torch._foreach_copy_(ema.shadow, pieces)
+    shards = [local_shard_like(weights[name], p) for name, p in zip(ema.names, ema.parameters)]
+    torch._foreach_copy_(ema.shadow, shards)
     state = json.loads((Path(folder) / "ema_state.json").read_text())
     ema.step, ema.decay = state["step"], state["decay"]

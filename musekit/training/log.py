@@ -20,10 +20,10 @@ from .config import flatten
 
 # %% ../../nbs/04_training/04_log.ipynb #f16abe92
 def read_log(folder: str | Path) -> list[dict]:
-    "The lines of a run's `log.jsonl`, oldest first; a last line that a kill cut off is left out."
+    "The lines of a run's `log.jsonl`, oldest first, without a last line that was cut off."
     path = Path(folder) / "log.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; is {folder} the folder of a run that has begun?")
+        raise FileNotFoundError(f"{path} does not exist; is {folder} the folder of a run?")
     lines = path.read_text().splitlines()
     if lines and not lines[-1].endswith("}"):
         lines.pop()
@@ -31,7 +31,7 @@ def read_log(folder: str | Path) -> list[dict]:
 
 
 def rewind_log(folder: str | Path, step: int):
-    "Takes back the lines after `step`, which a resumed run writes again."
+    "Removes the lines after `step`, which a resumed run writes again."
     path = Path(folder) / "log.jsonl"
     if path.is_file():
         kept = [line for line in read_log(folder) if line["step"] <= step and step > 0]
@@ -50,11 +50,11 @@ def append_log(folder: str | Path, line: dict):
 class Callback:
     "Does something at the start of a run, after each step, and at the end."
 
-    def __init__(self, every: int | None = None):  # optimizer steps between two times; None = never
+    def __init__(self, every: int | None = None):  # steps between two calls; None: never
         self.every = every
 
     def due(self, trainer) -> bool:
-        "Whether the step just done is one of `every`."
+        "Whether the last step is a multiple of `every`."
         return bool(self.every) and trainer.step % self.every == 0
 
     def on_start(self, trainer):
@@ -64,39 +64,44 @@ class Callback:
         "After an optimizer step."
 
     def on_end(self, trainer):
-        "After the last step, or the step at which the run was stopped; then `trainer.stop` is true."
+        "After the last step; `trainer.stop` is true if the run was stopped."
 
 # %% ../../nbs/04_training/04_log.ipynb #05eeff8f
 def check_trackers(names: list[str]):
-    "Raises `ValueError` for a tracker that accelerate does not know, or whose library is not installed."
-    known = [name for name in LoggerType.list() if name != "all"]
-    there = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
+    "Raises `ValueError` for a tracker that accelerate lacks, or whose library is not installed."
+    supported = [name for name in LoggerType.list() if name != "all"]
+    installed = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
     for name in names:
-        if name not in {*known, *there}:
+        if name not in {*supported, *installed}:
             raise ValueError(f"experiment.trackers names {name!r}, which is no tracker; "
-                             f"choose from {', '.join(sorted(known))}.")
-        if name not in there:
+                             f"choose from {', '.join(sorted(supported))}.")
+        if name not in installed:
             raise ValueError(f"experiment.trackers names {name}, whose library is not installed; "
                              f"pip install {name}, or leave it out: log.jsonl is always written.")
 
 # %% ../../nbs/04_training/04_log.ipynb #4b51c5f3
 def start_trackers(trainer, run_id: str | None = None):
     "Starts the trackers of `experiment.trackers` with the flat configuration."
-    experiment, entity, resumed = trainer.config.experiment, trainer.config.wandb.entity, trainer.step > 0
-    if not experiment.trackers or trainer.accelerator.trackers:  # a run that goes on has them
+    experiment = trainer.config.experiment
+    if not experiment.trackers or trainer.accelerator.trackers:  # already started
         return
     folder = Path(trainer.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    simple = {k: v if isinstance(v, (int, float)) else str(v) for k, v in flatten(trainer.config).items()}
-    wandb = {"name": experiment.name, "entity": entity, "id": run_id, "resume": "allow", "dir": str(folder)}
-    trainer.accelerator.init_trackers(experiment.project, config=simple, init_kwargs={
-        "wandb": wandb, "tensorboard": {"purge_step": trainer.step + 1 if resumed else None},
+    settings = {k: v if isinstance(v, (int, float)) else str(v) for k, v in flatten(trainer.config).items()}
+    resumed = trainer.step > 0
+    options = {
+        "wandb": {
+            "name": experiment.name, "entity": trainer.config.wandb.entity, "id": run_id, "resume": "allow",
+            "dir": str(folder),
+        },
+        "tensorboard": {"purge_step": trainer.step + 1 if resumed else None},
         "trackio": {"name": experiment.name, "resume": "allow" if resumed else "never"},
-    })
+    }
+    trainer.accelerator.init_trackers(experiment.project, config=settings, init_kwargs=options)
 
 
 class Log(Callback):
-    "Writes the metrics of the steps and their speed; shows how far the run is."
+    "Logs the metrics of the steps and their speed, and shows a progress bar."
 
     COUNTS = ("skipped", "filtered")
     SHOWN = ("loss", "masking_rate", "codes_used", "learning_rate", "samples_per_second", "data_time")
@@ -107,7 +112,10 @@ class Log(Callback):
         progress: bool | None = None,  # show it, see `watched`
     ):
         super().__init__(every)
-        self.progress, self.sums, self.steps, self.run_id = progress, {}, 0, None
+        self.progress = progress
+        self.sums = {}  # of the metrics since the last line
+        self.steps = 0  # since the last line
+        self.run_id = None  # of Weights & Biases
 
     def on_start(self, trainer):
         if trainer.accelerator.is_main_process:
@@ -120,7 +128,7 @@ class Log(Callback):
     def on_step(self, trainer):
         metrics = trainer.metrics
         values = {name: metrics[name] for name in (*trainer.MEANS, "examples") if name in metrics}
-        if "grad_norm" in values:  # not finite where half precision overflowed and the step was skipped
+        if "grad_norm" in values:  # not finite if fp16 overflowed and the step was skipped
             values["grad_norms"] = values["grad_norm"].isfinite()
             values["grad_norm"] = values["grad_norm"].nan_to_num(0.0, 0.0, 0.0)
         for name, value in values.items():
@@ -136,22 +144,24 @@ class Log(Callback):
         self.bar.close()
 
     def write(self, trainer):
-        "Logs the means since the last time."
-        metrics, experiment, device = trainer.metrics, trainer.config.experiment, trainer.accelerator.device
+        "Logs the means since the last line."
+        device = trainer.accelerator.device
         sums = [torch.as_tensor(v, dtype=torch.float32, device=device) for v in self.sums.values()]
         means = trainer.reduce(torch.stack(sums) / self.steps, "mean")
         values = dict(zip(self.sums, means.tolist()))
-        if "grad_norm" in values:
-            total, share = values.pop("grad_norm"), values.pop("grad_norms")
-            values |= {"grad_norm": total / share} if share else {}
+        if "grad_norm" in values:  # its mean over the steps with a finite one
+            norm = values.pop("grad_norm")
+            finite_share = values.pop("grad_norms")
+            values |= {"grad_norm": norm / finite_share} if finite_share else {}
         values["samples_per_second"] = values.pop("examples") / values["batch_time"]
-        for name in (name for name in metrics if name not in self.sums):
-            values[name] = metrics[name]
+        for name, value in trainer.metrics.items():
             if name in self.COUNTS:
-                values[name] = int(trainer.reduce(torch.tensor(metrics[name], device=device), "sum"))
-        if experiment.max_train_examples:
+                values[name] = int(trainer.reduce(torch.tensor(value, device=device), "sum"))
+            elif name not in self.sums:
+                values[name] = value
+        if epoch_size := trainer.config.experiment.max_train_examples:
             batches = trainer.batches_seen * trainer.processes
-            values["epoch"] = batches * trainer.config.training.batch_size / experiment.max_train_examples
+            values["epoch"] = batches * trainer.config.training.batch_size / epoch_size
         trainer.log(values)
         shown = {name: f"{values[name]:.3g}" for name in self.SHOWN if name in values}
         self.bar.set_postfix(shown, refresh=False)
@@ -162,31 +172,39 @@ class Log(Callback):
         return {"sums": sums, "steps": self.steps, "run_id": self.run_id}
 
     def load_state_dict(self, state: dict):
-        self.sums, self.steps, self.run_id = state["sums"], state["steps"], state["run_id"]
+        self.sums = state["sums"]
+        self.steps = state["steps"]
+        self.run_id = state["run_id"]
 
 # %% ../../nbs/04_training/04_log.ipynb #03757df5
 def smooth(values: list[float], keep: float = 0.9) -> list[float]:
-    "An exponential moving average without the bias of its start."
-    average, weight, smoothed = 0.0, 0.0, []
+    "An exponential moving average, corrected for the bias of its start."
+    average = weight = 0.0
+    smoothed = []
     for value in values:
-        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
+        average = keep * average + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
         smoothed.append(average / weight)
     return smoothed
 
 
 def plot_run(
     folder: str | Path,
-    names: tuple[str, ...] = ("masking_rate", "learning_rate"),  # what else is drawn
-    keep: float = 0.9,  # how smooth the line is, in [0, 1)
+    names: tuple[str, ...] = ("masking_rate", "learning_rate"),  # other numbers to plot
+    keep: float = 0.9,  # weight of the past in the smoothed line, in [0, 1)
 ):
-    "Loss with a smoothed line and the evaluations, and other numbers of the log, over the steps."
+    "A figure of the loss, smoothed and of the evaluations, and of other numbers in the log, over the steps."
     import matplotlib.pyplot as plt
 
     lines = read_log(folder)
-    size = 3 * (1 + len(names)), 2.6
-    figure, axes = plt.subplots(1, 1 + len(names), figsize=size, squeeze=False, layout="constrained")
+    columns = 1 + len(names)
+    figure, axes = plt.subplots(1, columns, figsize=(3 * columns, 2.6), squeeze=False, layout="constrained")
     axes = axes[0]
-    series = lambda name: ([e["step"] for e in lines if name in e], [e[name] for e in lines if name in e])
+
+    def series(name):
+        with_name = [line for line in lines if name in line]
+        return [line["step"] for line in with_name], [line[name] for line in with_name]
+
     steps, losses = series("loss")
     axes[0].plot(steps, losses, color="0.75", label="loss")
     axes[0].plot(steps, smooth(losses, keep), label="smoothed")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .checkpoint import find_checkpoint, latest_checkpoint, load_run
 from ..utils.seeds import step_seed
-from .distributed import make_current
+from .distributed import make_current, whole_tensor
 from .log import append_log
 from .schema import Section
 
@@ -32,25 +32,26 @@ def endless_batches(
     start_batch: int = 0,
 ) -> Iterator:
     "Endless batches from number `start_batch` on; raises `ValueError` if the data is empty."
-    seen, skip = start_batch, 0 if callable(data) else start_batch
+    number = start_batch  # of the next batch
+    skip = 0 if callable(data) else start_batch
     if skip and hasattr(data, "__len__"):
         skip %= max(1, len(data))
     while True:
         empty = True
-        for batch in data(seen) if callable(data) else data:
+        for batch in data(number) if callable(data) else data:
             empty = False
             if skip:
                 skip -= 1
                 continue
-            seen += 1
+            number += 1
             yield batch
         if empty:
-            raise ValueError("The training data holds no batch; look at its path and its filters.")
+            raise ValueError("The training data holds no batch; check its path (data) and its filters.")
 
 # %% ../../nbs/04_training/08_loop.ipynb #ea2f47e1
 @contextmanager
 def stop_on_signals(request: Callable[[str], None]):
-    "A block in which SIGTERM and the first Ctrl-C call `request` with the signal's name."
+    "A block in which SIGTERM and the first Ctrl-C call `request` with the signal's name, in the main thread."
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -71,8 +72,8 @@ class Loop:
     """Optimizer steps with callbacks, in a run that stops on signals and resumes from checkpoints.
 
     A subclass sets `model`, `optimizer` and `scheduler`, prepared by accelerate, and defines two methods.
-    `make_micro_batch(batch, step, number)` prepares a batch: an object with a length (its examples) and
-    `keys` (their names or None). `forward(micro_batch)` returns a dict with `loss` and further metrics.
+    `make_micro_batch(batch, step, number)` returns an object with a length (its examples) and `keys` (their
+    names or None). `forward(micro_batch)` returns a dictionary with `loss` and further metrics.
     """
 
     MEANS = ("loss", "grad_norm", "data_time", "batch_time")  # metrics that a log averages
@@ -86,26 +87,28 @@ class Loop:
         callbacks: Iterable = (),  # objects with on_start, on_step and on_end, called in order
         alone: bool = False,  # only this process trains
     ):
-        self.data, self.config, self.callbacks = data, config, list(callbacks)
-        self.accelerator, self.processes = accelerator, 1 if alone else accelerator.num_processes
         make_current(accelerator)
         accelerator.step_scheduler_with_optimizer = False
-        self.step = self.batches_seen = 0
-        self.same_data = True  # False: not the data of earlier checkpoints, although the name is the same
-        self.metrics, self.batches, self.ema = {}, None, None
-        self.last_batch, self.last_micro = None, None
+        self.data = data
+        self.config = config
+        self.accelerator = accelerator
+        self.callbacks = list(callbacks)
+        self.processes = 1 if alone else accelerator.num_processes
         self.max_grad_norm = config.training.max_grad_norm
-        self.stop, self.interrupted = False, None
+        self.ema = None  # the EMA of the weights, if a subclass has one
+        self.step = 0
+        self.metrics = {}  # of the last step
+        self.batches = None  # the iterator over the data, once started
+        self.batches_seen = 0
+        self.same_data = True  # False: the data of earlier checkpoints had the same name but other content
+        self.last_batch, self.last_micro = None, None
+        self.stop = False
+        self.interrupted = None  # the name of the signal that this process received
 
     @property
     def network(self) -> nn.Module:
         "The model without the wrappers of distributed training."
         return self.accelerator.unwrap_model(self.model)
-
-    @property
-    def steps_in_backward(self) -> bool:
-        "Whether the last backward pass of a step updates the weights, as with DeepSpeed."
-        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
     @property
     def schedules(self) -> list[tuple]:
@@ -119,8 +122,8 @@ class Loop:
 
     def fit(self) -> "Loop":
         "Trains up to `max_train_steps`, resuming from a checkpoint if configured."
-        wanted = None if self.step else self.config.experiment.resume_from_checkpoint
-        if checkpoint := find_checkpoint(self.output_dir, wanted):
+        resume_from = None if self.step else self.config.experiment.resume_from_checkpoint
+        if checkpoint := find_checkpoint(self.output_dir, resume_from):
             load_run(self, checkpoint)
         with stop_on_signals(self._interrupt):
             self._fire("on_start")
@@ -143,7 +146,8 @@ class Loop:
 
     def next_micro_batches(self) -> list:
         "The `gradient_accumulation_steps` micro-batches of a step."
-        micro_batches, data_time = [], 0.0
+        micro_batches = []
+        data_time = 0.0
         for number in range(self.config.training.gradient_accumulation_steps):
             started = time.perf_counter()
             self.last_batch = self._next_batch()
@@ -157,18 +161,19 @@ class Loop:
         "Accumulates the gradient of the mean loss; returns the detached outputs of each micro-batch."
         if not self.model.training:  # checking is faster than setting
             self.model.train()
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         outputs = []
         for number, micro_batch in self.accumulating(self.model, micro_batches):
             self._seed_torch(self.step, number, "dropout")
             output = self.forward(micro_batch)
             outputs.append({name: value.detach() for name, value in output.items()})
-            if self.accelerator.sync_gradients and self.steps_in_backward:
+            if deepspeed and self.accelerator.sync_gradients:  # this backward pass updates the weights
                 self.check_finite(micro_batches, outputs)
             self.accelerator.backward(output["loss"])
         return outputs
 
     def accumulating(self, model: nn.Module, micro_batches: list) -> Iterator[tuple]:
-        "Numbered micro-batches, each inside accelerate's gradient accumulation."
+        "Yields the numbered micro-batches, each inside accelerate's gradient accumulation."
         self.accelerator.gradient_accumulation_steps = len(micro_batches)
         self.accelerator.step = 0
         for number, micro_batch in enumerate(micro_batches):
@@ -182,19 +187,19 @@ class Loop:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         if norm is None:  # DeepSpeed clips by itself
             return None
-        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        self.metrics["grad_norm"] = torch.as_tensor(whole, device=self.accelerator.device)
+        self.metrics["grad_norm"] = torch.as_tensor(whole_tensor(norm), device=self.accelerator.device)
         return self.metrics["grad_norm"]
 
     def check_finite(self, micro_batches: list, outputs: list[dict], grad_norm: Tensor | None = None):
         "Raises in all processes if the loss or gradient is not finite, naming this process's examples."
         losses = [output["loss"] for output in outputs]
         if not self.reduce(sum(losses)).isfinite():  # a non-finite loss makes the sum non-finite
-            self._refuse("loss", [m.keys for m, loss in zip(micro_batches, losses) if not loss.isfinite()])
+            keys = [micro.keys for micro, loss in zip(micro_batches, losses) if not loss.isfinite()]
+            self._raise_not_finite("loss", keys)
         if grad_norm is None or self.accelerator.scaler is not None:  # the gradient scaler skips such a step
             return
         if not self.reduce(grad_norm).isfinite():
-            self._refuse("gradient", [micro_batch.keys for micro_batch in micro_batches])
+            self._raise_not_finite("gradient", [micro_batch.keys for micro_batch in micro_batches])
 
     def optimizer_step(self, micro_batches: list):
         "Updates weights, learning rate and EMA weights, unless the fp16 gradient overflowed."
@@ -216,8 +221,9 @@ class Loop:
 
     def log(self, values: dict[str, float]):
         "Appends a line to `log.jsonl` and sends it to the trackers, without non-finite values."
-        values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
-        self.accelerator.log({k: v for k, v in values.items() if not isinstance(v, list)}, step=self.step)
+        values = {name: v for name, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
+        scalars = {name: v for name, v in values.items() if not isinstance(v, list)}
+        self.accelerator.log(scalars, step=self.step)
         if self.accelerator.is_main_process:
             append_log(self.output_dir, {"step": self.step, **values})
 
@@ -227,15 +233,16 @@ class Loop:
 
     def state_dict(self) -> dict:
         "The progress of the run and the state of its callbacks, without weights."
-        states = [[type(c).__name__, c.state_dict()] for c in self.callbacks if hasattr(c, "state_dict")]
+        callbacks = [[type(c).__name__, c.state_dict()] for c in self.callbacks if hasattr(c, "state_dict")]
         return {
-            "step": self.step, "batches_seen": self.batches_seen, "callbacks": states,
+            "step": self.step, "batches_seen": self.batches_seen, "callbacks": callbacks,
             "num_processes": self.processes,
         }
 
     def load_state_dict(self, state: dict):
         "Restores a `state_dict`; callbacks are matched by class and order."
-        self.step, self.batches = state["step"], None
+        self.step = state["step"]
+        self.batches = None
         self.batches_seen = state["batches_seen"] * state["num_processes"] // self.processes
         waiting = [c for c in self.callbacks if hasattr(c, "load_state_dict")]
         for name, saved in state["callbacks"]:
@@ -244,34 +251,37 @@ class Loop:
                 waiting.remove(callback)
                 callback.load_state_dict(saved)
 
-    def _refuse(self, what, keys):
+    def _raise_not_finite(self, what, keys):
         raise ValueError(
-            f"The {what} of step {self.step + 1} is not finite; the weights are still those before it. "
+            f"The {what} of step {self.step + 1} is not finite; the weights are those before the step. "
             f"Batch keys: {keys or 'in another process'}. Last good checkpoint: "
-            f"{latest_checkpoint(self.output_dir)}. Look at these examples, or lower the learning rate."
+            f"{latest_checkpoint(self.output_dir)}. Check these examples, or lower the learning rate (lr)."
         )
 
     def _fire(self, event):
         for callback in self.callbacks:
             getattr(callback, event)(self)
 
-    def _interrupt(self, name):
-        self.interrupted, self.stop = name, self.processes == 1
+    def _interrupt(self, signal_name):
+        self.interrupted = signal_name
+        self.stop = self.processes == 1  # several processes first agree on the step
 
     def _seed(self, *place):
         return step_seed(self.config.training.seed, self.accelerator.process_index, *place)
 
     def _seed_torch(self, *place):
         # torch.manual_seed seeds every kind of device, which takes longer than all other bookkeeping
-        seed, device = self._seed(*place), self.accelerator.device
+        seed = self._seed(*place)
+        device = self.accelerator.device
         torch.default_generator.manual_seed(seed)
         if device.type != "cpu":
             torch.get_device_module(device).manual_seed(seed)
 
     def _next_batch(self):
         if self.batches is None:
-            one = self.config.training.overfit_one_batch
-            first = endless_batches(self.data, 0 if one else self.batches_seen)
-            self.batches = itertools.repeat(next(first)) if one else first
+            if self.config.training.overfit_one_batch:
+                self.batches = itertools.repeat(next(endless_batches(self.data)))
+            else:
+                self.batches = endless_batches(self.data, self.batches_seen)
         self.batches_seen += 1
         return next(self.batches)

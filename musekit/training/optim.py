@@ -38,14 +38,14 @@ def parameter_groups(
     weight_decay: float,
 ) -> list[dict]:  # two groups for a torch optimizer: with decay, and without
     "Splits the trainable parameters by `decays`; frozen ones are left out."
-    agreed = {}
+    decaying = {}  # whether a parameter decays
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
-                agreed[parameter] = agreed.get(parameter, True) and decays(module, name)
+                decaying[parameter] = decaying.get(parameter, True) and decays(module, name)
     return [
-        {"params": [p for p, yes in agreed.items() if yes], "weight_decay": weight_decay},
-        {"params": [p for p, yes in agreed.items() if not yes], "weight_decay": 0.0},
+        {"params": [p for p, does in decaying.items() if does], "weight_decay": weight_decay},
+        {"params": [p for p, does in decaying.items() if not does], "weight_decay": 0.0},
     ]
 
 # %% ../../nbs/04_training/03_optim.ipynb #5f068cb0
@@ -53,11 +53,11 @@ def _library(module, name, install):
     try:
         return getattr(importlib.import_module(module), name)
     except ImportError as error:
-        raise ValueError(f"This optimizer needs a library: pip install {install}, or use adamw.") from error
+        raise ValueError(f"This optimizer needs {install}: pip install {install}, or use adamw.") from error
 
 
 def scaled_learning_rate(config: Config, num_processes: int = 1) -> float:
-    "The learning rate, with `scale_lr` times the examples of an optimizer step over all processes."
+    "The learning rate; with `scale_lr`, times the examples of an optimizer step over all processes."
     params, training = config.optimizer.params, config.training
     examples = training.batch_size * num_processes * training.gradient_accumulation_steps
     return params.learning_rate * (examples if params.scale_lr else 1)
@@ -65,7 +65,8 @@ def scaled_learning_rate(config: Config, num_processes: int = 1) -> float:
 
 def make_optimizer(model: nn.Module, config: Config, num_processes: int = 1) -> Optimizer:
     "The optimizer of `config.optimizer` over the model's parameter groups."
-    name, params = config.optimizer.name, config.optimizer.params
+    name = config.optimizer.name
+    params = config.optimizer.params
     groups = parameter_groups(model, params.weight_decay)
     arguments = {"lr": scaled_learning_rate(config, num_processes), "betas": (params.beta1, params.beta2)}
     if name == "lion":
@@ -79,27 +80,29 @@ def make_optimizer(model: nn.Module, config: Config, num_processes: int = 1) -> 
 def fits_state(
     optimizer: Optimizer,  # of `make_optimizer`
     name: str,  # `config.optimizer.name`
-    state: dict,  # another's `state_dict`
+    state: dict,  # of the optimizer to resume from
 ) -> bool:
-    "Whether an optimizer can go on with a state: of its own kind, with as many parameters in each group."
-    entries = {entry for memory in state["state"].values() for entry in memory}
-    marks = {"8bit_adamw": "state1", "adamw": "exp_avg_sq", "lion": "exp_avg"}
-    kind = next((kind for kind, entry in marks.items() if entry in entries), None)
-    sizes = [[len(group["params"]) for group in groups] for groups in (optimizer.param_groups, state["param_groups"])]
-    return kind in (None, name.removeprefix("fused_")) and sizes[0] == sizes[1]
+    "Whether an optimizer can resume from a state: of its own kind, with as many parameters in each group."
+    entries = {entry for parameter_state in state["state"].values() for entry in parameter_state}
+    entry_of = {"8bit_adamw": "state1", "adamw": "exp_avg_sq", "lion": "exp_avg"}
+    kind = next((kind for kind, entry in entry_of.items() if entry in entries), None)
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    saved_sizes = [len(group["params"]) for group in state["param_groups"]]
+    return kind in (None, name.removeprefix("fused_")) and sizes == saved_sizes
 
 # %% ../../nbs/04_training/03_optim.ipynb #b331e02c
 def make_scheduler(optimizer: Optimizer, config: Config) -> LRScheduler:
     "The learning-rate schedule of `config.lr_scheduler`; one step of it is one optimizer step."
     from transformers import get_scheduler
 
-    name, params = config.lr_scheduler.scheduler, config.lr_scheduler.params
+    name = config.lr_scheduler.scheduler
+    params = config.lr_scheduler.params
     if params.options and name in ("constant", "constant_with_warmup"):
-        raise ValueError(f"lr_scheduler.params.options={params.options}: {name} has none; leave them out.")
+        raise ValueError(f"lr_scheduler.params.options={params.options}: {name} has no options; leave them out.")
     steps = {"num_warmup_steps": params.warmup_steps, "num_training_steps": config.training.max_train_steps}
     try:
         schedule = get_scheduler(name, optimizer, **steps, scheduler_specific_kwargs=dict(params.options))
-        for factor in schedule.lr_lambdas:  # what is no number may show at the end only
+        for factor in schedule.lr_lambdas:  # an option that is no number may fail only at the end
             factor(config.training.max_train_steps)
         return schedule
     except (TypeError, ValueError) as error:
@@ -107,9 +110,10 @@ def make_scheduler(optimizer: Optimizer, config: Config) -> LRScheduler:
 
 
 def learning_rates(config: Config) -> list[float]:
-    "The learning rate of every step of a run, found by running the schedule alone."
+    "The learning rate of every step of a run, without a model."
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=scaled_learning_rate(config))
-    scheduler, rates = make_scheduler(optimizer, config), []
+    scheduler = make_scheduler(optimizer, config)
+    rates = []
     for _ in range(config.training.max_train_steps):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -118,16 +122,17 @@ def learning_rates(config: Config) -> list[float]:
 
 # %% ../../nbs/04_training/03_optim.ipynb #ccd77a3d
 def check_optimization(config: Config):
-    "Raises a ValueError for a schedule that cannot be followed; the optimizer's library need not be there."
+    "Raises a ValueError for invalid options of a schedule, and warns if the run ends during warm-up."
     make_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(()))]), config)
-    warmup, steps = config.lr_scheduler.params.warmup_steps, config.training.max_train_steps
+    warmup = config.lr_scheduler.params.warmup_steps
+    steps = config.training.max_train_steps
     if warmup > steps and config.lr_scheduler.scheduler != "constant":
-        warnings.warn(f"lr_scheduler.params.warmup_steps={warmup} is above training.max_train_steps={steps}: the run "
+        warnings.warn(f"lr_scheduler.params.warmup_steps={warmup} is above steps={steps}: the run "
                       "ends before it reaches its learning rate.", stacklevel=2)
 
 
 def check_library(config: Config):
-    "Raises a ValueError where the optimizer cannot be made on this machine."
+    "Raises a ValueError if the optimizer's library is not installed."
     make_optimizer(nn.Linear(1, 1), config)
 
 # %% ../../nbs/04_training/03_optim.ipynb #76fd3045

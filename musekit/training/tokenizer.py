@@ -46,12 +46,12 @@ class ReconstructionLoss(Section):
     adversarial: float = setting(0.0, "weight of the discriminator, times the adaptive weight", low=0)
     adversarial_start: int = setting(1000, "steps before the discriminator begins", low=0)
     discriminator_channels: int = setting(64, "channels of its first layer, a multiple of 8", low=8)
-    discriminator_layers: int = setting(3, "its halvings", low=1)
+    discriminator_layers: int = setting(3, "its number of downsamplings", low=1)
 
     def check(self, path):
         super().check(path)
         if not self.l1 + self.l2 + self.perceptual:
-            raise ValueError(f"{path}.l1, l2 and perceptual are all 0; nothing would be learned.")
+            raise ValueError(f"{path}.l1, l2 and perceptual are all 0; set one of them above 0.")
         if self.perceptual and not self.perceptual_network:
             raise ValueError(f"{path}.perceptual={self.perceptual} needs {path}.perceptual_network, a file "
                              "of weights, or random for untrained features.")
@@ -63,10 +63,10 @@ class ReconstructionLoss(Section):
 @dataclass
 class Codebook(Section):
     "The revival of dead codes of a fresh model."
-    revive_every: Optional[int] = setting(10, "steps between two revivals of dead codes; null = only before the first step", low=1)
-    revive_until: float = setting(0.7, "share of the steps after which codes stay put", low=0, high=1)
-    revive_below: float = setting(0.5, "a code used less than this, by the fading count, is dead", above=0)
-    use_decay: float = setting(0.9, "what a step leaves of the count of uses", low=0, high=0.9999)
+    revive_every: Optional[int] = setting(10, "steps between revivals; null = only before the first step", low=1)
+    revive_until: float = setting(0.7, "share of the steps with revivals", low=0, high=1)
+    revive_below: float = setting(0.5, "codes with a lower decayed count of uses are dead", above=0)
+    use_decay: float = setting(0.9, "decay of the counts in a step", low=0, high=0.9999)
 
 
 @dataclass
@@ -85,18 +85,18 @@ class VQConfig(Section):
 # %% ../../nbs/04_training/12_tokenizer.ipynb #5a4646ea
 @dataclass
 class VQTrainingConfig(Section):
-    "The short configuration, for a tokenizer trained on the way to a transformer."
+    "The short configuration of a tokenizer trained on the way to a transformer."
     steps: int = setting(500, "optimizer steps", low=1)
     learning_rate: float = setting(2e-3, "highest learning rate", above=0)
-    log_every: int = setting(50, "steps between two rows of the log", low=1)
-    seed: int = setting(0, "where all randomness starts", low=0)
+    log_every: int = setting(50, "steps between log lines", low=1)
+    seed: int = setting(0, "seed of all randomness", low=0)
 
     def whole(self, folder: str | Path) -> VQConfig:
         "The full configuration, of a run in `folder`."
-        numbers = OptimizerParams(self.learning_rate, beta2=0.99, weight_decay=1e-4)
+        params = OptimizerParams(self.learning_rate, beta2=0.99, weight_decay=1e-4)
         return VQConfig(
             experiment=Run(output_dir=str(folder), log_every=self.log_every),
-            optimizer=OptimizerSection(params=numbers),
+            optimizer=OptimizerSection(params=params),
             lr_scheduler=LRSchedulerSection("cosine", SchedulerParams(self.steps // 10)),
             training=Steps(seed=self.seed, max_train_steps=self.steps, max_grad_norm=1.0),
         )
@@ -126,7 +126,7 @@ class Autoencoder(nn.Module):
         self.counts.mul_(self.config.use_decay).add_(counts)
 
     def due(self, step: int, steps: int) -> bool:
-        "Whether codes are revived after `step` (from 1) of `steps`."
+        "Whether codes are revived after step `step` (from 1) of `steps`."
         every = self.config.revive_every
         return every is not None and step % every == 0 and step <= self.config.revive_until * steps
 
@@ -138,10 +138,10 @@ class Autoencoder(nn.Module):
     def revive(self, vectors: Tensor, generator: torch.Generator) -> int:
         "Moves dead codes onto random ones of `vectors` (M, C), the same in every process; returns how many."
         alive = self.alive
-        moved = self.model.quantize.revive(vectors, alive, generator)
+        num_revived = self.model.quantize.revive(vectors, alive, generator)
         self.counts.copy_(self.counts.where(alive, torch.ones_like(self.counts)))
-        self.revived += moved
-        return moved
+        self.revived += num_revived
+        return num_revived
 
 # %% ../../nbs/04_training/12_tokenizer.ipynb #e4bf5680
 def make_perceptual(loss: ReconstructionLoss) -> PerceptualLoss | None:
@@ -267,11 +267,11 @@ class VQTrainer(Loop):
         return sum(losses).detach() / len(losses)
 
     def update_codes(self, micro_batches: list[ImageBatch]):
-        "Counts and revives codes alike in all processes, which also agree on stopping."
+        "Counts and revives codes equally in all processes, which also agree on stopping."
         step = self.step + 1
         counts = sum(micro_batch.code_counts for micro_batch in micro_batches)
-        stop = torch.full_like(counts[:1], self.interrupted is not None)
-        counts = self.reduce(torch.cat([counts, stop]))
+        interrupted = torch.full_like(counts[:1], self.interrupted is not None)
+        counts = self.reduce(torch.cat([counts, interrupted]))
         self.stop = self.stop or bool(counts[-1] > 0)
         self.autoencoder.count(counts[:-1])
         if self.revives and self.autoencoder.due(step, self.config.training.max_train_steps):
@@ -308,18 +308,18 @@ class VQTrainer(Loop):
     def report(self) -> dict[str, float]:
         "The `codebook_report` of all processes' evaluation batches, with EMA weights and keys `eval_...`."
         batches = self.eval_batches() if callable(self.eval_batches) else self.eval_batches
-        cap = self.config.experiment.max_eval_examples
-        if cap:
-            batches = islice(batches, -(-cap // (self.config.training.batch_size * self.processes)))
+        if limit := self.config.experiment.max_eval_examples:
+            batches = islice(batches, math.ceil(limit / (self.config.training.batch_size * self.processes)))
         with evaluating(self.network, self.ema) as model:
             report = codebook_report(model, batches, self.reduce)
         return {f"eval_{name}": value for name, value in report.items()}
 
     def _prepare(self, module):
         optimizer = make_optimizer(module, self.config, self.processes)
-        schedule, alone = make_scheduler(optimizer, self.config), self.processes == 1
-        module = self.accelerator.prepare_model(module, evaluation_mode=alone)  # no wrapper for one process
-        return module, *self.accelerator.prepare(optimizer, schedule)
+        scheduler = make_scheduler(optimizer, self.config)
+        unwrapped = self.processes == 1
+        module = self.accelerator.prepare_model(module, evaluation_mode=unwrapped)
+        return module, *self.accelerator.prepare(optimizer, scheduler)
 
 # %% ../../nbs/04_training/12_tokenizer.ipynb #db055a7a
 def train_vq_model(
@@ -330,7 +330,7 @@ def train_vq_model(
     folder: str | Path | None = None,  # for the model and `log.jsonl`
     precision: str = "no",  # no, fp16 or bf16
     progress: bool | None = None,  # show it, see `watched`
-) -> list[dict]:  # the rows of the log: step, reconstruction, codebook_loss, codes_used, ...
+) -> list[dict]:  # the lines of the log: step, reconstruction, codebook_loss, codes_used, ...
     "Trains a tokenizer by reconstruction, codebook loss and commitment (van den Oord et al. 2017, eq. 3)."
     config = config or VQTrainingConfig()
     config.check("tokenizer")

@@ -20,15 +20,16 @@ from musekit.core.masking import (
 )
 from ..core.schedules import get_schedule
 from .config import Config
-from .distributed import collect_for_methods, make_accelerator, set_up_sharding
+from .distributed import gather_for_methods, make_accelerator, set_up_sharding
 from .ema import make_ema
 from .loop import Loop
 from .optim import make_optimizer, make_scheduler
 
 # %% ../../nbs/04_training/09_trainer.ipynb #5efc07cb
 def masking_config(model: nn.Module, config: Config) -> MaskingConfig:
-    "The masking of a model's tokens under a configuration. A model without `mask_token_id` uses its last id."
-    training, schedule = config.training, config.mask_schedule
+    "The masking of a configuration, for a model; without `mask_token_id` its last id is the mask token."
+    training = config.training
+    schedule = config.mask_schedule
     mask_token_id = getattr(model.config, "mask_token_id", None)
     return MaskingConfig(
         mask_token_id=model.config.vocab_size - 1 if mask_token_id is None else mask_token_id,
@@ -47,14 +48,14 @@ class MicroBatch:
     conditions: dict  # keyword arguments of the model besides the ids
     keys: list[str] | None = None  # names of the examples, if the data has them
     soft_targets: Tensor | None = None  # (B, N, V) distributions of the tokenizer, if they are the targets
-    share: Tensor | None = None  # of the step's labels over all processes, times their number
+    share: Tensor | None = None  # of the step's labels over all processes, times the number of processes
 
     def __len__(self):
         return len(self.tokens.mask)
 
     @property
     def weight(self) -> Tensor:
-        "The weight of its mean loss: the number of labels, or the sum of their weights."
+        "The weight of the mean loss: the number of labels, or the sum of their weights."
         if self.soft_targets is not None:
             return self.tokens.mask.sum().float()
         if self.tokens.loss_weight is not None:
@@ -81,17 +82,18 @@ class Trainer(Loop):
         accelerator: Accelerator | None = None,
     ):
         if config.training.cond_dropout_prob and unconditional is None:
-            raise ValueError("cond_dropout_prob is above 0; Trainer got no unconditional=, pass it or set 0.")
+            raise ValueError("training.cond_dropout_prob is above 0 and Trainer has no unconditional=; pass it, or set 0.")
         super().__init__(data, config, accelerator or make_accelerator(config), callbacks)
         set_up_sharding(self.accelerator, model, config)
-        self.prepare, self.eval_batches = prepare or dict, eval_batches
+        self.prepare = prepare or dict
         self.eval_prepare = eval_prepare
+        self.eval_batches = eval_batches
         self.masking = masking_config(model, config)
         optimizer = make_optimizer(model, config, self.accelerator.num_processes)
         prepared = self.accelerator.prepare(model, optimizer, make_scheduler(optimizer, config))
         self.model, self.optimizer, self.scheduler = prepared
         if self.accelerator.distributed_type == DistributedType.FSDP:
-            collect_for_methods(self.network)
+            gather_for_methods(self.network)
         self.unconditional = self._to_device(unconditional or {})
         self.ema = make_ema(self.network, config.training)
 
@@ -99,9 +101,9 @@ class Trainer(Loop):
         "The masked micro-batches of a step, each with its share of the labels over all processes."
         micro_batches = super().next_micro_batches()
         weights = torch.stack([micro_batch.weight for micro_batch in micro_batches])
-        stop = torch.full_like(weights[:1], float(self.interrupted is not None))  # agreed by all processes
-        total, stops = self.reduce(torch.cat([weights.sum()[None], stop]))
-        self.stop = self.stop or bool(stops > 0)
+        interrupted = torch.full_like(weights[:1], float(self.interrupted is not None))
+        total, interruptions = self.reduce(torch.cat([weights.sum()[None], interrupted]))
+        self.stop = self.stop or bool(interruptions > 0)  # all processes agree on the step
         for micro_batch, share in zip(micro_batches, weights * (self.processes / total)):
             micro_batch.share = share
         return micro_batches
@@ -115,44 +117,46 @@ class Trainer(Loop):
     def make_micro_batch(
         self,
         batch: dict,
-        *place: int | str,  # seeds all randomness, such as (step, micro_step)
+        *place: int | str,  # seeds all randomness, such as (step, number of the micro-batch)
         ratios: list[float] | None = None,  # mask ratios to sample from; None: the schedule
         training: bool = True,  # drop conditions at random, and use soft targets if configured
     ) -> MicroBatch:
-        "The batch, prepared, with conditions dropped and tokens masked."
+        "A prepared batch with conditions dropped and tokens masked."
         self._seed_torch(*place, "prepare")
         prepare = self.prepare if training else self.eval_prepare or self.prepare
         conditions = self._to_device(prepare(batch))
-        image_ids, soft_targets = conditions.pop("image_ids"), conditions.pop("soft_targets", None)
+        image_ids = conditions.pop("image_ids")
+        soft_targets = conditions.pop("soft_targets", None)
+        if not (training and self.config.training.use_soft_code_target):
+            soft_targets = None
         keys = conditions.pop("keys", batch.get("keys"))
+        grid = conditions.get("grid")
         generator = torch.Generator(image_ids.device).manual_seed(self._seed(*place, "mask"))
-        masking, grid = self.masking, conditions.get("grid")
-        soft_targets = soft_targets if training and self.config.training.use_soft_code_target else None
         if training and self.unconditional:
             prob = self.config.training.cond_dropout_prob
             conditions, _ = drop_conditions(conditions, self.unconditional, prob, generator)
         if ratios is not None:
-            rows = len(image_ids)
-            ratios = sample_ratios(rows, masking.schedule, eval_mask_ratios=ratios, generator=generator)
-        tokens = mask_tokens(image_ids, masking, ratios=ratios, grid=grid, generator=generator)
+            schedule = self.masking.schedule
+            ratios = sample_ratios(len(image_ids), schedule, eval_mask_ratios=ratios, generator=generator)
+        tokens = mask_tokens(image_ids, self.masking, ratios=ratios, grid=grid, generator=generator)
         return MicroBatch(tokens, conditions, keys, soft_targets)
 
     def loss(self, model: nn.Module, micro: MicroBatch, label_smoothing: float = 0.0) -> Tensor:
         "The mean loss of a micro-batch; logits are computed for labelled tokens only."
-        tokens, soft = micro.tokens, micro.soft_targets
-        counts = tokens.labels != IGNORE_INDEX if soft is None else tokens.mask
-        logits = model(tokens.input_ids, **micro.conditions, token_mask=counts)
-        if soft is not None:
-            return soft_target_cross_entropy(logits, soft[counts], counts[counts])
-        weight, labels = tokens.loss_weight, tokens.labels[counts]
-        weight = None if weight is None else weight[counts]
+        tokens, soft_targets = micro.tokens, micro.soft_targets
+        labelled = tokens.labels != IGNORE_INDEX if soft_targets is None else tokens.mask
+        logits = model(tokens.input_ids, **micro.conditions, token_mask=labelled)
+        if soft_targets is not None:
+            return soft_target_cross_entropy(logits, soft_targets[labelled], labelled[labelled])
+        labels = tokens.labels[labelled]
+        weight = None if tokens.loss_weight is None else tokens.loss_weight[labelled]
         return masked_cross_entropy(logits, labels, label_smoothing=label_smoothing, loss_weight=weight)
 
     def _to_device(self, values):
-        device, precision = self.accelerator.device, self.accelerator.mixed_precision
+        full_precision = self.accelerator.mixed_precision == "no"
 
         def move(value):
-            widen = precision == "no" and value.is_floating_point()
-            return value.to(device, torch.float32 if widen else value.dtype, non_blocking=True)
+            dtype = torch.float32 if full_precision and value.is_floating_point() else value.dtype
+            return value.to(self.accelerator.device, dtype, non_blocking=True)
 
         return {name: move(value) if isinstance(value, Tensor) else value for name, value in values.items()}
