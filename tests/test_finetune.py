@@ -226,7 +226,7 @@ def test_all_weights_from_a_transformer(place, train):
     first = place / "runs" / "first"
     paths = [f"model.pretrained_model_path={first}/pipeline/transformer", f"model.vq_model.pretrained={first}/vq_model",
              f"model.text_encoder.pretrained={first}/clip"]
-    with pytest.warns(UserWarning, match="differs from the weights in .*: hidden_size=64 .there 32.*\\.$"):
+    with pytest.warns(UserWarning, match="is overridden by the model in .*: hidden_size=64 .there 32.*\\.$"):
         status, _, complaints = train("experiment.output_dir=runs/all", *paths, "model.transformer.hidden_size=64", "optimizer.params.learning_rate=0", "training.use_ema=false", *FAST)
     assert status == 0, complaints
     old, new = (load_file(place / "runs" / name / "pipeline" / "transformer" / "model.safetensors") for name in ("first", "all"))

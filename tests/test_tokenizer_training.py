@@ -276,7 +276,7 @@ def test_the_command_in_two_processes(place):
     (["data=images", "model.pretrained=a/b/c"], "a/b/c"),
     (["data=images", "loss.l1=0", "loss.l2=0"], "are all 0; set one of them above 0"),
     (["data=images", "loss.perceptual=1"], "loss.perceptual_network"),
-    (["data=images", "loss.perceptual=1", "loss.perceptual_network=vgg.pth"], "vgg.pth is no file here"),
+    (["data=images", "loss.perceptual=1", "loss.perceptual_network=vgg.pth"], "vgg.pth does not exist"),
     (["data=images", "loss.perceptual=1", "loss.perceptual_network=images/notes.txt"], "images/notes.txt"),
 ])
 def test_bad_input_is_one_clear_line(place, here, arguments, told):

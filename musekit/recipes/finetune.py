@@ -20,26 +20,27 @@ from ..training.schema import Model
 
 # %% ../../nbs/07_recipes/02_finetune.ipynb #f03fcd41
 def _family(families, class_name):
-    found = [name for name, cls in families.items() if class_name in (cls.__name__, *cls.class_aliases)]
-    if not found:
-        known = ", ".join(cls.__name__ for cls in families.values())
-        raise ValueError(f"training knows no {class_name}; it knows {known}.")
-    return found[0]
+    for name, cls in families.items():
+        if class_name in (cls.__name__, *cls.class_aliases):
+            return name
+    supported = ", ".join(cls.__name__ for cls in families.values())
+    raise ValueError(f"A {class_name} cannot be trained; choose one of {supported}.")
 
 
 def _refuse_alone(model):
-    "A transformer without the networks that it was trained with."
-    path = model.pretrained_model_path or ""
-    there = Path(path).expanduser().is_dir() or path.count("/") == 1  # a hub id; else the path is wrong
+    "Raises ValueError for a transformer without the networks that it was trained with."
+    path = model.pretrained_model_path
+    if not path or not (Path(path).expanduser().is_dir() or path.count("/") == 1):  # no folder or hub id
+        return
     for name in ("vq_model", "text_encoder"):
-        if path and there and getattr(model, name).type != "none" and not getattr(model, name).pretrained:
-            raise ValueError(f"model.pretrained_model_path={path} goes on with a transformer that was "
-                             f"trained with other networks; set model.{name}.pretrained to that one, or name "
+        if getattr(model, name).type != "none" and not getattr(model, name).pretrained:
+            raise ValueError(f"model.pretrained_model_path={path} is a transformer that was trained with other "
+                             f"networks; set model.{name}.pretrained to that one, or name "
                              "the folder of a whole pipeline (hf download NAME --local-dir FOLDER fetches one).")
 
 
-def _try_targets(cls, section):
-    "Raises where no layer of the stored transformer, which is not loaded, has the names to be adapted."
+def _check_targets(cls, section):
+    "Raises ValueError if no layer of the pretrained transformer, which is not loaded, has the names of `lora.target`."
     stored = Path(section.pretrained_model_path).expanduser() / "config.json"
     if section.lora.rank and stored.is_file():
         with torch.device("meta"):
@@ -51,37 +52,39 @@ def adopt_pipeline(
     transformers: dict[str, type],  # classes by the names that `architecture` has for them
     vq_models: dict[str, type],
 ):
-    """Where `pretrained_model_path` is a pipeline's folder, its networks are used where no others are named.
+    """Uses the networks of the pipeline at `pretrained_model_path` where the configuration names no others.
 
-    Raises ValueError where it is a transformer alone and a network that belongs to it is not named, and
-    where low-rank updates are asked for beside layers that it does not have.
+    Raises ValueError for a transformer alone without the networks that belong to it, and for low-rank
+    updates of layers that it does not have.
     """
-    folder, text = Path(model.pretrained_model_path or "no path").expanduser(), model.text_encoder
-    opened = open_pipeline(folder)
-    if opened is None:
+    pipeline = open_pipeline(Path(model.pretrained_model_path or "no path").expanduser())
+    if pipeline is None:
         return _refuse_alone(model)
-    settings, folders = opened
+    settings, folders = pipeline
+    text = model.text_encoder
     model.pretrained_model_path = str(folders["transformer"])
     model.architecture = _family(transformers, settings["transformer"])
     if not model.vq_model.pretrained:
         model.vq_model.pretrained = str(folders["vq_model"])
         model.vq_model.type = _family(vq_models, settings["vq_model"])
     kind = (settings["text_encoder"] or {}).get("kind")
-    if kind in ("class", "none"):  # there is no text to read
+    if kind in ("class", "none"):  # no text encoder
         text.type = "none"
     elif kind and not text.pretrained:
-        text.pretrained, text.type = str(folders["transformer"].parent), kind
-    _try_targets(transformers[model.architecture], model)
+        text.type = kind
+        text.pretrained = str(folders["transformer"].parent)
+    _check_targets(transformers[model.architecture], model)
 
 
 def load_pretrained(cls: type, section: Model) -> nn.Module:
-    "The transformer that a configuration starts from, with low-rank updates if it asks for them."
+    "The pretrained transformer of a configuration, with low-rank updates if `lora.rank` is set."
     path, lora = section.pretrained_model_path, section.lora
-    model, wanted = cls.from_pretrained(path), ModelConfig(section.transformer)
-    other = {name: value for name, value in wanted.items() if model.config.get(name, value) != value}
+    model = cls.from_pretrained(path)
+    settings = ModelConfig(section.transformer)
+    other = {name: value for name, value in settings.items() if model.config.get(name, value) != value}
     if other:
-        told = ", ".join(f"{name}={value!r} (there {model.config[name]!r})" for name, value in other.items())
-        warnings.warn(f"model.transformer differs from the weights in {path}, which count: {told}.")
+        differences = ", ".join(f"{name}={value!r} (there {model.config[name]!r})" for name, value in other.items())
+        warnings.warn(f"model.transformer is overridden by the model in {path}: {differences}.")
     if lora.rank:
         add_lora(model, lora.rank, lora.alpha, target=lora.target, dropout=lora.dropout)
     return model

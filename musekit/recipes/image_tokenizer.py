@@ -9,6 +9,7 @@ __all__ = ['GROUP', 'SMALL', 'TokenizerModel', 'ImageData', 'TokenizerConfig', '
 
 # %% ../../nbs/07_recipes/09_image_tokenizer.ipynb #4b0e47fa
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,16 +43,16 @@ from ..utils.validation import first_line
 # %% ../../nbs/07_recipes/09_image_tokenizer.ipynb #427d2911
 @dataclass
 class TokenizerModel(Section):
-    "The tokenizer that is trained."
+    "The tokenizer to train."
     type: str = setting("vqgan", "family", choices=tuple(VQ_MODELS))
-    pretrained: Optional[str] = setting(None, "folder or hub id to go on from; null = a fresh model")
+    pretrained: Optional[str] = setting(None, "folder or hub id to start from; null = a fresh model")
     params: dict[str, Any] = setting({}, "arguments of a fresh model, such as its sizes and quantizer")
 
     def check(self, path):
         super().check(path)
         if self.pretrained and self.params:
-            raise ValueError(f"{path}.params={self.params} are of a fresh model, and {path}.pretrained="
-                             f"{self.pretrained} has its own; give one of both.")
+            raise ValueError(f"{path}.params={self.params} are for a fresh model, and {path}.pretrained="
+                             f"{self.pretrained} has its own; set one of them.")
 
 
 @dataclass
@@ -59,15 +60,15 @@ class ImageData(Section):
     "Where the images are and how they are read."
     path: Any = setting(MISSING, "folder of images, pattern or list of tar shards, or digits")
     eval_path: Any = setting(None, "the same, for evaluation; null = a share of the images at path")
-    eval_share: float = setting(0.05, "that share, never trained on", low=0, below=1)
-    resolution: int = setting(256, "side of the square that is cut out, in pixels", low=1)
+    eval_share: float = setting(0.05, "share of the images that is held out", low=0, below=1)
+    resolution: int = setting(256, "side of the square crops, in pixels", low=1)
     center_crop: bool = setting(False, "crop the middle in training; evaluation always does")
     random_flip: bool = setting(False, "mirror half of the training images")
     background: str = setting("white", "colour behind transparent images")
-    image_field: Optional[str] = setting(None, "column of Parquet that holds images; null = the usual")
-    shuffle_buffer_size: int = setting(1000, "images among which the next is drawn", low=1)
-    num_workers: int = setting(0, "loader processes", low=0)
-    max_bad_share: float = setting(0.1, "share of unreadable images that is still accepted", low=0, high=1)
+    image_field: Optional[str] = setting(None, "image column of Parquet; null = the usual names")
+    shuffle_buffer_size: int = setting(1000, "images in the shuffle buffer", low=1)
+    num_workers: int = setting(0, "worker processes of the loader", low=0)
+    max_bad_share: float = setting(0.1, "highest accepted share of unreadable images", low=0, high=1)
 
     def check(self, path):
         super().check(path)
@@ -76,7 +77,7 @@ class ImageData(Section):
 
 @dataclass
 class TokenizerConfig(VQConfig):
-    "Everything that defines the training of a tokenizer."
+    "Everything that defines a run of a tokenizer."
     SAME_MODEL = ("model.type", "model.params")
     SAME_DATA = (*VQConfig.SAME_DATA, "dataset.path", "dataset.eval_")
     SAME_RUN = (*VQConfig.SAME_RUN, *SAME_DATA, "model.", "dataset.resolution")
@@ -89,46 +90,47 @@ def hold_out(items: list[str], share: float) -> tuple[list[str], list[str]]:
     if not share:
         return items, []
     if len(items) < 2:
-        raise ValueError(f"nothing can be held out of {len(items)} file ({items[0]}): name others with "
-                         "dataset.eval_path, or set dataset.eval_share=0.")
-    mixed = _mix(items)
+        raise ValueError(f"Nothing can be held out of {len(items)} file ({items[0]}): set dataset.eval_path to other "
+                         "images, or dataset.eval_share=0.")
+    shuffled = _shuffled(items)
     count = min(max(1, round(share * len(items))), len(items) - 1)
-    return mixed[count:], mixed[:count]
+    return shuffled[count:], shuffled[:count]
 
 
-def _mix(items):
-    "Names in an order that has nothing to do with their folder and their content."
+def _shuffled(items):
+    "Names in a pseudo-random order that depends on the file names only."
     return sorted(items, key=lambda item: (step_seed(Path(item).name), item))
 
 # %% ../../nbs/07_recipes/09_image_tokenizer.ipynb #14f30799
-GROUP = 256  # files that are read as one shard
+GROUP = 256  # files in a group, at most
 
 
 def find_images(
-    spec,  # "digits", a folder of images, or tars or Parquet files as `expand_urls` takes them
-    work: str | Path,  # where the digits are written
+    spec,  # "digits", a folder of images, or tar or Parquet files as in `expand_urls`
+    work: str | Path,  # folder for the digits
     split: str = "train",  # or "test", of the digits
-    base_dir: str | Path | None = None,  # where relative names are also looked for
+    base_dir: str | Path | None = None,  # another folder for relative names
 ) -> list[str]:
-    "The image files of a folder, the tar shards of a pattern, a list or a folder, or those of the digits."
+    "The image files of a folder, or the shards of a pattern, a list, a folder or the digits."
     if spec == "digits":
         return make_digits(Path(work) / "digits")[split]
-    found = locate(spec, base_dir)
-    if found.forms == {"codes"} or not (found.pictures or found.shards):
-        raise FileNotFoundError(f"no image in {spec}; looked for {', '.join(IMAGE_EXTENSIONS)}.")
-    return found.pictures or found.shards
+    location = locate(spec, base_dir)
+    if location.forms == {"codes"} or not (location.pictures or location.shards):
+        raise FileNotFoundError(f"There is no image in {spec}; images end in {', '.join(IMAGE_EXTENSIONS)}.")
+    return location.pictures or location.shards
 
 
 def group_images(names: list[str]) -> list:
-    "Shards for `make_loader`: tars as they are, files in mixed groups."
+    "Shards for `make_loader`: shards as they are, files in mixed groups."
     if not names or not is_image(names[0]):
         return names
-    groups = -(-len(names) // GROUP)
-    return [tuple(_mix(names)[start::groups]) for start in range(groups)]
+    count = math.ceil(len(names) / GROUP)
+    shuffled = _shuffled(names)
+    return [tuple(shuffled[start::count]) for start in range(count)]
 
 
 class PictureReader(ShardReader):
-    "Reads images and nothing else, from tars or from groups of files."
+    "Reads images without captions, from shards or groups of files."
 
     def samples(self, shard: str | tuple[str, ...]) -> Iterator[tuple[str, Sample]]:
         "The (name, sample) pairs of a shard, undecoded."
@@ -144,14 +146,14 @@ class PictureReader(ShardReader):
             yield path, Sample(data, "")
 
     def sort(self, members: dict[str, bytes]) -> Sample:
-        "The image of a sample in a tar; a ValueError where there is none."
+        "The image of a sample in a tar; raises ValueError if there is none."
         for extension in IMAGE_EXTENSIONS:
             if extension in members:
                 return Sample(members[extension], "")
-        raise ValueError("there is no image in this sample")
+        raise ValueError("no image in this sample")
 
 # %% ../../nbs/07_recipes/09_image_tokenizer.ipynb #25b5b761
-SMALL = {  # arguments of a fresh model that go with the small page
+SMALL = {  # arguments of a fresh model in the small configuration
     "vqgan": {"resolution": 64, "hidden_channels": 32, "channel_mult": [1, 2, 2], "num_res_blocks": 1,
               "z_channels": 32, "attn_resolutions": [], "num_embeddings": 1024, "quantized_embed_dim": 8},
     "movq": {"resolution": 64, "hidden_channels": 32, "channel_mult": [1, 2, 2], "num_res_blocks": 2,
@@ -164,25 +166,25 @@ SMALL = {  # arguments of a fresh model that go with the small page
 
 
 def configure_tokenizer(
-    path: str | Path | list | None = None,  # YAML files, later ones over earlier; None = "small"
+    path: str | Path | list | None = None,  # YAML files, later ones over earlier; None: "small"
     overrides: list[str] = (),  # such as "data=photos/"
 ) -> TokenizerConfig:
-    "The checked configuration of a run; \"small\" stands for the page that the kit brings along."
+    "The checked configuration of a run; \"small\" is the kit's own file."
     paths = path if isinstance(path, list) else [path or "small"]
-    page = resources.files("musekit") / "configs" / "tokenizer.yaml"
-    pages = [page if each == "small" else each for each in paths]
-    config = load_config(pages, list(overrides), TokenizerConfig)
-    given = flatten(config)
+    small = resources.files("musekit") / "configs" / "tokenizer.yaml"
+    files = [small if name == "small" else name for name in paths]
+    config = load_config(files, list(overrides), TokenizerConfig)
+    settings = flatten(config)
     if "small" in paths and not config.model.pretrained:
         config.model.params = {**_small(config.model), **config.model.params}
     check_tokenizer(config)
-    usual = [TokenizerConfig(), load_config(page, ["data=none"], TokenizerConfig)]
-    warn_unused(given, [flatten(each) for each in usual], unused_of_tokenizer(config))
+    defaults = [TokenizerConfig(), load_config(small, ["data=none"], TokenizerConfig)]
+    warn_unused(settings, [flatten(default) for default in defaults], unused_of_tokenizer(config))
     return config
 
 
 def unused_of_tokenizer(config: TokenizerConfig) -> Unused:
-    "Settings that have no effect: beginnings of keys, and why."
+    "Settings without effect in a run of a tokenizer."
     loss, data, codebook = config.loss, config.dataset, config.codebook
     yield from unused_steps(config)
     if not loss.perceptual:
@@ -190,9 +192,9 @@ def unused_of_tokenizer(config: TokenizerConfig) -> Unused:
     if not loss.adversarial:
         yield ("loss.adversarial_start", "loss.discriminator_"), "loss.adversarial is 0"
     if config.model.pretrained:
-        yield ("codebook.",), "the codes of a trained model stay where they are"
+        yield ("codebook.",), "a pretrained model keeps its codes"
     if config.model.params.get("quantizer", "vq") != "vq":
-        yield ("codebook.",), f"a quantizer {config.model.params['quantizer']} has no codes to revive"
+        yield ("codebook.",), f"quantizer {config.model.params['quantizer']} has no codes to revive"
     if not codebook.revive_every:
         yield ("codebook.revive_until",), "codebook.revive_every is null"
     if data.eval_path or data.path == "digits":
@@ -203,21 +205,21 @@ def unused_of_tokenizer(config: TokenizerConfig) -> Unused:
 
 
 def _small(model):
-    "Small sizes; those of the codebook only where it is not another quantizer's."
-    own = ("num_embeddings", "quantized_embed_dim") if "quantizer" in model.params else ()
-    return {name: value for name, value in SMALL.get(model.type, {}).items() if name not in own}
+    "Small sizes; without those of the codebook if the user chose a quantizer."
+    left_out = ("num_embeddings", "quantized_embed_dim") if "quantizer" in model.params else ()
+    return {name: value for name, value in SMALL.get(model.type, {}).items() if name not in left_out}
 
 
 def check_tokenizer(config: TokenizerConfig):
-    "Refuses what cannot be, before anything is read or built."
-    loss, side, pretrained = config.loss, config.dataset.resolution, config.model.pretrained
+    "Raises ValueError or FileNotFoundError for settings that do not fit, before anything is read or built."
+    loss, side = config.loss, config.dataset.resolution
     for key in ("perceptual_network", "perceptual_weights"):
         name = getattr(loss, key)
         if name not in (None, "random") and not Path(name).is_file():
-            raise FileNotFoundError(f"loss.{key}={name} is no file here.")
+            raise FileNotFoundError(f"loss.{key}={name} does not exist.")
     if loss.adversarial:
         PatchDiscriminator(8, loss.discriminator_layers)(torch.zeros(1, 3, side, side))
-    if not pretrained:  # the sizes of a trained one are known once it is loaded
+    if not config.model.pretrained:  # a pretrained one is checked when it is loaded
         with torch.device("meta"):
             _check_side(config, _fresh(config))
 
@@ -240,12 +242,11 @@ def _fresh(config):
 def _check_side(config, model):
     side, factor = config.dataset.resolution, model.downsample_factor
     if side % factor:
-        raise ValueError(f"dataset.resolution={side} does not split into tokens of {factor} pixels; it must "
-                         "be a multiple of that.")
+        raise ValueError(f"resolution={side} does not split into tokens of {factor} pixels; choose a multiple of that.")
 
 
 def make_tokenizer(config: TokenizerConfig) -> nn.Module:
-    "The tokenizer that is trained, fresh or loaded."
+    "The tokenizer to train, fresh or pretrained."
     torch.manual_seed(config.training.seed)
     if not config.model.pretrained:
         return _fresh(config)
@@ -258,14 +259,14 @@ def train_tokenizer(
     config: TokenizerConfig,  # of `configure_tokenizer`
     *,
     progress: bool | None = None,  # show it, see `watched`
-    base_dir: str | Path | None = None,  # where relative names are also looked for
+    base_dir: str | Path | None = None,  # another folder for relative names
 ) -> VQTrainer:  # its `stop` is true if the run was stopped
-    "Trains a tokenizer, or goes on with it; leaves the model and a report in the folder of the run."
-    chosen = settle_run_seed(config)
+    "Trains a tokenizer, or resumes its training; saves the model and a report in the run's folder."
+    random_seed = settle_run_seed(config)
     refuse_other_run(config)
     accelerator = make_accelerator(config)
     config.training.seed = on_main_process(lambda: config.training.seed)  # one for all processes
-    if chosen:
+    if random_seed:
         keep_seed(config, accelerator)
     try:
         return _train(config, accelerator, progress, base_dir)
@@ -278,15 +279,15 @@ def _train(config, accelerator, progress, base_dir):
     train, held_out = on_main_process(lambda: _find_splits(config.dataset, folder, base_dir))
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     read = partial(make_loader, config=_reading(config), make_reader=PictureReader)
-    shown = next(iter(read(held_out, training=False)))["pixel_values"][:8] if held_out else None
+    examples = next(iter(read(held_out, training=False)))["pixel_values"][:8] if held_out else None
     trainer = VQTrainer(
         make_tokenizer(config), lambda start: read(train, training=True, start_batch=start, **place), config,
         eval_batches=partial(read, held_out, training=False, **place), accelerator=accelerator,
-        callbacks=_callbacks(config, shown, progress), fresh=not config.model.pretrained,
+        callbacks=_callbacks(config, examples, progress), fresh=not config.model.pretrained,
     ).fit()
     if held_out and not trainer.stop and accelerator.is_main_process:
         with evaluating(trainer.network, trainer.ema) as network:
-            reconstruction_sheet(network, shown).save(folder / "reconstructions.png")
+            reconstruction_sheet(network, examples).save(folder / "reconstructions.png")
         (folder / "report.json").write_text(json.dumps(final_report(folder), indent=1) + "\n")
     return trainer
 
@@ -311,25 +312,27 @@ def _reading(config):
     )
 
 
-def _callbacks(config, shown, progress):
+def _callbacks(config, examples, progress):
     run = config.experiment
     callbacks = [Log(run.log_every, progress)]
-    if shown is not None:
-        draw = lambda model, step: reconstruction_sheet(model, shown)
+    if examples is not None:
+        def draw(model, step):
+            return reconstruction_sheet(model, examples)
+
         callbacks += [Evaluate(run.eval_every, VQTrainer.report), SampleImages(draw, run.generate_every)]
     return [*callbacks, Checkpoint(run.save_every, run.checkpoints_total_limit)]
 
 
 def final_report(folder: str | Path) -> dict[str, float]:
-    "What the last evaluation of a run found: l1, mse, psnr, ssim, codes_used, codebook_size, perplexity."
+    "The last evaluation of a run: l1, mse, psnr, ssim, codes_used, codebook_size, perplexity."
     rows = [row for row in read_log(folder) if "eval_mse" in row]
     return {name[5:]: value for name, value in rows[-1].items() if name.startswith("eval_")} if rows else {}
 
 
 def describe_report(report: dict[str, float]) -> str:
-    "The same in words."
+    "The report as a sentence."
     if not report:
-        return "nothing was held out, so nothing was measured (see dataset.eval_share)"
-    return (f"on images held out: absolute error {report['l1']:.4f}, squared {report['mse']:.5f} "
+        return "no images were held out, so there is no evaluation (see dataset.eval_share)"
+    return (f"on held-out images: absolute error {report['l1']:.4f}, squared {report['mse']:.5f} "
             f"({report['psnr']:.1f} dB), SSIM {report['ssim']:.3f}; {report['codes_used']} of "
             f"{report['codebook_size']} codes used, perplexity {report['perplexity']:.0f}")
