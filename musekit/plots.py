@@ -266,11 +266,14 @@ def _single(run):
     tokenizer = run.folder / "vq_model"  # trained by the run, with its own log
     log = tokenizer / "log.jsonl"
     has_tokenizer = log.is_file() and log.stat().st_size > 0
-    return {
+    figures = {
         "gradients": _plot_gradients(run), "token_probabilities": _plot_probabilities(run),
-        "samples": _plot_sheets(_select_sheets(run)), "inpainting": _plot_sheets(_select_sheets(run, "inpainting")),
-        "tokenizer": _plot_panels([RunLog(tokenizer)], [*_LOSSES, "learning_rate"]) if has_tokenizer else None,
+        "samples": _plot_sheets(_select_sheets(run)),
+        "inpainting": _plot_sheets(_select_sheets(run, "inpainting")),
     }
+    if has_tokenizer:
+        figures["tokenizer"] = _plot_panels([RunLog(tokenizer)], [*_LOSSES, "learning_rate"])
+    return figures
 
 
 def _several(runs):

@@ -19,11 +19,9 @@ ROOMS = [  # the ground first
 ]
 NAMES_IN_TWO_MODULES = {"main", "MANIFEST", "read_manifest", "recover"}
 PRIVATE_IMPORTS = {("musekit.recipes.memory", "_CrossEntropy")}
-ROOMS_WITH_LONG_LINES = {
-    "utils", "core", "models", "data", "training", "inference", "evaluation", "shards", "recipes", "lab",
-}
-ROOMS_WITH_NAMED_LAMBDAS = {"core", "models", "data", "training", "inference", "evaluation", "recipes", "plots", "lab"}
-ROOMS_WITH_LONG_DESCRIPTIONS = {"utils", "models", "data", "training", "evaluation", "shards", "recipes", "lab"}
+ROOMS_WITH_LONG_LINES = {"utils", "models", "data", "training", "evaluation", "shards", "recipes"}
+ROOMS_WITH_NAMED_LAMBDAS = {"models", "data", "training", "evaluation", "recipes"}
+ROOMS_WITH_LONG_DESCRIPTIONS = {"utils", "models", "data", "training", "evaluation", "shards", "recipes"}
 
 
 def exported_from() -> dict[str, int]:

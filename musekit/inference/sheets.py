@@ -132,7 +132,9 @@ def lay_out(pipeline: ImagePipeline, task: GenerationTask, images: list[Image.Im
     return image_grid(images, captions, columns=min(columns, 10))
 
 
-def draw_sheet(pipeline: ImagePipeline, task: GenerationTask, **options) -> tuple[Image.Image, GenerationTask]:
+def draw_sheet(
+    pipeline: ImagePipeline, task: GenerationTask, **options
+) -> tuple[Image.Image, GenerationTask]:
     "The sheet of a task, and the task with every generation setting filled in."
     task = complete(pipeline, task)
     return lay_out(pipeline, task, draw_task(pipeline, task, **options)), task
@@ -181,8 +183,10 @@ def write_singles(images: list[Image.Image], task: GenerationTask, folder: str |
 
 
 # types of the entries in the JSON
-_ENTRY_TYPES = {"negative_prompt": (str, list), "generation": dict, "margins": list, "ratio": (int, float),
-                "image": str, "mask": str, "model": str, "lora": str, "lora_scale": (int, float), "alone": int}
+_ENTRY_TYPES = {
+    "negative_prompt": (str, list), "generation": dict, "margins": list, "ratio": (int, float), "image": str,
+    "mask": str, "model": str, "lora": str, "lora_scale": (int, float), "alone": int,
+}
 
 
 def _parse_task(text):
@@ -213,7 +217,8 @@ def read_task(path: str | Path) -> GenerationTask:
     except (OSError, SyntaxError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} holds no task that can be read: {error}") from error
     if task is None:
-        raise ValueError(f"{path} holds no task; a PNG written by musekit does, unless another program saved it again")
+        raise ValueError(f"{path} holds no task; PNGs written by musekit do, unless another "
+                         "program saved them again")
     return task
 
 
