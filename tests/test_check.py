@@ -104,26 +104,31 @@ from musekit.core.losses import masked_cross_entropy
 from musekit.models.uvit import MaskGiTUViT
 
 torch.set_num_threads(1)
-build = lambda: MaskGiTUViT(
-    vocab_size=2049, codebook_size=2048, hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1024,
+build = lambda width: MaskGiTUViT(
+    vocab_size=2049, codebook_size=2048, hidden_size=width, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1024,
     encoder_hidden_size=64, in_channels=128, block_out_channels=(128,), num_res_blocks=1, block_num_heads=2, cond_embed_dim=64,
     micro_cond_encode_dim=8, micro_cond_embed_dim=40)
 batch = Batch(4, (16, 16), 20)
 with torch.device("meta"):
-    model = build()
+    model = build(384)
 activations = activation_bytes(model, batch)
 weights = weight_memory(model)
-torch.ones(10, 10) @ torch.ones(10, 10)
+
+
+def train(model, batch):
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    ids, conditions = batch.inputs(model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        masked_cross_entropy(model(ids, **conditions), ids).backward()
+        optimizer.step()
+
+
+train(build(6), Batch(1, (2, 2), 2))  # what the libraries load at first use is not the model's
 memory = lambda name: int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here
 before = memory("VmRSS")
-model = build().train()
-optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
-ids, conditions = batch.inputs(model)
-for _ in range(3):
-    optimizer.zero_grad()
-    masked_cross_entropy(model(ids, **conditions), ids).backward()
-    optimizer.step()
+train(build(384).train(), batch)
 print(json.dumps({"grown": memory("VmHWM") - before, "activations": activations, **weights}))
 """
 

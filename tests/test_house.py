@@ -17,10 +17,10 @@ ROOMS = [  # the ground first
     "utils", "core", "models", "data", "training", "inference", "evaluation", "shards", "recipes", "plots", "lab",
     "commands", "cli",
 ]
-NAMES_IN_TWO_MODULES = {"main", "MANIFEST", "read_manifest", "recover"}
+NAMES_IN_TWO_MODULES = {"main", "MANIFEST", "read_manifest"}
 PRIVATE_IMPORTS = {("musekit.recipes.memory", "_CrossEntropy")}
-ROOMS_WITH_LONG_LINES = {"utils", "models", "data", "training", "evaluation", "shards", "recipes"}
-ROOMS_WITH_NAMED_LAMBDAS = {"models", "data", "training", "evaluation", "recipes"}
+ROOMS_WITH_LONG_LINES = {"models", "data", "training", "shards", "recipes"}
+ROOMS_WITH_NAMED_LAMBDAS = {"data"}
 ROOMS_WITH_LONG_DESCRIPTIONS = {"utils", "models", "data", "training", "evaluation", "shards", "recipes"}
 
 

@@ -6,6 +6,8 @@
 __all__ = ['num_parameters', 'parameter_table', 'plot_parameters', 'shape_table', 'influence_map', 'draw_architecture']
 
 # %% ../../nbs/02_models/03_inspection.ipynb #4d38f0a2
+from functools import partial
+
 import torch
 
 # %% ../../nbs/02_models/03_inspection.ipynb #89d922c9
@@ -43,7 +45,8 @@ def shape_table(
     **keywords,  # of the call
 ):
     "The output shapes of parts of a model in one call, in calling order; ValueError for an unknown part."
-    modules, shapes = dict(model.named_modules()), {}
+    modules = dict(model.named_modules())
+    shapes = {}
     children = [name for name, _ in model.named_children()]
     parts = children if parts is None else parts
     unknown = [name for name in parts if name not in modules]
@@ -51,10 +54,10 @@ def shape_table(
         raise ValueError(f"no part {unknown[0]!r} in this {type(model).__name__}; the top-level parts are "
                          f"{children}.")
 
-    def note(name):
-        return lambda module, args, output: shapes.update({name: tuple(getattr(output, "shape", ()))})
+    def record(name, module, args, output):
+        shapes[name] = tuple(getattr(output, "shape", ()))
 
-    hooks = [modules[name].register_forward_hook(note(name)) for name in parts]
+    hooks = [modules[name].register_forward_hook(partial(record, name)) for name in parts]
     try:
         with torch.no_grad():
             model(*inputs, **keywords)
