@@ -208,7 +208,8 @@ class PretrainedModel(nn.Module):
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
-        _CLASSES.update(dict.fromkeys(cls.registered_names(), cls))
+        own_aliases = vars(cls).get("class_aliases", ())  # inherited ones stay the base class's
+        _CLASSES.update(dict.fromkeys((cls.__name__, *own_aliases), cls))
 
     def __new__(cls, *args, **settings):
         model = super().__new__(cls)
