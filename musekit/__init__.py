@@ -1,7 +1,7 @@
 """A research kit for masked generative transformers."""
 __version__ = "0.1.0"
 
-_MODULES = {  # what each module puts into the face of the package; it is imported when a name of it is first used
+_MODULES = {  # names of each module that `musekit` offers; the module is imported when one is first used
     "inference.pipeline": ["Pipeline", "ImagePipeline", "TokenPipeline"],
     "recipes.configure": ["configure"],
     "recipes.text_to_image": ["train"],

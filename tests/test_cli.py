@@ -147,7 +147,7 @@ def test_a_process_finds_a_wrong_argument_at_once(tmp_path):
     (["train", "data=digits", "dataset.preprocessing.max_seq_length=1"], "at least 2"),
     (["evaluate", "here", "data=digits", "--prompts", "nowhere"], "no file of prompts nowhere"),
     (["train", "--check", "data=digits", "--chekc"], "unrecognized arguments: --chekc"),
-    (["evaluate", "here", "data=digits", "--prompts", "nowhere", "more"], "the images of ['digits', 'more']"),
+    (["evaluate", "here", "data=digits", "--prompts", "nowhere", "more"], "['digits', 'more'] needs a feature extractor"),
     (["push", "here", "me/mine", "--private", "more"], "unrecognized arguments: more"),
     (["evaluate", "here", "data=digits", "--out", "/proc/no/numbers.json"], "--out /proc/no/numbers.json cannot be written"),
     (["train", "data=digits", "experiment.output_dir=/proc/version/run"], "/proc/version is a file; name a folder"),

@@ -412,7 +412,7 @@ def test_check_tells_of_no_text_encoder():
 
 
 @pytest.mark.parametrize("settings, told", [
-    ([CLASSES, "data=a.tar"], "num_classes=None must say how many classes there are"),
+    ([CLASSES, "data=a.tar"], "num_classes=None must be the number of classes"),
     (["dataset.params.is_ds_clean=true", "dataset.params.is_sdxl_synthetic_dataset=true"], "are different layouts"),
     ([CLASSES, "dataset.params.is_ds_clean=true"], "are different layouts"),
     (["dataset.params.imagenet_class_mapping_path=names.json"], "needs dataset.type=classification"),

@@ -17,12 +17,10 @@ ROOMS = [  # the ground first
     "utils", "core", "models", "data", "training", "inference", "evaluation", "shards", "recipes", "plots", "lab",
     "commands", "cli",
 ]
-NAMES_IN_TWO_MODULES = {"main", "MANIFEST", "Task", "read_manifest", "recover"}
+NAMES_IN_TWO_MODULES = {"main", "MANIFEST", "Task", "read_manifest"}
 PRIVATE_IMPORTS = {("musekit.recipes.memory", "_CrossEntropy")}
-ROOMS_WITH_LONG_LINES = {
-    "utils", "core", "models", "data", "training", "inference", "evaluation", "shards", "recipes", "lab",
-}
-ROOMS_WITH_NAMED_LAMBDAS = {"core", "models", "data", "training", "inference", "evaluation", "recipes", "plots", "lab"}
+ROOMS_WITH_LONG_LINES = {"core", "models", "data", "training", "inference", "shards", "recipes", "lab"}
+ROOMS_WITH_NAMED_LAMBDAS = {"core", "data", "plots", "lab"}
 ROOMS_WITH_LONG_DESCRIPTIONS = {"utils", "models", "data", "training", "evaluation", "shards", "recipes", "lab"}
 
 

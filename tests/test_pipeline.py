@@ -401,5 +401,5 @@ def test_an_option_of_what_has_none_is_told(folder, tmp_path, capsys, monkeypatc
 
 def test_model_classes_are_found_by_name_alone():
     assert find_model_class("MaskGiTUViT_v2") is MaskGiTUViT
-    with pytest.raises(ValueError, match="known are"):
+    with pytest.raises(ValueError, match="choose one of"):
         find_model_class("os.system")

@@ -131,7 +131,8 @@ def _front(whole, license):
 
 def _network(title, folder):
     "The card's section on one network."
-    config, sizes = read_json(folder / "config.json"), _part_sizes(folder)
+    config = read_json(folder / "config.json")
+    sizes = _part_sizes(folder)
     sizes["total"] = sum(sizes.values())
     table = _table([(part, f"{size:,}") for part, size in sizes.items()], ("part", "parameters"))
     class_name = config.get("_class_name") or ", ".join(config.get("architectures") or ["?"])

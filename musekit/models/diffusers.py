@@ -67,7 +67,8 @@ def rename_tensors(
     backwards=False,  # ours to theirs, from the last row to the first
 ):
     "The tensors under the names of the other library's layout, or of ours."
-    names, renamed = [row[::-1] for row in reversed(names)] if backwards else names, {}
+    names = [row[::-1] for row in reversed(names)] if backwards else names
+    renamed = {}
     for name, tensor in weights.items():
         for old, new in names:
             name = re.sub(re.escape(old).replace(r"\#", r"(\d+)"), new.replace("#", r"\1"), name)
@@ -225,7 +226,8 @@ def vq_from_diffusers(config, weights):
     theirs = _settings(config, VQ_DEFAULTS, "VQModel")
     _allow("VQModel", theirs, out_channels=(theirs["in_channels"],), norm_num_groups=(32,),
            act_fn=("silu", "swish"), norm_type=("group",))
-    levels, widths = _attention_levels(theirs), theirs["block_out_channels"]
+    levels = _attention_levels(theirs)
+    widths = theirs["block_out_channels"]
     if len(widths) != len(levels) or any(width % widths[0] for width in widths):
         raise ValueError(f"VQModel with block_out_channels={widths!r} has no counterpart; there must be "
                          f"{len(levels)} of them, multiples of the first.")
@@ -281,9 +283,8 @@ def save_diffusers(model, folder):
     model: a `MaskGiTUViT` or `VQGANModel`
     Raises ValueError, before anything is written, for another model or a setting without counterpart.
     """
-    state = model.adapter.merged(model) if model.adapter else model.state_dict()
-    config, weights = to_diffusers({"_class_name": type(model).__name__, **model.config}, state)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    config = {"_class_name": type(model).__name__, **model.config}
+    config, weights = to_diffusers(config, model.merged_tensors())
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names = "diffusion_pytorch_model.safetensors", "config.json"
@@ -323,7 +324,8 @@ def read_amused(folder):
     scheduler |= read_json(folder / "scheduler" / "scheduler_config.json")
     _allow("AmusedScheduler", scheduler, masking_schedule=AMUSED_SCHEDULES,
            mask_token_id=(transformer["vocab_size"] - 1,))
-    grid, factor = transformer["default_shape"], 2 ** (len(vq_model["channel_mult"]) - 1)
+    grid = transformer["default_shape"]
+    factor = 2 ** (len(vq_model["channel_mult"]) - 1)
     return {
         "transformer": transformer["_class_name"], "vq_model": vq_model["_class_name"],
         "text_encoder": {"kind": "clip", "use_pooled": True}, "grid": grid, "zero_uncond": False,

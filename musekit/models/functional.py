@@ -68,7 +68,8 @@ def normalise(
     weight = x.new_ones(x.shape[-1]) if weight is None else weight
     if modulation is None:
         rows = x.reshape(1, -1, x.shape[-1])
-        weight, bias = weight[None, None], bias if bias is None else bias[None, None]
+        weight = weight[None, None]
+        bias = None if bias is None else bias[None, None]
     else:
         rows, (scale, shift) = x.flatten(1, -2), modulation.unsqueeze(1).chunk(2, -1)
         bias = shift if bias is None else torch.addcmul(shift, bias, 1 + scale)

@@ -7,6 +7,7 @@ __all__ = ['num_parameters', 'parameter_table', 'blocks', 'plot_parameters', 'sh
 
 # %% ../../nbs/02_models/03_inspection.ipynb #4d38f0a2
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -52,7 +53,8 @@ def shape_table(
     **keywords,  # of the call
 ):
     "The output shapes of parts of a model in one call, in calling order; ValueError for an unknown part."
-    modules, shapes = dict(model.named_modules()), {}
+    modules = dict(model.named_modules())
+    shapes = {}
     children = [name for name, _ in model.named_children()]
     parts = children if parts is None else parts
     unknown = [name for name in parts if name not in modules]
@@ -60,10 +62,10 @@ def shape_table(
         raise ValueError(f"no part {unknown[0]!r} in this {type(model).__name__}; the top-level parts are "
                          f"{children}.")
 
-    def note(name):
-        return lambda module, args, output: shapes.update({name: tuple(getattr(output, "shape", ()))})
+    def record(name, module, args, output):
+        shapes[name] = tuple(getattr(output, "shape", ()))
 
-    hooks = [modules[name].register_forward_hook(note(name)) for name in parts]
+    hooks = [modules[name].register_forward_hook(partial(record, name)) for name in parts]
     try:
         with torch.no_grad():
             model(*inputs, **keywords)

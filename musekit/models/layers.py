@@ -21,6 +21,8 @@ from .functional import gated_linear, normalise
 class LayerNorm(nn.Module):
     "Layer normalisation over the last axis (Ba et al. 2016), optionally modulated; see `normalise`."
 
+    centre = True  # subtract the mean
+
     def __init__(
         self,
         dim,
@@ -34,25 +36,19 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if elementwise_affine and use_bias else None
 
     def forward(self, x, modulation=None):
-        return normalise(x, self.weight, self.bias, modulation, self.eps, centre=True)
+        return normalise(x, self.weight, self.bias, modulation, self.eps, self.centre)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(LayerNorm):
     "RMS normalisation (Zhang & Sennrich 2019, eq. 4), optionally modulated; see `normalise`."
 
-    def __init__(self, dim, eps=1e-6, elementwise_affine=True):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim)) if elementwise_affine else None
-
-    def forward(self, x, modulation=None):
-        return normalise(x, self.weight, None, modulation, self.eps)
+    centre = False
 
 # %% ../../nbs/02_models/02_layers.ipynb #699f1f05
 def make_norm(norm_type, dim, eps=1e-6, use_bias=False, elementwise_affine=True):
     """The norm named in a configuration, "layernorm" or "rmsnorm" (never with a bias); else a ValueError."""
     if norm_type == "rmsnorm":
-        return RMSNorm(dim, eps, elementwise_affine)
+        return RMSNorm(dim, eps, False, elementwise_affine)
     if norm_type == "layernorm":
         return LayerNorm(dim, eps, use_bias, elementwise_affine)
     raise ValueError(f"norm_type {norm_type!r} is unknown; choose 'layernorm' or 'rmsnorm'.")
@@ -307,6 +303,6 @@ class TokenHead(nn.Module):
 def check_width(name, tensor, width, setting):
     "Raises ValueError for a condition that is missing or not `width` wide, naming the model's `setting`."
     if tensor is None:
-        raise ValueError(f"{name} is missing; the model reads it, {width} values wide ({setting}).")
+        raise ValueError(f"{name} is missing; the model is conditioned on it, {width} values wide ({setting}).")
     if tensor.shape[-1] != width:
-        raise ValueError(f"{name} has width {tensor.shape[-1]}, but the model reads {width} ({setting}).")
+        raise ValueError(f"{name} has width {tensor.shape[-1]}, but the model expects {width} ({setting}).")

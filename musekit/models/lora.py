@@ -142,7 +142,8 @@ _KEPT = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "rank_pattern"
 
 def save_lora(model: nn.Module, folder: str | Path):
     "Writes the updates alone, in the layout of peft."
-    folder, config = Path(folder), model.peft_config["default"]
+    folder = Path(folder)
+    config = model.peft_config["default"]
     folder.mkdir(parents=True, exist_ok=True)
     tensors = _peft().get_peft_model_state_dict(model)
     tensors = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -215,7 +216,8 @@ def _layer_names(model):
 
 def _fit_updates(model, updates, path):
     "The updates by the model's layer names; those of a text encoder are skipped with a warning."
-    names, fitting, unmatched = _layer_names(model), {}, []
+    names = _layer_names(model)
+    fitting, unmatched = {}, []
     plain = {re.sub(r"^lora_(unet|transformer)_", "", layer): parts for layer, parts in updates.items()}
     prefix = common_prefix(names, plain)
     for layer, parts in plain.items():
@@ -235,7 +237,8 @@ def _fit_updates(model, updates, path):
 
 def _read_config(path):
     "The settings beside the updates, or in their file's header, under peft's names."
-    settings, header = path.with_name(_SETTINGS), {}
+    settings = path.with_name(_SETTINGS)
+    header = {}
     if settings.is_file():
         return read_json(settings)
     if path.suffix == ".safetensors":

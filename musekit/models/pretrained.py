@@ -144,6 +144,7 @@ def find_dtype(name):
     return dtype
 
 # %% ../../nbs/02_models/06_pretrained.ipynb #37f506c9
+_CLASSES = {}  # name or alias -> subclass of `PretrainedModel`; of two with the same name, the later one
 _UNFIT = (ArithmeticError, LookupError, RuntimeError, TypeError)  # from invalid settings
 
 def _build(cls, settings):
@@ -204,6 +205,11 @@ class PretrainedModel(nn.Module):
     unbuilt_config = ()
     published_class = None  # its name in the published implementation, if different
     adapter = None
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        own_aliases = vars(cls).get("class_aliases", ())  # inherited ones stay the base class's
+        _CLASSES.update(dict.fromkeys((cls.__name__, *own_aliases), cls))
 
     def __new__(cls, *args, **settings):
         model = super().__new__(cls)
@@ -288,7 +294,8 @@ class PretrainedModel(nn.Module):
         Raises FileNotFoundError for a missing folder or file, ValueError for weights that do not match or are
         not finite.
         """
-        dtype, source = find_dtype(torch_dtype), Path(path).expanduser()
+        dtype = find_dtype(torch_dtype)
+        source = Path(path).expanduser()
         if not source.is_file():
             source = find_folder(path, subfolder=subfolder, revision=revision, variant=variant)
         config, weights = _read_checkpoint(source, variant)
@@ -305,6 +312,11 @@ class PretrainedModel(nn.Module):
         "The `config.json` of the published class; ValueError if it does not support this model."
         return dict(self.config)
 
+    def merged_tensors(self):
+        "The weights by name, on the CPU, with an adapter merged."
+        state = self.adapter.merged(self) if self.adapter else self.state_dict()
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
     def save_pretrained(
         self,
         folder,
@@ -318,8 +330,7 @@ class PretrainedModel(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = self.adapter.merged(self) if self.adapter else self.state_dict()
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        tensors = self.merged_tensors()
         config = {"_class_name": type(self).__name__, **self.config}
         if not safe_serialization:
             config = {"_class_name": self.published_class or type(self).__name__, "_version": "0.0.1"}
@@ -353,14 +364,9 @@ class PretrainedModel(nn.Module):
 def find_model_class(name):
     "The subclass of `PretrainedModel` with this name or alias."
     import_models()
-    classes, waiting = {}, [PretrainedModel]
-    while waiting:
-        cls = waiting.pop(0)  # of two classes with the same name, the later one wins
-        waiting += cls.__subclasses__()
-        classes |= dict.fromkeys(cls.registered_names(), cls)
-    if name not in classes:
-        raise ValueError(f"unknown model class {name!r}; known are {', '.join(sorted(classes))}")
-    return classes[name]
+    if name not in _CLASSES:
+        raise ValueError(f"unknown model class {name!r}; choose one of {', '.join(sorted(_CLASSES))}")
+    return _CLASSES[name]
 
 def load_model(
     path,  # folder, weights file or hub id

@@ -199,7 +199,7 @@ class MaskGitTransformer(PretrainedModel):
         """The conditioning, computed once per image for `forward(ids, precomputed=...)`.
 
         A dictionary of tensors (B, ...): class_ids and encoder_attention_mask unchanged and, if the model
-        reads text, layer_text (B, K, 2, L, D), the precomputed keys and values of its K layers.
+        is conditioned on text, layer_text (B, K, 2, L, D), the precomputed keys and values of its K layers.
         """
         text, _ = self._text(encoder_hidden_states, encoder_attention_mask)
         conditioning = {"class_ids": class_ids, "encoder_attention_mask": encoder_attention_mask}
@@ -276,9 +276,10 @@ class MaskGitTransformer(PretrainedModel):
         return tokens.masked_fill(class_ids == num_classes, self.config.mask_token_id)[:, None]
 
     def _logits(self, x, token_mask, grid):
-        config, size = self.config, self.config.patch_size
+        config = self.config
         if config.use_conv_in_out and config.use_mlm_layer:
             height, width = grid
+            size = config.patch_size
             return self.mlm_layer(x.unflatten(1, (height // size, width // size)), token_mask)
         x = x if token_mask is None else x[token_mask]
         return self.mlm_layer(x) if config.use_mlm_layer else self.to_logits(x)

@@ -72,7 +72,8 @@ class TextAttentionBlock(nn.Module):
         keys_values,  # the output of `precompute`: keys and values (B, L, dim) of both attentions
         text_mask=None,  # see `key_mask`
     ):
-        grid, x = x.shape[1:3], x.flatten(1, 2)
+        grid = x.shape[1:3]
+        x = x.flatten(1, 2)
         x = x + self.attention(self.attn_layer_norm(x), keys_values[:2], text_mask)
         x = x + self.crossattention(self.crossattn_layer_norm(x), keys_values[2:], text_mask)
         return x.unflatten(1, grid)
@@ -190,8 +191,9 @@ class MaskGiTUViT(PretrainedModel):
         if not 0 < codebook_size < vocab_size or not cond_dim:
             raise ValueError(f"vocab_size {vocab_size} must hold {codebook_size} image tokens and a mask "
                              "token, and the model needs add_cond_embeds or add_micro_cond_embeds.")
-        hidden, affine = hidden_size, ln_elementwise_affine
-        norm = partial(make_norm, norm_type, eps=layer_norm_eps, use_bias=use_bias, elementwise_affine=affine)
+        hidden = hidden_size
+        norm = partial(make_norm, norm_type, eps=layer_norm_eps, use_bias=use_bias,
+                       elementwise_affine=ln_elementwise_affine)
         linear = partial(nn.Linear, bias=use_bias)
         res_block = partial(ConvNextBlock, width, hidden, norm, use_bias, hidden_dropout)
         attention_block = partial(TextAttentionBlock, width, block_num_heads, hidden, norm, use_bias,
@@ -202,7 +204,8 @@ class MaskGiTUViT(PretrainedModel):
             return nn.Sequential(*modules) if force_down_up_sample else None
 
         def layer():
-            ffn = GLU(hidden, intermediate_size, hidden_dropout, layer_norm_eps, use_bias, affine, hidden)
+            ffn = GLU(hidden, intermediate_size, hidden_dropout, layer_norm_eps, use_bias,
+                      ln_elementwise_affine, cond_dim=hidden)
             return TransformerLayer(hidden, num_attention_heads, ffn, norm, text_dim=hidden, cond_dim=hidden,
                                     use_bias=use_bias, dropout=attention_dropout)
 

@@ -235,8 +235,8 @@ class LevelTokenizer(ImageTokenizer):
     def from_config(cls, config):
         "A new model; ValueError if derived entries of an old file contradict the levels."
         model = super().from_config(config)
-        levels, factor = len(model.config.channel_mult), model.downsample_factor
-        derived = {"num_resolutions": levels, "reduction_factor": factor,
+        factor = model.downsample_factor
+        derived = {"num_resolutions": len(model.config.channel_mult), "reduction_factor": factor,
                    "latent_size": model.config.resolution // factor}
         for key, value in derived.items():
             if config.get(key) not in (None, value):

@@ -186,7 +186,8 @@ def match_names(
     """
     if all(name in weights for name in expected):
         return weights
-    plain, unwrapped = unwrap_names({name: name for name in expected}), unwrap_names(weights)
+    plain = unwrap_names({name: name for name in expected})
+    unwrapped = unwrap_names(weights)
     prefix = common_prefix(plain, unwrapped, at_least=len(plain) / 2)
     inside = [name for name in unwrapped if name.startswith(prefix)]
     beside = [name for name in unwrapped if not name.startswith(prefix)]
@@ -316,7 +317,8 @@ def write_weights(
     "Writes named tensors to one file or several in a folder; returns their paths, the index first."
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    plan, paths = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size), []
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    paths = []
     if plan.is_sharded:
         paths.append(folder / "model.safetensors.index.json")
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}

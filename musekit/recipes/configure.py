@@ -18,7 +18,8 @@ from musekit.recipes.settings import (
 )
 from ..training.callbacks import inpainting_sheet, sample_prompts
 from musekit.training.config import (
-    Config, class_names, condition_of, flatten, load_config, num_classes, reads_pooled, unused_settings, warn_unused,
+    Config, class_names, condition_of, flatten, load_config, num_classes, reads_pooled, unused_settings,
+    warn_unused,
 )
 from ..training.log import check_trackers
 from ..training.optim import check_optimization
@@ -26,20 +27,22 @@ from ..training.schema import TextEncoderSection, VQModel
 
 # %% ../../nbs/07_recipes/05_configure.ipynb #159a0d4a
 def _check_conditions(config: Config):
-    "Raises a `ValueError` where no model can be told what the configuration asks for."
-    model, kind, text = config.model, condition_of(config), config.model.text_encoder
+    "Raises ValueError if the model cannot read the condition that the data have."
+    model = config.model
+    text = model.text_encoder
+    kind = condition_of(config)
     if kind == "text" and text.type == "t5" and reads_pooled(config):
-        raise ValueError("model.text_encoder.type=t5 has no pooled text, which model.transformer.add_cond_embeds="
-                         "true reads; leave it out, or set it to false.")
+        raise ValueError("model.text_encoder.type=t5 has no pooled text, which "
+                         "model.transformer.add_cond_embeds=true reads; leave it out, or set it to false.")
     if kind != "text" and model.architecture == "uvit":
-        told = "a class" if kind == "class" else "nothing"
-        raise ValueError(f"model.architecture=uvit always reads a text, and this run is told {told}; set "
-                         "model.architecture=transformer.")
+        raise ValueError("model.architecture=uvit always reads a text, and this run is conditioned on "
+                         f"{kind}; set model.architecture=transformer.")
     if kind != "text" and text.pretrained:
         raise ValueError(f"model.text_encoder.pretrained={text.pretrained} has nothing to read: set "
                          "dataset.params.imagenet_class_mapping_path to names of the classes, or it to null.")
     if kind != "text" and not config.training.use_empty_embeds_for_uncond:
-        raise ValueError("training.use_empty_embeds_for_uncond=false makes zeros of a text, and there is none.")
+        raise ValueError("training.use_empty_embeds_for_uncond=false makes zeros of a text, and there is "
+                         "none; set it to true.")
     for name in ("imagenet_class_mapping_path", "class_names", "class_field"):
         if config.dataset.type == "text2image" and getattr(config.dataset.params, name):
             raise ValueError(f"dataset.params.{name} needs dataset.type=classification.")
@@ -47,16 +50,16 @@ def _check_conditions(config: Config):
         num_classes(config)
 
 # %% ../../nbs/07_recipes/05_configure.ipynb #b71cffd7
-def _check_network(key: str, section: VQModel | TextEncoderSection, pre_encode: bool, drawn: bool = True):
-    "A frozen network must be given or made, and the one that data was encoded with must be given."
-    if drawn or not pre_encode:  # encoded data needs the networks themselves only to draw
+def _check_network(key: str, section: VQModel | TextEncoderSection, pre_encode: bool, samples: bool = True):
+    "A frozen network must be pretrained or trained here; encoded data needs the one that encoded it."
+    if samples or not pre_encode:  # encoded data needs the networks themselves only to sample
         _check_folder(f"{key}.pretrained", section.pretrained)
     if pre_encode and not section.pretrained:
         raise ValueError(f"training.pre_encode=true: set {key}.pretrained to the one that encoded the data.")
     if not section.pretrained and section.train is None:
         raise ValueError(
-            f"{key} is neither given nor made: set {key}.pretrained to a folder, or "
-            f"{key}.train.steps to make one from the data (musekit train small FILE has one)."
+            f"{key} is neither pretrained nor trained: set {key}.pretrained to a folder, or "
+            f"{key}.train.steps to train one on the data (musekit train small FILE has one)."
         )
 
 
@@ -67,8 +70,9 @@ def _check_folder(key: str, path: str | None):
 
 
 def _check_encoding(config: Config):
-    "Raises a `ValueError` where images are needed in every step, and there are only codes."
-    training, pixels = config.training, config.dataset.preprocessing
+    "Raises ValueError if a setting needs the images in every step, and training reads codes."
+    training = config.training
+    pixels = config.dataset.preprocessing
     if training.encode_first and (training.use_soft_code_target or training.use_stochastic_code):
         raise ValueError("training.encode_first keeps one code a token, and must be false with soft codes.")
     if (training.encode_first or training.pre_encode) and pixels.random_flip:
@@ -77,28 +81,32 @@ def _check_encoding(config: Config):
 
 # %% ../../nbs/07_recipes/05_configure.ipynb #b2bb3387
 def _check_measuring(config: Config):
-    "Refuses a comparison with real pictures where there are none, or nothing that could look at them."
-    run, params = config.experiment, config.dataset.params
-    digits = params.train_shards_path_or_url == "digits" and params.eval_shards_path_or_url in (None, "digits")
+    "Raises ValueError if there are no real images to compare samples with, or no features for them."
+    run = config.experiment
+    params = config.dataset.params
     if not run.measure_every:
         return
-    there = run.measure_statistics and Path(run.measure_statistics).is_file()
-    if not there and (config.training.pre_encode or not (digits or params.eval_shards_path_or_url)):
-        raise ValueError(f"experiment.measure_every={run.measure_every} needs real pictures that are not trained on: "
-                         "set dataset.params.eval_shards_path_or_url to some, or experiment.measure_statistics to a "
-                         "file of their features (musekit evaluate --statistics FILE writes one).")
+    held_out = params.eval_shards_path_or_url
+    digits = params.train_shards_path_or_url == "digits" and held_out in (None, "digits")
+    stored = run.measure_statistics and Path(run.measure_statistics).is_file()
+    if not stored and (config.training.pre_encode or not (digits or held_out)):
+        raise ValueError(f"experiment.measure_every={run.measure_every} needs real pictures that are not "
+                         "trained on: set dataset.params.eval_shards_path_or_url to some, or "
+                         "experiment.measure_statistics to a file of their features (musekit evaluate "
+                         "--statistics FILE writes one).")
     if not digits and run.measure_features in (None, "digits"):
-        raise ValueError(f"experiment.measure_features={run.measure_features} knows digits only; set it to "
+        raise ValueError(f"experiment.measure_features={run.measure_features} is for digits only; set it to "
                          "inception=FILE or clip=FOLDER.")
     kind, _, path = (run.measure_features or "digits").partition("=")
     if kind not in ("digits", "inception", "clip") or bool(path) != (kind != "digits"):
-        raise ValueError(f"experiment.measure_features={run.measure_features} must be digits, inception=FILE or clip=FOLDER.")
+        raise ValueError(f"experiment.measure_features={run.measure_features} must be digits, inception=FILE "
+                         "or clip=FOLDER.")
     if kind == "inception" and not Path(path).is_file():
-        raise FileNotFoundError(f"experiment.measure_features={run.measure_features}: there is no file {path}.")
+        raise FileNotFoundError(f"experiment.measure_features={run.measure_features}: no file {path}.")
 
 
 def validate(config: Config):
-    "Refuses what a run cannot do, before anything is read or built."
+    "Raises an error for what a run cannot do, before anything is read or built."
     _check_folder("model.pretrained_model_path", config.model.pretrained_model_path)
     _check_conditions(config)
     _check_frozen_networks(config)
@@ -114,10 +122,10 @@ def validate(config: Config):
 
 
 def _check_frozen_networks(config):
-    needed = {"vq_model": vq_training}
+    training_settings = {"vq_model": vq_training}
     if condition_of(config) == "text":
-        needed["text_encoder"] = clip_training
-    for name, check_training in needed.items():
+        training_settings["text_encoder"] = clip_training
+    for name, check_training in training_settings.items():
         section = getattr(config.model, name)
         _check_network(f"model.{name}", section, config.training.pre_encode, draws(config))
         if not section.pretrained:
@@ -125,8 +133,9 @@ def _check_frozen_networks(config):
 
 
 def validate_encoding(config: Config):
-    "Refuses what encoding beforehand cannot do: it needs the data and the two frozen networks, and no transformer."
-    training, networks = config.training, {"vq_model": config.model.vq_model}
+    "Raises an error for what `musekit encode` cannot do; it needs no transformer."
+    training = config.training
+    networks = {"vq_model": config.model.vq_model}
     if condition_of(config) == "text":
         _check_conditions(config)
         networks["text_encoder"] = config.model.text_encoder
@@ -149,49 +158,59 @@ _SMALL = resources.files("musekit") / "configs" / "small.yaml"
 def configure(
     path: str | Path | list | None = None,  # YAML files, later ones over earlier; None = "small"
     overrides: list[str] = (),  # such as "data=photos/"
-    check: Callable[[Config], object] = validate,  # what it must be good for
+    check: Callable[[Config], object] = validate,  # of the command
 ) -> Config:
-    "The checked configuration of a run; the name \"small\" stands for the model that the kit brings along."
+    "The checked configuration of a run; \"small\" is the built-in small model."
     paths = path if isinstance(path, list) else [path or "small"]
     config = load_config([_SMALL if each == "small" else each for each in paths], list(overrides))
-    given = flatten(config)
+    settings = flatten(config)
     if config.dataset.type == "classification":
         config.dataset.params.class_names = _classes(config, paths)
     if condition_of(config) != "text":
-        config.model.text_encoder.type, config.model.text_encoder.train = "none", None
+        config.model.text_encoder.type = "none"
+        config.model.text_encoder.train = None
     adopt_pipeline(config.model, TRANSFORMERS, VQ_MODELS)
     if "small" in paths:
         _fit_small(config)
     drop_unread(config)
     check(config)
-    if check is validate:  # another command may use what a run does not, and the other way round
-        usual = [flatten(Config()), flatten(load_config(_SMALL, ["data=none"]))]
-        warn_unused(given, usual, unused_settings(config))
+    if check is validate:  # other commands use other settings
+        defaults = [flatten(Config()), flatten(load_config(_SMALL, ["data=none"]))]
+        warn_unused(settings, defaults, unused_settings(config))
     return config
 
 
 def _classes(config, paths):
-    "The names of the classes: those of the configuration, or, unless a file has them in the data's order, of the data."
-    params, files = config.dataset.params, [Path(path) for path in paths if Path(path).is_file()]
+    "The class names of the configuration or of the data; a mapping file with the same names sets the order."
+    params = config.dataset.params
+    files = [Path(path) for path in paths if Path(path).is_file()]
     in_data = params.class_names or data_classes(config, files[-1].parent if files else None)
-    known = class_names(config) if params.imagenet_class_mapping_path else None
-    if not (known and in_data):
+    in_mapping = class_names(config) if params.imagenet_class_mapping_path else None
+    if not (in_mapping and in_data):
         return in_data
-    if set(in_data) <= set(known.values()):
-        return [known.get(number, str(number)) for number in range(max(known) + 1)]
-    if len(in_data) != len(known):
-        raise ValueError(f"the data have {len(in_data)} classes, such as {in_data[0]!r}, and dataset.params.imagenet_class_mapping_path"
-                         f"={params.imagenet_class_mapping_path} names {len(known)}; they must be as many, or have the same names.")
+    if set(in_data) <= set(in_mapping.values()):
+        return [in_mapping.get(number, str(number)) for number in range(max(in_mapping) + 1)]
+    if len(in_data) != len(in_mapping):
+        raise ValueError(
+            f"the data have {len(in_data)} classes, such as {in_data[0]!r}, and "
+            f"dataset.params.imagenet_class_mapping_path={params.imagenet_class_mapping_path} names "
+            f"{len(in_mapping)}; they must be as many, or have the same names."
+        )
     return in_data
 
 
 def _fit_small(config):
-    "Of the small model's sizes stored weights take none, and another class those that it knows."
-    model, own = config.model, load_config(_SMALL, ["data=none"]).model
+    "Drops the small model's sizes for stored weights, and those that another class of network does not have."
+    model = config.model
+    small = load_config(_SMALL, ["data=none"]).model
     if condition_of(config) != "text" and not model.pretrained_model_path:
         model.architecture = "transformer"
-    known = signature(TRANSFORMERS[model.architecture]).parameters if not model.pretrained_model_path else ()
-    of_tokenizer = signature(VQ_MODELS[model.vq_model.type]).parameters
-    taken = lambda sizes, own, known: {name: sizes[name] for name in sizes if name in known or sizes[name] != own.get(name)}
-    model.transformer = taken(model.transformer, own.transformer, known)
-    model.vq_model.params = taken(model.vq_model.params, own.vq_model.params, of_tokenizer)
+    parameters = () if model.pretrained_model_path else signature(TRANSFORMERS[model.architecture]).parameters
+    model.transformer = _fitting(model.transformer, small.transformer, parameters)
+    parameters = signature(VQ_MODELS[model.vq_model.type]).parameters
+    model.vq_model.params = _fitting(model.vq_model.params, small.vq_model.params, parameters)
+
+
+def _fitting(sizes, small_sizes, parameters):
+    "The sizes that a network has as parameters, or that were changed from those of the small model."
+    return {name: size for name, size in sizes.items() if name in parameters or size != small_sizes.get(name)}

@@ -40,36 +40,41 @@ _FILTER = (
 
 
 def image_text_config(config: Config) -> ImageTextConfig:
-    "The loader's settings that a configuration asks for."
-    params, pixels = config.dataset.params, config.dataset.preprocessing
-    wanted = MetadataFilter(**{name: getattr(params, name) for name in _FILTER})
+    "The settings of the image loader."
+    params = config.dataset.params
+    pixels = config.dataset.preprocessing
+    metadata_filter = MetadataFilter(**{name: getattr(params, name) for name in _FILTER})
     return ImageTextConfig(
         resolution=pixels.resolution, center_crop=pixels.center_crop, random_flip=pixels.random_flip,
         batch_size=config.training.batch_size, shuffle_buffer_size=params.shuffle_buffer_size,
         num_workers=params.num_workers, seed=config.training.seed or 0, max_bad_share=params.max_bad_share,
-        metadata_filter=wanted if params.use_filtered_dataset else None,
+        metadata_filter=metadata_filter if params.use_filtered_dataset else None,
         pin_memory=params.pin_memory, persistent_workers=params.persistent_workers,
-        layout=layout_of(config), class_names=_text_of_classes(config),
+        layout=layout_of(config), class_names=_class_texts(config),
         captions=condition_of(config) != "nothing", background=pixels.background, fields=data_fields(config),
     )
 
 
 def data_fields(config: Config) -> Fields:
-    "The columns or keys of the data that a configuration names."
+    "The columns or keys of image, caption and class in the data."
     params = config.dataset.params
     return Fields(params.image_field, params.caption_field, params.class_field)
 
 
 def packing_options(config: Config) -> dict:
-    "How a folder of images is packed for a run: the options of `find_shards` that are not the usual ones."
-    params, options = config.dataset.params, {}
+    "The options of `find_shards` that differ from its defaults."
+    params = config.dataset.params
+    options = {}
     if params.skip_bad:
         options["skip_bad"] = True
     if condition_of(config) == "nothing" or config.dataset.type == "classification":
         options["captions"] = False
     if config.dataset.type == "classification":
-        names, count = class_names(config) or {}, class_count(config)
-        classes = params.class_names or (count and [names.get(number, str(number)) for number in range(count)])
+        names = class_names(config) or {}
+        count = class_count(config)
+        classes = params.class_names
+        if not classes and count:
+            classes = [names.get(number, str(number)) for number in range(count)]
         options |= {"classes": classes} if classes else {}  # tars of numbers need none
     if data_fields(config) != Fields():
         options["fields"] = data_fields(config)
@@ -80,22 +85,23 @@ def data_classes(
     config: Config,
     base_dir: str | Path | None = None,  # where relative names are also looked for
 ) -> list[str] | None:
-    "The names of the classes by number, as the data of a configuration say; None where they do not, or are not here."
-    spec, fields = config.dataset.params.train_shards_path_or_url, data_fields(config)
+    "The class names in the training data, by number; None if there are none, or no data on this machine."
+    spec = config.dataset.params.train_shards_path_or_url
+    fields = data_fields(config)
     if spec == "digits":
         return None
     try:
-        found = locate(spec, base_dir)
+        located = locate(spec, base_dir)
     except FileNotFoundError:
-        return None  # the run says so where it reads them
-    if found.folder and (manifest := found.folder / MANIFEST).is_file():
+        return None  # an error when the run reads them
+    if located.folder and (manifest := located.folder / MANIFEST).is_file():
         names = read_json(manifest).get("class_names")
         return list(names.values()) if names else None
-    if found.forms == {"codes"}:
+    if located.forms == {"codes"}:
         return None
-    if found.pictures:
-        return folder_classes(found.files, fields)
-    columns = [url for url in found.shards if is_parquet(url)]
+    if located.pictures:
+        return folder_classes(located.files, fields)
+    columns = [url for url in located.shards if is_parquet(url)]
     return parquet_classes(columns[0], fields) if columns else None
 
 
@@ -105,14 +111,13 @@ def open_codes(
     base_dir: str | Path | None = None,  # where relative names are also looked for
 ) -> EncodedSource:
     "Data that was encoded beforehand, with the names of the configuration's networks in tars."
-    model = config.model
-    return open_encoded(
-        spec, base_dir=base_dir, vq_checkpoint=model.vq_model.pretrained, text_checkpoint=model.text_encoder.pretrained,
-    )
+    vq_checkpoint = config.model.vq_model.pretrained
+    text_checkpoint = config.model.text_encoder.pretrained
+    return open_encoded(spec, base_dir=base_dir, vq_checkpoint=vq_checkpoint, text_checkpoint=text_checkpoint)
 
 
-def _text_of_classes(config):
-    "What the loader calls each class; None where the data has none, or it is not known which there are."
+def _class_texts(config):
+    "The text of each class by number; None without classes, or if their number is unknown."
     if config.dataset.type != "classification":
         return None
     names = class_names(config)
@@ -121,21 +126,21 @@ def _text_of_classes(config):
     return {number: str(number) for number in range(num_classes(config))}
 
 # %% ../../nbs/07_recipes/03_settings.ipynb #c7427aa5
-def _typed(cls, given: dict, path: str):
-    "A dataclass of settings from a dictionary; what it lacks or cannot be is a ValueError with its key."
-    known = [field.name for field in fields(cls)]
-    for name in given:
-        if name not in known:
-            nearest = nearest_name(name, known, 0)
+def _typed(cls, settings: dict, path: str):
+    "A dataclass of settings from a dictionary; a ValueError names an unknown key or a wrong type."
+    names = [field.name for field in fields(cls)]
+    for name in settings:
+        if name not in names:
+            nearest = nearest_name(name, names, 0)
             raise ValueError(f"Unknown key '{path}.{name}'; the nearest known key is '{path}.{nearest}'.")
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), given))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), settings))
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}.{error.full_key}: {first_line(error)}") from error
 
 
 def vq_training(config: Config) -> VQTrainingConfig:
-    "How the tokenizer of a configuration is trained."
+    "The training settings of the image tokenizer."
     path = "model.vq_model.train"
     seed = config.training.seed or 0  # null until a run settles it
     options = _typed(VQTrainingConfig, {"seed": seed, **config.model.vq_model.train}, path)
@@ -144,15 +149,16 @@ def vq_training(config: Config) -> VQTrainingConfig:
 
 
 def clip_training(config: Config) -> ClipTrainingConfig:
-    "How the text encoder of a configuration is trained."
-    path, pixels = "model.text_encoder.train", config.dataset.preprocessing
-    given = {"seed": config.training.seed or 0, "max_seq_length": pixels.max_seq_length}
-    options = _typed(ClipTrainingConfig, given | config.model.text_encoder.train, path)
+    "The training settings of the text encoder."
+    path = "model.text_encoder.train"
+    pixels = config.dataset.preprocessing
+    settings = {"seed": config.training.seed or 0, "max_seq_length": pixels.max_seq_length}
+    options = _typed(ClipTrainingConfig, settings | config.model.text_encoder.train, path)
     for name in ("steps", "learning_rate", "hidden_size", "layers", "patch_size", "projection_dim"):
         if getattr(options, name) <= 0:
             raise ValueError(f"{path}.{name}={getattr(options, name)} must be above 0.")
     if options.hidden_size % 2:
-        raise ValueError(f"{path}.hidden_size={options.hidden_size} must be even: there are two attention heads.")
+        raise ValueError(f"{path}.hidden_size={options.hidden_size} must be even, for two attention heads.")
     if options.patch_size > pixels.resolution:
         raise ValueError(f"{path}.patch_size={options.patch_size} does not fit into images of "
                          f"{pixels.resolution} pixels; it must be at most that.")
@@ -168,26 +174,29 @@ def _shard_fact(path):
     return [path.name, *file_digest(path)]
 
 
-def _network_facts(section, made):
-    "Where a network is loaded from, or what it is made of."
+def _network_facts(section, training_facts):
+    "Where a network is loaded from, or what it is trained from."
     if not section.pretrained:
-        return made
+        return training_facts
     files = file_facts(Path(section.pretrained).expanduser(), ("json", "safetensors", "bin", "txt"))
     return {"pretrained": section.pretrained, "files": files}
 
 
 def stage_facts(config: Config, train_urls: list[str], eval_urls: list[str] = ()) -> dict[str, dict]:
     "What the content of each stage's folder depends on."
-    reading, vq, text = image_text_config(config), config.model.vq_model, config.model.text_encoder
-    wanted = reading.metadata_filter and asdict(reading.metadata_filter)
-    kept = {"resolution": reading.resolution, "filter": wanted}
+    reading = image_text_config(config)
+    vq = config.model.vq_model
+    text = config.model.text_encoder
+    metadata_filter = reading.metadata_filter and asdict(reading.metadata_filter)
+    samples = {"resolution": reading.resolution, "filter": metadata_filter}
     if reading.background != "white":
-        kept["background"] = reading.background
+        samples["background"] = reading.background
     if reading.fields != Fields():
-        kept["fields"] = asdict(reading.fields)
+        samples["fields"] = asdict(reading.fields)
     if reading.layout != "image_text" or not reading.captions:
-        kept |= {"layout": reading.layout, "class_names": reading.class_names, "captions": reading.captions}
-    data = {"shards": _shard_facts(train_urls), **kept}
+        samples |= {"layout": reading.layout, "class_names": reading.class_names}
+        samples["captions"] = reading.captions
+    data = {"shards": _shard_facts(train_urls), **samples}
     vq_facts = {"type": vq.type} | _network_facts(
         vq, {**data, "params": vq.params, "train": vq.pretrained or asdict(vq_training(config))})
     text_facts = {"type": condition_of(config)}
@@ -195,9 +204,8 @@ def stage_facts(config: Config, train_urls: list[str], eval_urls: list[str] = ()
         text_facts = {"type": text.type} | _network_facts(
             text, {**data, "train": text.pretrained or asdict(clip_training(config))})
     read = {"max_seq_length": config.dataset.preprocessing.max_seq_length, "pad_token_id": text.pad_token_id,
-            "pooled": reads_pooled(config),
-            "precision": config.training.mixed_precision}
-    encoded = {"vq_model": vq_facts, "text_encoder": text_facts, "read": read, **kept}
+            "pooled": reads_pooled(config), "precision": config.training.mixed_precision}
+    encoded = {"vq_model": vq_facts, "text_encoder": text_facts, "read": read, **samples}
     return {
         "vq_model": vq_facts, "clip": text_facts,
         "encoded/train": {**encoded, "shards": data["shards"]},
@@ -206,16 +214,17 @@ def stage_facts(config: Config, train_urls: list[str], eval_urls: list[str] = ()
 
 # %% ../../nbs/07_recipes/03_settings.ipynb #ff942720
 def generation_config(config: Config) -> GenerationConfig:
-    "How this configuration draws images; without condition there is nothing to be guided by."
-    training, told = config.training, condition_of(config) != "nothing"
-    usual = GenerationConfig(
-        steps=training.generation_timesteps, guidance_scale=training.guidance_scale if told else 1.0,
+    "The sampling settings of a configuration; unconditional models have no guidance."
+    training = config.training
+    conditional = condition_of(config) != "nothing"
+    settings = GenerationConfig(
+        steps=training.generation_timesteps, guidance_scale=training.guidance_scale if conditional else 1.0,
         temperature=training.generation_temperature, schedule=config.mask_schedule.schedule,
         schedule_params=config.mask_schedule.params, noise_type=training.noise_type,
     )
-    return usual.override(**from_diffusers_names(training.generation_params or {}))
+    return settings.override(**from_diffusers_names(training.generation_params or {}))
 
 
 def draws(config: Config) -> bool:
-    "Whether a run draws pictures on the way."
+    "Whether a run samples images while it trains."
     return bool(config.experiment.generate_every or config.experiment.measure_every)

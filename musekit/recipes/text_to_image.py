@@ -35,17 +35,19 @@ from ..models.card import write_card
 from ..utils.progress import watched
 from ..core.masking import IGNORE_INDEX
 from musekit.evaluation.evaluate import (
-    MetricsConfig, choose_prompts, draw_images, evaluate, find_judge, make_extractor, on_device, real_features,
+    MetricsConfig, choose_prompts, draw_images, evaluate, find_judge, make_extractor, on_device,
+    real_features,
 )
 from ..inference.pipeline import Pipeline
 from .configure import validate
 from .encode import default_state_dtype, make_encoder, write_codes
 from musekit.recipes.networks import (
-    VQ_MODELS, FrozenNetworks, condition_sizes, describe_vq_model, load_text_encoder, load_vq_model, make_transformer,
-    only_read,
+    VQ_MODELS, FrozenNetworks, condition_sizes, describe_vq_model, load_text_encoder, load_vq_model,
+    make_transformer, only_read,
 )
 from musekit.recipes.settings import (
-    clip_training, draws, generation_config, image_text_config, open_codes, packing_options, stage_facts, vq_training,
+    clip_training, draws, generation_config, image_text_config, open_codes, packing_options, stage_facts,
+    vq_training,
 )
 from musekit.training.callbacks import (
     drawn_by_all, input_sheet, inpainting_sheet, prompt_sheet, sample_prompts, standard_callbacks,
@@ -77,7 +79,8 @@ class Recipe:
     def __post_init__(self):
         settle_run_seed(self.config)
         self.accelerator = self.accelerator or make_accelerator(self.config)
-        self.config.training.seed = on_main_process(lambda: self.config.training.seed)  # one for all processes
+        training = self.config.training
+        training.seed = on_main_process(lambda: training.seed)  # the same in all processes
         self.folder = Path(self.config.experiment.output_dir)
         name = self.config.experiment.resume_from_checkpoint
         self.checkpoint = None if name == "latest" else find_checkpoint(self.folder, name)  # named explicitly
@@ -92,7 +95,7 @@ class Recipe:
 
     @property
     def may_replace(self) -> bool:
-        "Whether stages may be repeated: no transformer was trained on them yet, or a checkpoint is named explicitly."
+        "Whether stages may be repeated: no transformer was trained on them, or a checkpoint is named."
         return self.checkpoint is not None or latest_checkpoint(self.folder) is None
 
     def make(
@@ -118,8 +121,8 @@ def _take_over(source, folder, facts):
     if not source.is_dir():
         if not folder.is_dir():
             key = "vq_model" if source.name == "vq_model" else "text_encoder"
-            raise ValueError(f"{source} is missing: the checkpoint beside it was trained with that network. Copy it there, "
-                             f"or set model.{key}.pretrained.")
+            raise ValueError(f"{source} is missing: the checkpoint beside it was trained with that network. "
+                             f"Copy it there, or set model.{key}.pretrained.")
         return
     weights = [file_facts(place, ("safetensors",)) for place in (source, folder)]
     if weights[0] == weights[1]:
@@ -127,8 +130,9 @@ def _take_over(source, folder, facts):
             take_for(folder, facts)
         return
     if latest_checkpoint(folder.parent):
-        raise ValueError(f"{folder} is another network than {source}, which the checkpoint was trained with, and "
-                         f"{folder.parent} holds checkpoints of its own; choose another folder (output=...).")
+        raise ValueError(f"{folder} is another network than {source}, which the checkpoint was trained with, "
+                         f"and {folder.parent} holds checkpoints of its own; choose another folder "
+                         "(output=...).")
     shutil.rmtree(folder.parent / "encoded", ignore_errors=True)  # by the other network
     with folder_aside(folder) as aside:
         shutil.copytree(source, aside, dirs_exist_ok=True)
@@ -184,14 +188,16 @@ class Data:
 
 def find_data(recipe: Recipe) -> Data:
     "Finds the training data, and the evaluation data if there is some; packs images of a folder into shards."
-    config, params = recipe.config, recipe.config.dataset.params
+    config = recipe.config
+    params = config.dataset.params
     specs = {"train": params.train_shards_path_or_url, "test": params.eval_shards_path_or_url}
     if specs["train"] == "digits" and specs["test"] is None:
         specs["test"] = "digits"
     specs = {split: spec for split, spec in specs.items() if spec is not None}
     reading = image_text_config(config)
     if config.training.pre_encode:
-        return Data({split: open_codes(config, spec, recipe.base_dir) for split, spec in specs.items()}, reading)
+        sources = {split: open_codes(config, spec, recipe.base_dir) for split, spec in specs.items()}
+        return Data(sources, reading)
     urls = {split: _find_split(recipe, split, spec) for split, spec in specs.items()}
     facts = stage_facts(config, urls["train"], urls.get("test", []))
     sources = {split: ImageSource(shards) for split, shards in urls.items()}
@@ -209,7 +215,7 @@ def _find_split(recipe, split, spec):
 
 
 def _unchanged(recipe, facts):
-    "Whether the explicitly named checkpoint, if there is one, comes from a run on the same shards."
+    "Whether a named checkpoint comes from a run on the same shards."
     if recipe.checkpoint is None:
         return True
     stages = ["vq_model", "clip"] + (["encoded/train"] if recipe.config.training.encode_first else [])
@@ -229,13 +235,15 @@ def make_vq_model(recipe: Recipe, data: Data) -> nn.Module | None:
         return None
     path = config.model.vq_model.pretrained
     if not path:
-        path = recipe.make("vq_model", data.facts["vq_model"], lambda folder: _train_vq_model(recipe, data, folder))
+        train = partial(_train_vq_model, recipe, data)
+        path = recipe.make("vq_model", data.facts["vq_model"], train)
     return load_vq_model(config, path).to(recipe.accelerator.device)
 
 
 def _train_vq_model(recipe, data, folder):
     config, pool = recipe.config, data.pool
-    section, options = config.model.vq_model, vq_training(config)
+    section = config.model.vq_model
+    options = vq_training(config)
     torch.manual_seed(config.training.seed)
     model = VQ_MODELS[section.type].from_config(section.params)
     resolution = config.dataset.preprocessing.resolution
@@ -243,7 +251,8 @@ def _train_vq_model(recipe, data, folder):
     if tokens < model.codebook_size and hasattr(model.quantize, "revive"):
         raise ValueError(
             f"{len(pool)} images of {resolution} pixels make {tokens} tokens, fewer than the "
-            f"tokenizer's {model.codebook_size} codes; add images, or give model.vq_model.params a smaller codebook."
+            f"tokenizer's {model.codebook_size} codes; add images, or give model.vq_model.params a smaller "
+            "codebook."
         )
     batches = pool.batches(64, options.seed)
     precision = config.training.mixed_precision
@@ -257,7 +266,7 @@ def make_text_encoder(recipe: Recipe, data: Data) -> nn.Module | None:
         return None
     path = config.model.text_encoder.pretrained
     if condition_of(config) == "text" and not path:
-        path = recipe.make("clip", data.facts["clip"], lambda folder: _train_text_encoder(recipe, data, folder))
+        path = recipe.make("clip", data.facts["clip"], partial(_train_text_encoder, recipe, data))
     return load_text_encoder(config, path).to(recipe.accelerator.device)
 
 
@@ -285,8 +294,10 @@ class Batches:
 
 def encode(recipe: Recipe, data: Data, networks: FrozenNetworks) -> Batches:
     "The batches of the trainer: encoded elsewhere, encoded here once, or to be encoded in every step."
-    config, training = recipe.config, recipe.config.training
-    sources, prepare, eval_prepare = data.sources, None, None
+    config = recipe.config
+    training = config.training
+    sources = data.sources
+    prepare = eval_prepare = None
     if training.pre_encode:
         for source in sources.values():
             _check_encoded(source, networks)
@@ -308,9 +319,17 @@ def encode(recipe: Recipe, data: Data, networks: FrozenNetworks) -> Batches:
 
     sizes = _condition_sizes(config, data, networks)
     batches = Batches(
-        data, networks, sources, read_train, read_test if "test" in sources else None, prepare, eval_prepare,
-        _token_grid(config, data, networks), _codebook_size(config, data, networks), sizes,
-        _unconditional(config, sources["train"], data, networks, sizes),
+        data=data,
+        networks=networks,
+        sources=sources,
+        train=read_train,
+        test=read_test if "test" in sources else None,
+        prepare=prepare,
+        eval_prepare=eval_prepare,
+        grid=_token_grid(config, data, networks),
+        codebook_size=_codebook_size(config, data, networks),
+        condition_sizes=sizes,
+        unconditional=_unconditional(config, sources["train"], data, networks, sizes),
     )
     networks.free()
     return batches
@@ -325,7 +344,8 @@ def _make_encoder(recipe, networks, soft=False):
 def _check_encoded(source, networks):
     "Raises ValueError unless encoded data has the run's resolution and, if images are sampled, its networks."
     config = networks.config
-    side, model = config.dataset.preprocessing.resolution, describe_vq_model(config)
+    side = config.dataset.preprocessing.resolution
+    model = describe_vq_model(config)
     if source.manifest:
         pixels = [source.manifest["resolution"]] * 2
     else:
@@ -340,15 +360,17 @@ def _check_encoded(source, networks):
 def _encode_split(recipe, data, networks, split):
     "The codes of a split, written once into the folder of the run."
     def write(folder):
-        encoder, counts = _make_encoder(recipe, networks), Counts()
+        encoder = _make_encoder(recipe, networks)
+        counts = Counts()
         batches = watched(data.everything(split), recipe.progress, unit="batch", desc=split)
         path = folder / "tokens.parquet"
         write_codes(_counted(batches, counts), encoder, path, counts, default_state_dtype(recipe.config))
         if cut := encoder.cut_report():
             recipe.accelerator.print(f"{split} shards: {cut}")
         if counts.skipped:
-            share = f"{counts.skipped} of {counts.samples + counts.skipped} samples"
-            recipe.accelerator.print(f"left out of the {split} shards: {share}; the last: {counts.last_problem}")
+            samples = f"{counts.skipped} of {counts.samples + counts.skipped} samples"
+            message = f"{samples}; the last: {counts.last_problem}"
+            recipe.accelerator.print(f"left out of the {split} shards: {message}")
 
     stage = f"encoded/{split}"
     folder = recipe.make(stage, data.facts[stage], write)
@@ -360,7 +382,8 @@ def _counted(batches: Iterable[dict], counts: Counts) -> Iterator[dict]:
     for batch in batches:
         counts.samples += len(batch["text"])
         if batch["skipped"]:
-            counts.skipped, counts.last_problem = batch["skipped"], batch["last_problem"]
+            counts.skipped = batch["skipped"]
+            counts.last_problem = batch["last_problem"]
         yield batch
 
 
@@ -398,7 +421,8 @@ def _codebook_size(config, data, networks):
 
 def _unconditional(config, source, data, networks, sizes):
     "The encoded empty prompt, or zeros; encoded data may have it stored."
-    training, empty = config.training, config.training.use_empty_embeds_for_uncond
+    training = config.training
+    empty = training.use_empty_embeds_for_uncond
     if condition_of(config) == "text" and (training.pre_encode or training.encode_first):
         rows = source.unconditional
         if rows is None and not empty:
@@ -427,9 +451,10 @@ def make_batches(recipe: Recipe) -> Batches:
 def make_pipeline(recipe: Recipe, batches: Batches, transformer: nn.Module) -> Pipeline:
     "A transformer and the two frozen networks, with the configuration's sampling settings."
     config, networks = recipe.config, batches.networks
+    micro_conds = batches.data.first["micro_conds"].median(0).values.tolist()
     return Pipeline(
-        transformer, networks.vq_model, networks.text_encoder, generation=generation_config(config), grid=batches.grid,
-        micro_conds=batches.data.first["micro_conds"].median(0).values.tolist(),
+        transformer, networks.vq_model, networks.text_encoder, generation=generation_config(config),
+        grid=batches.grid, micro_conds=micro_conds,
         zero_uncond=not config.training.use_empty_embeds_for_uncond,
     )
 
@@ -438,10 +463,11 @@ MEASURED = ("frechet_distance", "kernel_distance", "precision", "recall", "agree
 
 
 class Measurement:
-    "What `Measure` logs: `MEASURED` of images that all processes sample; the main process compares, the others log nothing."
+    "What `Measure` logs: `MEASURED` of images that all processes sample, in the main process."
 
     def __init__(self, recipe: Recipe, batches: Batches):
-        self.recipe, self.batches = recipe, batches
+        self.recipe = recipe
+        self.batches = batches
         self.real = None  # features of real images, in the main process
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
@@ -475,7 +501,8 @@ class Measurement:
 
     def _read_real(self):
         config, data = self.recipe.config, self.batches.data
-        run, texts = config.experiment, []
+        run = config.experiment
+        texts = []
 
         def read():
             for batch in data.everything("test"):
@@ -525,19 +552,20 @@ def make_trainer(recipe: Recipe, batches: Batches) -> Trainer:
 
 
 def _callbacks(recipe, batches, prompts):
-    config, pipeline = recipe.config, partial(make_pipeline, recipe, batches)
+    config = recipe.config
+    pipeline = partial(make_pipeline, recipe, batches)
     sample = prompt_sheet(pipeline, prompts, config.training.seed)
     inpaint = inpainting_sheet(pipeline, config)
 
-    def freeing(draw):
+    def freeing(function):
         "The same function, after which networks that training does not need are freed."
-        def draw_and_free(*arguments):
+        def call(*arguments):
             try:
-                return draw(*arguments)
+                return function(*arguments)
             finally:
                 batches.networks.free()
 
-        return draw_and_free
+        return call
 
     return standard_callbacks(
         config, sample=freeing(sample), inpaint=inpaint and freeing(inpaint), progress=recipe.progress,
@@ -598,7 +626,7 @@ def fit(recipe: Recipe, batches: Batches) -> Trainer:
 
 
 def _save_pipeline(recipe, batches, trainer):
-    "Saves the pipeline; after a run on encoded data that sampled nothing, two of its networks may be missing."
+    "Saves the pipeline, unless a run on encoded data sampled nothing and its networks are missing."
     trained = type(trainer.network).from_pretrained(recipe.folder).to(recipe.accelerator.device)
     try:
         pipeline = make_pipeline(recipe, batches, trained)

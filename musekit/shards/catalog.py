@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from numbers import Real
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -26,7 +26,8 @@ from ..utils.validation import is_number, nearest_name
 
 # %% ../../nbs/08_shards/01_catalog.ipynb #e07b5d14
 ENDPOINT = "https://huggingface.co"
-_START = r"([a-z][a-z\d+.-]+:/+)([^/?#@\s[]*:(?!\d*(?:[/?#]|$))\S*@|[^/?#\s]*@)?"  # a password may contain any character
+# A password may contain any character.
+_START = r"([a-z][a-z\d+.-]+:/+)([^/?#@\s[]*:(?!\d*(?:[/?#]|$))\S*@|[^/?#\s]*@)?"
 _ADDRESS = re.compile(rf"{_START}([^?#]*).*", re.IGNORECASE | re.DOTALL)
 _END = r"""(?=['"]?[],.;:)]*(?:\s|$))"""  # of a word, without the punctuation around it
 _IN_TEXT = re.compile(rf"{_START}([^?#\s]*)(?:[?#]\S*?{_END})?", re.IGNORECASE)
@@ -98,13 +99,15 @@ class Dataset:
     name: str
     repo: str = ""  # owner/name on the hub; empty if `files` lists them
     revision: str = ""  # of the repository; empty for main
-    pattern: str = ""  # paths in the repository, with braces or wildcards: part-{00..12}.parquet, data/*.jsonl.gz
+    # paths in the repository, with braces or wildcards: part-{00..12}.parquet, data/*.jsonl.gz
+    pattern: str = ""
     text_column: str = "text"
     score_column: str | None = None  # rows with a score of at least `min_score` are kept
     min_score: float | None = None
     gigabytes: float | None = None  # approximate size of one file
     files: tuple[str, ...] = ()  # local files and addresses, instead of a repository
-    text_template: str | None = None  # several columns as text, instead of text_column: "{question}\n{answer}"
+    # several columns as text, instead of text_column: "{question}\n{answer}"
+    text_template: str | None = None
     min_characters: int | None = None  # shorter texts are dropped; None: the conversion's default
     max_characters: int | None = None  # longer texts are dropped
     skip_bad_utf8: bool = False  # drop rows that are not UTF-8, instead of stopping
@@ -122,7 +125,8 @@ class Dataset:
         if self.mix:
             return [path for part, _ in self.mix for path in part.paths]
         if self.has_wildcards and not self.listed:
-            raise ValueError(f"dataset {self.name!r}: the files of {self.pattern!r} are not known yet; list_files asks the hub.")
+            problem = f"the files of {self.pattern!r} are not listed yet; call list_files"
+            raise ValueError(f"dataset {self.name!r}: {problem}.")
         return list(self.files or self.listed or braceexpand(self.pattern))
 
     @property
@@ -166,7 +170,7 @@ def _wrong_types(dataset):
             yield f"{field}={value!r} is not a whole number of at least 0"
     if not isinstance(dataset.skip_bad_utf8, bool):
         yield f"skip_bad_utf8={dataset.skip_bad_utf8!r} is neither true nor false"
-    for weight in (weight for _, weight in dataset.mix):
+    for _, weight in dataset.mix:
         if not is_number(weight) or not 0 < weight < math.inf:
             yield f"weight {weight!r}: a share in a mix is a number greater than 0"
 
@@ -191,7 +195,7 @@ def _wrong_values(dataset):
             not re.fullmatch(r"[\w.-]+", dataset.name),
         f"pattern={dataset.pattern!r} has a brace that is not closed; use braces: {{0..9}}.parquet":
             not dataset.mix and not _is_balanced(dataset.pattern),
-        f"pattern={dataset.pattern!r} ends like the query of an address; a question mark stands for one letter of a name":
+        f"pattern={dataset.pattern!r} ends like an address's query; a question mark matches one character":
             re.search(r"\?[\w.-]+=[^/]*$", dataset.pattern),
         "it needs both a score column (score_column) and a least score (min_score)":
             (dataset.score_column is None) != (dataset.min_score is None),
@@ -222,10 +226,12 @@ _LINES = (
     Dataset("cosmopedia-v2", "HuggingFaceTB/smollm-corpus", "main",
             "cosmopedia-v2/train-{00000..00103}-of-00104.parquet", gigabytes=1.18),
     Dataset("slimpajama", "DKYoon/SlimPajama-6B", _PARQUET, _PARTS % "0047", gigabytes=0.29),
-    Dataset("fineweb", "HuggingFaceFW/fineweb", "main", "sample/10BT/{000..014}_00000.parquet", gigabytes=2.15),
+    Dataset("fineweb", "HuggingFaceFW/fineweb", "main", "sample/10BT/{000..014}_00000.parquet",
+            gigabytes=2.15),
     Dataset("github-code-python", "codeparrot/github-code-clean", _PARQUET,
             "Python-all/partial-train/{0000..0009}.parquet", "code", gigabytes=0.5),
-    Dataset("slimpajama-627b", "gmongaras/SlimPajama-627B_Reupload", _PARQUET, _PARTS % "0049", gigabytes=6.0),
+    Dataset("slimpajama-627b", "gmongaras/SlimPajama-627B_Reupload", _PARQUET, _PARTS % "0049",
+            gigabytes=6.0),
     Dataset("pubmed-abstract", "uiyunkim-hub/pubmed-abstract", _PARQUET,
             _PARTS % "0051", "abstract", gigabytes=0.28),
     Dataset("climbmix", "karpathy/climbmix-400b-shuffle", "main",
@@ -245,10 +251,11 @@ def find_dataset(name: str, own: str | Path | None = None) -> Dataset:
         return _read_entry(own, name, entries) if name in entries else CATALOG[name]
     nearest = nearest_name(name, datasets)
     hint = f"Did you mean {nearest!r}? " if nearest else ""
-    raise ValueError(f"unknown dataset {name!r}. {hint}Known are: {', '.join(datasets)}.")
+    raise ValueError(f"unknown dataset {name!r}. {hint}The datasets are: {', '.join(datasets)}.")
 
 
-def mix_of(weights: dict[str, Real], name: str | None = None, own: str | Path | None = None, **fields) -> Dataset:
+def mix_of(weights: dict[str, Real], name: str | None = None, own: str | Path | None = None,
+           **fields) -> Dataset:
     "A mix of datasets from a YAML file or the catalogue; fields as in `Dataset`."
     parts = tuple((find_dataset(part, own), weight) for part, weight in weights.items())
     return Dataset(name or "--".join(["mix", *weights]), mix=parts, **fields)
@@ -258,7 +265,8 @@ def dataset_of(patterns: str | Iterable[str], name: str | None = None, **fields)
     "A dataset of local files (globs allowed) or addresses (braces allowed); fields as in `Dataset`."
     patterns = [patterns] if isinstance(patterns, str) else patterns
     files = tuple(dict.fromkeys(file for pattern in patterns for file in _find(str(pattern))))
-    folder = next((shown(file).partition("//")[2].rpartition("/")[0] for file in files if is_remote(file)), "local")
+    folder = next((shown(file).partition("//")[2].rpartition("/")[0] for file in files if is_remote(file)),
+                  "local")
     return Dataset(name or re.sub(r"[^\w.-]+", "--", folder).strip("-"), files=files, **fields)
 
 
@@ -270,7 +278,8 @@ def _find(pattern):
         reason = "only local files, http:// and https:// addresses and the hub (--repo) are read"
         raise ValueError(f"{shown(pattern)!r} cannot be read: {reason}.")
     if not matches:
-        raise FileNotFoundError(f"no file matches {pattern!r}; give files, as 'data/*.parquet' or 'data/*.jsonl.gz'.")
+        example = "'data/*.parquet' or 'data/*.jsonl.gz'"
+        raise FileNotFoundError(f"no file matches {pattern!r}; give files, as {example}.")
     for folder in filter(os.path.isdir, matches):
         raise ValueError(f"{folder} is a folder; give the files in it: {folder.rstrip('/')}/*.parquet.")
     return matches
@@ -299,7 +308,8 @@ def _addresses(pattern):
 def _read_entries(path):
     "A YAML file's mapping from names to fields of `Dataset`."
     try:
-        with open(path, encoding="utf-8") as file:  # from a file, so that errors name the line without quoting it
+        # from a file, so that errors name the line without quoting it
+        with open(path, encoding="utf-8") as file:
             entries = yaml.safe_load(file) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
@@ -317,14 +327,18 @@ def _read_entry(path, name, entries):
     entry = entries[name]
     for field in entry:
         if field not in allowed:
-            raise ValueError(f"{path}: {name} has an unknown field {field!r}; known are {', '.join(allowed)}.")
+            allowed = ", ".join(allowed)
+            raise ValueError(f"{path}: {name} has an unknown field {field!r}; allowed are {allowed}.")
     numbers = {key: read_number(entry[key]) for key in ("min_score", "gigabytes") if key in entry}
     entry = {**entry, **numbers}
     files, mix = entry.pop("files", None), entry.pop("mix", None)
     try:
         if mix is not None:
-            return mix_of(_weights(mix, name, entries), name, path, **entry, **({} if files is None else {"files": files}))
-        return dataset_of(_beside(path, files), name, **entry) if files is not None else Dataset(name, **entry)
+            return mix_of(_weights(mix, name, entries), name, path, **entry,
+                          **({} if files is None else {"files": files}))
+        if files is not None:
+            return dataset_of(_beside(path, files), name, **entry)
+        return Dataset(name, **entry)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {name}: {str(error).rstrip('.')}.") from error
 

@@ -17,7 +17,7 @@ from .selection import parse_template
 
 # %% ../../nbs/08_shards/05_columns.ipynb #1440b7af
 def field_path(names: Iterable[str], column: str) -> tuple[str, ...]:
-    "Where a column is: under its name, else step by step along the dots in it."
+    "The path of a column: its name, else the names between its dots."
     return (column,) if column in names else tuple(column.split("."))
 
 
@@ -30,12 +30,13 @@ def nested_column(batch, column):
 
 
 def _type_of(source, schema, column):
-    "The type of a column, which may lie within another; a ValueError if there is none, or more than one."
+    "The type of a column, which may be nested; a ValueError if there is none, or more than one."
     first, *rest = field_path(schema.names, column)
     if schema.names.count(first) == 1:
         kind = schema.field(first).type
         for name in rest:
-            kind = kind.field(name).type if pa.types.is_struct(kind) and kind.get_field_index(name) >= 0 else None
+            has_field = pa.types.is_struct(kind) and kind.get_field_index(name) >= 0
+            kind = kind.field(name).type if has_field else None
         if kind is not None:
             return kind
     count = "more than one" if first in schema.names and not rest else "no"
@@ -43,7 +44,7 @@ def _type_of(source, schema, column):
 
 
 def _names(fields, before=""):
-    "Names of columns, those within others with dots."
+    "Names of columns, nested ones with dots."
     for each in fields:
         yield before + each.name
         if pa.types.is_struct(each.type):
@@ -54,21 +55,24 @@ def check_columns(
     source,
     schema,
     selection,
-    named=(),  # columns that Parquet calls UTF-8 where Arrow sees bytes
+    utf8=(),  # columns that Parquet declares as UTF-8 where Arrow sees bytes
 ):
+    "A ValueError unless the selected columns exist and have fitting types."
     for column in selection.text_columns:
-        text = _type_of(source, schema, column)
-        is_text = _is_text(text) or column in named or _chat_names(text)
-        if not (is_text or selection.text_template and _is_plain(text)):
-            raise ValueError(f"{shown(source)}: column {column!r} holds {text}, not text (string).")
-    score = _type_of(source, schema, selection.score_column) if selection.score_column else pa.int64()
-    number = score.value_type if pa.types.is_dictionary(score) else score
-    if not (pa.types.is_integer(number) or pa.types.is_floating(number) or pa.types.is_decimal(number)):
-        raise ValueError(f"{shown(source)}: column {selection.score_column!r} holds {score}, not a number.")
+        kind = _type_of(source, schema, column)
+        is_text = _is_text(kind) or column in utf8 or _chat_names(kind)
+        if not (is_text or selection.text_template and _is_plain(kind)):
+            raise ValueError(f"{shown(source)}: column {column!r} holds {kind}, not text (string).")
+    if selection.score_column:
+        kind = _type_of(source, schema, selection.score_column)
+        number = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_integer(number) or pa.types.is_floating(number) or pa.types.is_decimal(number)):
+            column = selection.score_column
+            raise ValueError(f"{shown(source)}: column {column!r} holds {kind}, not a number.")
 
 
 def _is_text(kind):
-    "Whether Arrow's type is a kind of string, or has one inside."
+    "Whether a type of Arrow is a string, or an extension or dictionary of strings."
     if isinstance(kind, pa.BaseExtensionType):
         return _is_text(kind.storage_type)
     if pa.types.is_dictionary(kind):
@@ -77,7 +81,7 @@ def _is_text(kind):
 
 
 def plain_values(array):
-    "An array without an extension's name or a dictionary around its values."
+    "The values of an array of an extension type or with a dictionary."
     if isinstance(array.type, pa.BaseExtensionType):
         return plain_values(array.storage)
     return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
@@ -85,8 +89,9 @@ def plain_values(array):
 
 def _is_plain(kind):
     "Whether a template can hold values of a type."
-    is_one = pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_temporal
-    return any(check(kind) for check in is_one)
+    checks = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal,
+              pa.types.is_temporal)
+    return any(check(kind) for check in checks)
 
 # %% ../../nbs/08_shards/05_columns.ipynb #28c3f2d4
 NOT_UTF8 = " has text that is not UTF8; if it is not damaged, skip_bad_utf8 (--skip-bad-utf8) drops such rows"
@@ -95,15 +100,19 @@ CHAT_FIELDS = (("role", "content"), ("from", "value"))
 
 def _chat_names(kind):
     "The two fields of chat messages; None for a column of another type."
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        for names in CHAT_FIELDS:
-            if pa.types.is_struct(kind.value_type) and all(kind.value_type.get_field_index(name) >= 0 for name in names):
-                return names if all(_is_text(kind.value_type.field(name).type) for name in names) else None
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not is_list or not pa.types.is_struct(kind.value_type):
+        return None
+    message = kind.value_type
+    for names in CHAT_FIELDS:
+        if all(message.get_field_index(name) >= 0 for name in names):
+            return names if all(_is_text(message.field(name).type) for name in names) else None
 
 
 def _chat(array):
     "Chats as text."
-    role, content = (pc.struct_field(array.flatten(), name).cast(pa.string()) for name in _chat_names(array.type))
+    role, content = (pc.struct_field(array.flatten(), name).cast(pa.string())
+                     for name in _chat_names(array.type))
     lines = pc.binary_join_element_wise(pc.fill_null(role, ""), pc.fill_null(content, ""), ": ")
     counts = pc.fill_null(pc.list_value_length(array), 0).cast(pa.int32())
     ends = pc.cumulative_sum(counts)
@@ -123,7 +132,7 @@ def as_text(array):
 
 
 def compose_texts(selection, columns):
-    "The texts of rows: a column, or several put into the template; null where one of them is."
+    "The texts of rows: a column, or several in the template; null where one of them is."
     if selection.text_template is None:
         return columns[selection.text_column]
     pieces = []

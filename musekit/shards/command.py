@@ -24,7 +24,9 @@ from ..utils.files import lock
 from ..utils.workers import worker_pool
 from .catalog import CATALOG, Dataset, dataset_of, find_dataset, is_remote, mix_of, read_number
 from .catalog import redact, shown
-from .convert import FETCHED_TWICE, FULL, Options, convert, parts_of, readable_size, shuffle_space
+from musekit.shards.convert import (
+    FETCHED_TWICE, FULL, Options, convert, parts_of, readable_size, shuffle_space,
+)
 from .download import Connection, list_files
 from .plan import list_shards
 from .rechunk import CODECS, TRAINER_LAYOUTS, Layout, Mix, layout_for
@@ -41,49 +43,53 @@ def summary(manifest: dict, cache: Cache) -> str:
     filtered = f"{sum(manifest['dropped'].values()):,} filtered" + (f" ({dropped})" if dropped else "")
     lines = [
         f"dataset     {manifest['dataset']}, {_plural(len(manifest['sources']), 'source file')}",
-        *_choices(manifest),
+        *_selections(manifest),
         f"place       {cache.data}",
         f"shards      {count} for training, {layout.validation_shard(count)} for validation",
-        f"read        {_read_of_sources(manifest)}",
+        f"read        {_bytes_read(manifest)}",
         f"rows        {manifest['rows']:,} read, {filtered}, {manifest['kept']:,} kept, {rows:,} in shards",
         f"size        {readable_size(sum(shard['bytes'] for shard in shards))} ({layout.codec})",
         f"sample      {_sample(cache)}",
     ]
     if manifest["backup"]:
-        name = manifest["backup"].removeprefix("backup_") + _place_option(cache)
+        name = manifest["backup"].removeprefix("backup_") + _cache_options(cache)
         lines.append(f"backup      {manifest['backup']}; back with: musekit-shards --restore {name}")
     lines += _notes(manifest, layout, count)
     return "\n".join(lines + [next_commands(count, cache)])
 
 
-def _choices(manifest):
+def _selections(manifest):
     "Lines about the selection and the order of each dataset, if they are not the defaults."
     if "mix" not in manifest:
-        words = described(Selection(**manifest["selection"]), manifest["shuffle"])
-        return [f"texts       {words}"] if words else []
+        description = described(Selection(**manifest["selection"]), manifest["shuffle"])
+        return [f"texts       {description}"] if description else []
     lines = []
     for part in manifest["mix"]:
-        words = described(Selection(**part["selection"]), part["shuffle"])
-        lines.append(f"mix         {part['weight']} {part['dataset']}: {part['rows_in_shards']:,} rows{words and f'; {words}'}")
+        line = f"mix         {part['weight']} {part['dataset']}: {part['rows_in_shards']:,} rows"
+        description = described(Selection(**part["selection"]), part["shuffle"])
+        lines.append(f"{line}; {description}" if description else line)
     return lines
 
 
 def described(selection: Selection, seed: int | None) -> str:
     "The settings of a selection that are not the defaults, in words."
-    usual, words = Selection(), []
+    default = Selection()
+    settings = []
     if selection.text_template is not None:
-        words.append("template '" + selection.text_template.replace("\n", "\\n") + "'")
-    elif selection.text_column != usual.text_column:
-        words.append(f"column {selection.text_column}")
+        settings.append("template '" + selection.text_template.replace("\n", "\\n") + "'")
+    elif selection.text_column != default.text_column:
+        settings.append(f"column {selection.text_column}")
     if selection.score_column:
-        words.append(f"{selection.score_column} of at least {selection.min_score:g}")
-    if selection.min_characters != usual.min_characters:
-        words.append(f"at least {selection.min_characters:,} characters")
+        settings.append(f"{selection.score_column} of at least {selection.min_score:g}")
+    if selection.min_characters != default.min_characters:
+        settings.append(f"at least {selection.min_characters:,} characters")
     if selection.max_characters is not None:
-        words.append(f"at most {selection.max_characters:,} characters")
-    words += ["without bad UTF-8"] if selection.skip_bad_utf8 else []
-    words += [] if seed is None else [f"shuffled with seed {seed}"]
-    return ", ".join(words)
+        settings.append(f"at most {selection.max_characters:,} characters")
+    if selection.skip_bad_utf8:
+        settings.append("without bad UTF-8")
+    if seed is not None:
+        settings.append(f"shuffled with seed {seed}")
+    return ", ".join(settings)
 
 
 def _notes(manifest, layout, count):
@@ -92,12 +98,12 @@ def _notes(manifest, layout, count):
     if manifest.get("ended_with"):
         yield f"note        the mix ends where {manifest['ended_with']} has no more rows"
     if count < layout.num_shards:
-        shortfall = f"{layout.num_shards} shards were asked for; there were no more rows"
-        more = len(manifest["sources"]) < manifest["dataset_files"]
-        yield f"note        {shortfall}{': try more --num-source' if more else ' in the dataset'}"
+        shortfall = f"{layout.num_shards} shards were requested; there were no more rows"
+        has_more_files = len(manifest["sources"]) < manifest["dataset_files"]
+        yield f"note        {shortfall}{': try more --num-source' if has_more_files else ' in the dataset'}"
     held_out = next(shard["rows"] for shard in shards if shard["name"] == layout.validation_shard(count))
-    usual = layout.rows_per_shard if layout.rows else max(shard["rows"] for shard in shards)
-    if held_out < usual / 10:
+    full_size = layout.rows_per_shard if layout.rows else max(shard["rows"] for shard in shards)
+    if held_out < full_size / 10:
         advice = "; --validation first holds out a whole shard" if count > 1 else ""
         yield f"warning     only {_plural(held_out, 'row')} held out: there were no more rows{advice}"
     for warning in _too_few_groups(shards, layout):
@@ -114,8 +120,8 @@ def _too_few_groups(shards, layout):
         rows = [shard["rows"] for shard in shards if (shard["name"] == name) == held_out]
         count = math.ceil(max(rows) / layout.rows_per_group)
         if count < RANKS:
-            yield (f"{_plural(count, 'row group')} in the largest {part} shard: trainers that deal them out to "
-                   f"{RANKS} processes would wait for ever; use more rows or fewer processes")
+            yield (f"{_plural(count, 'row group')} in the largest {part} shard: trainers that distribute "
+                   f"them over {RANKS} processes would wait for ever; use more rows or fewer processes")
 
 
 def next_commands(count: int, cache: Cache) -> str:
@@ -123,7 +129,7 @@ def next_commands(count: int, cache: Cache) -> str:
     if cache.trainer == "nanochat":
         return _next_of_nanochat(cache)
     lines = [f"next        uv run prepare.py --num-shards {count}", "            uv run train.py"]
-    if not _is_usual(cache):
+    if not _is_default(cache):
         lines.append(f"note        set CACHE_DIR of prepare.py to {cache.folder}, which is not its own")
     if count < 10:
         problem = f"without --num-shards {count}, prepare.py would fetch original shards into this set."
@@ -133,7 +139,7 @@ def next_commands(count: int, cache: Cache) -> str:
 
 def _next_of_nanochat(cache):
     lines = ["next        python -m scripts.tok_train", "            python -m scripts.base_train"]
-    if not _is_usual(cache):
+    if not _is_default(cache):
         lines.append(f"note        set NANOCHAT_BASE_DIR to {cache.folder}, which is not its own")
     newer = cache.folder / "base_data_climbmix"
     if newer.exists():
@@ -142,20 +148,20 @@ def _next_of_nanochat(cache):
     return "\n".join(lines)
 
 
-def _is_usual(cache):
+def _is_default(cache):
     return cache.folder == Cache(None, cache.trainer).folder
 
 
-def _place_option(cache):
+def _cache_options(cache):
     layout = "" if cache.trainer == "autoresearch" else f" --layout {cache.trainer}"
-    return layout + ("" if _is_usual(cache) else f" --cache-dir {shlex.quote(str(cache.folder))}")
+    return layout + ("" if _is_default(cache) else f" --cache-dir {shlex.quote(str(cache.folder))}")
 
 
-def _read_of_sources(manifest):
+def _bytes_read(manifest):
     whole = sum(source["bytes"] for source in manifest["sources"])
     fetched = manifest["bytes_fetched"]
-    came = f"; {readable_size(fetched)} came over the network" if fetched else ""
-    return f"{readable_size(manifest['bytes_needed'])} of {readable_size(whole)} in the source files{came}"
+    network = f"; {readable_size(fetched)} came over the network" if fetched else ""
+    return f"{readable_size(manifest['bytes_needed'])} of {readable_size(whole)} in the source files{network}"
 
 
 def _sample(cache):
@@ -173,11 +179,12 @@ def dry_run(dataset: Dataset, options: Options = Options(), layout: Layout = Lay
 
     Needs the network only to expand a pattern with wildcards. Rows are counted in local files only.
     """
-    parts, counts, lines = parts_of(dataset, options), [], []
+    parts = parts_of(dataset, options)
+    counts, lines = [], []
     for part in parts:
         part.dataset = list_files(part.dataset, options.connection or Connection.from_environment())
-        lines_of_part, num_rows = _part_of_dry_run(part, options)
-        lines += lines_of_part
+        part_lines, num_rows = _part_of_dry_run(part, options)
+        lines += part_lines
         counts.append(num_rows)
     if dataset.mix:
         shares = ", ".join(f"{part.weight} {part.dataset.name}" for part in parts)
@@ -185,7 +192,8 @@ def dry_run(dataset: Dataset, options: Options = Options(), layout: Layout = Lay
     rows = layout.rows
     if rows is not None and None not in counts:
         rows = min(rows, Mix(part.weight for part in parts).rows(counts))
-    return "\n".join([*lines, f"{_shards_at_most(rows, layout)} in {Cache(options.cache_dir, layout.trainer).data}"])
+    return "\n".join([*lines,
+                      f"{_shards_at_most(rows, layout)} in {Cache(options.cache_dir, layout.trainer).data}"])
 
 
 def _part_of_dry_run(part, options):
@@ -193,33 +201,34 @@ def _part_of_dry_run(part, options):
     dataset, connection = part.dataset, options.connection or Connection.from_environment()
     urls = dataset.urls(options.num_source, connection.endpoint)
     local = [url for url in urls if not is_remote(url)]
-    here, far = [Path(path).stat().st_size for path in local], len(urls) - len(local)
+    num_remote = len(urls) - len(local)
     contents = [check_source(path, part.selection) for path in local]
-    rows = [each.num_rows for each in contents] + [None] * far
-    size = f"about {dataset.gigabytes * far:.2f} GB" if dataset.gigabytes else "unknown size"
+    rows = [each.num_rows for each in contents] + [None] * num_remote
+    size = f"about {dataset.gigabytes * num_remote:.2f} GB" if dataset.gigabytes else "unknown size"
     download = f"download of {size}" + (" at most, read in place" if options.remote else "")
-    words = [f"{len(urls)} of {len(dataset.paths)} files", download if far else "nothing to download"]
-    words += [f"{readable_size(sum(here))} are read here"] if here else []
-    texts = described(part.selection, part.seed)
-    lines = [f"dataset {dataset.name}, {', '.join(words)}:", *(f"  {shown(url)}" for url in urls)]
-    lines += [f"  texts: {texts}"] if texts else []
+    facts = [f"{len(urls)} of {len(dataset.paths)} files", download if num_remote else "nothing to download"]
+    if local:
+        facts.append(f"{readable_size(sum(Path(path).stat().st_size for path in local))} are read here")
+    lines = [f"dataset {dataset.name}, {', '.join(facts)}:", *(f"  {shown(url)}" for url in urls)]
+    if texts := described(part.selection, part.seed):
+        lines.append(f"  texts: {texts}")
     if part.seed is not None:
-        room = sum(sum(each.bytes) for each in contents) + 1e9 * (dataset.gigabytes or 0) * far
-        size = f"{'at most' if far else 'about'} {readable_size(shuffle_space(room))}"
-        size = "unknown size" if far and not dataset.gigabytes else size
-        lines.append(f"  shuffling: {size} on the disk until the shards are written")
+        size = sum(sum(each.bytes) for each in contents) + 1e9 * (dataset.gigabytes or 0) * num_remote
+        space = f"{'at most' if num_remote else 'about'} {readable_size(shuffle_space(size))}"
+        space = "unknown size" if num_remote and not dataset.gigabytes else space
+        lines.append(f"  shuffling: {space} on the disk until the shards are written")
     return lines, None if None in rows else sum(rows)
 
 
 def _shards_at_most(rows, layout):
     if rows is None:
         size = (0.6 if layout.codec == "snappy" else 0.4) * layout.shard_characters * (layout.num_shards + 1)
-        made = f"at most {layout.num_shards} + 1 shards of {layout.shard_characters:,} characters and a little more"
-        return f"{made}, about {readable_size(size)}"
+        shards = f"at most {layout.num_shards} + 1 shards of {layout.shard_characters:,} characters"
+        return f"{shards} and a little more, about {readable_size(size)}"
     per_row = 1_020 if layout.codec == "snappy" else 0.65 * 1_020  # bytes; the original shards have 88 MB
     count = max(1, math.ceil(rows / layout.rows_per_shard) - 1)
-    made = f"at most {count} + 1 shards of {layout.rows_per_shard:,} rows, {rows:,} rows in all"
-    return f"{made}, about {readable_size(rows * per_row)}"
+    shards = f"at most {count} + 1 shards of {layout.rows_per_shard:,} rows, {rows:,} rows in all"
+    return f"{shards}, about {readable_size(rows * per_row)}"
 
 # %% ../../nbs/08_shards/14_command.ipynb #c058595f
 def backups_table(folder: str | Path | None = None, trainer: str = "autoresearch") -> str:
@@ -231,11 +240,13 @@ def backups_table(folder: str | Path | None = None, trainer: str = "autoresearch
     width = max(20, *(len(backup.name) for backup in backups), *(len(backup.origin) for backup in backups))
     lines = [f"{'name':{width}} {'origin':{width}} {'shards':>6} {'size':>9}  date"]
     for backup in backups:
-        what = f"cannot be restored: {backup.problem}"
+        facts = f"cannot be restored: {backup.problem}"
         if not backup.problem:
-            size, bad = f"{backup.shards:6} {readable_size(backup.bytes):>9}", damaged_shard(backup)
-            what = f"{backup.origin:{width}} {size}  {backup.date:%Y-%m-%d %H:%M}{bad and f'  damaged: {bad}'}"
-        lines.append(f"{backup.name:{width}} {what}")
+            size = f"{backup.shards:6} {readable_size(backup.bytes):>9}"
+            damaged = damaged_shard(backup)
+            facts = f"{backup.origin:{width}} {size}  {backup.date:%Y-%m-%d %H:%M}"
+            facts += f"  damaged: {damaged}" if damaged else ""
+        lines.append(f"{backup.name:{width}} {facts}")
     return "\n".join(lines)
 
 # %% ../../nbs/08_shards/14_command.ipynb #383735bb
@@ -274,27 +285,30 @@ _EPILOG = f"""datasets:
 Files are Parquet, Arrow (file or stream) or JSON Lines (also .gz, .zst), whatever they are called.
 A column of chat messages ({{role, content}} or {{from, value}}) becomes "role: content", an empty line between two.
 
-HF_ENDPOINT names another hub; HF_TOKEN, or the token of `hf auth login`, opens datasets that ask who you are.
-Stopped at any moment, the data in place are whole, and the same command goes on with what has arrived."""
+HF_ENDPOINT names another hub; HF_TOKEN, or the token of `hf auth login`, opens datasets that require a login.
+Stopped at any moment, the data in place are whole, and the same command resumes with what has arrived."""
 
 
 def make_parser() -> argparse.ArgumentParser:
     "The parser of `musekit-shards`."
-    does = "Makes training shards of a public text dataset and puts them in place."
+    description = "Makes training shards of a public text dataset and puts them in place."
     style = {"epilog": _EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = _Parser("musekit-shards", description=does, **style)
-    whole, add = _at_least(1), parser.add_argument
+    parser = _Parser("musekit-shards", description=description, **style)
+    whole = _at_least(1)
+    add = parser.add_argument
     add("name", nargs="?", help="a dataset, see below")
     add("--num-shards", type=whole, default=10, metavar="N",
         help="shards for training; one more is for validation (default: %(default)s)")
     add("--num-source", type=whole, metavar="N",
         help="use the first N files of the dataset (default: 3; with --from all of them)")
     add("--layout", choices=list(TRAINER_LAYOUTS), default="autoresearch",
-        help="for which trainer: its names, its place and how shards are cut (default: %(default)s)")
+        help="the trainer, which determines names, folder and how shards are cut (default: %(default)s)")
     add("--shard-characters", type=whole, metavar="N",
-        help="end a shard with the row group that reaches N characters (default: 86,016 rows; nanochat: 250000000)")
+        help="end a shard with the row group that reaches N characters "
+             "(default: 86,016 rows; nanochat: 250000000)")
     add("--cache-dir", metavar="FOLDER",
-        help="the trainer's folder, with its data and tokenizer (default: ~/.cache/autoresearch or ~/.cache/nanochat)")
+        help="the trainer's folder, with its data and tokenizer "
+             "(default: ~/.cache/autoresearch or ~/.cache/nanochat)")
     add("--download-dir", metavar="FOLDER",
         help="where source files are kept (default: raw_NAME in the cache)")
     add("--workers", type=whole, default=4, metavar="N", help="downloads at a time (default: 4)")
@@ -302,17 +316,18 @@ def make_parser() -> argparse.ArgumentParser:
     add("--validation", choices=["last", "first"], default="last",
         help="rows held out: the last shard's, or the first's, which stay the same for any N (default: last)")
     _add_rows(parser.add_argument_group("which rows, in which order"))
-    instead = parser.add_mutually_exclusive_group().add_argument
-    instead("--dry-run", action="store_true", help="print files and sizes, without network (wildcards in --pattern need it), and stop")
-    instead("--restore", nargs="?", const="", metavar="BACKUP",
-            help="bring a backup back (default: the original data, else the newest)")
-    instead("--list-backups", action="store_true", help="list the backups and stop")
+    add_mode = parser.add_mutually_exclusive_group().add_argument
+    add_mode("--dry-run", action="store_true",
+             help="print files and sizes, without network (wildcards in --pattern need it), and stop")
+    add_mode("--restore", nargs="?", const="", metavar="BACKUP",
+             help="restore a backup (default: the original data, else the newest)")
+    add_mode("--list-backups", action="store_true", help="list the backups and stop")
     add("--skip-backup", action="store_true", help="do not keep the present set")
     add("--remote", action="store_true",
         help="read only the columns and rows that are needed, straight from the server; keep no source files")
     add("--processes", type=whole, default=1, metavar="N",
         help="write shards in N processes (default: 1), not with --remote; slower for one giant row group")
-    add("--quiet", action="store_true", help="say nothing unless something fails")
+    add("--quiet", action="store_true", help="print nothing unless something fails")
     _add_own(parser.add_argument_group("your own dataset"))
     return parser
 
@@ -322,24 +337,26 @@ def _add_rows(group):
     add("--min-characters", type=_at_least(0), metavar="N", help="drop shorter texts (default: 50)")
     add("--max-characters", type=_at_least(1), metavar="N", help="drop longer texts")
     add("--skip-bad-utf8", action="store_true", help="drop rows that are not UTF-8, instead of stopping")
-    add("--shuffle", type=_at_least(0), metavar="SEED", help="all rows of the sources in random order, the same for a seed")
+    add("--shuffle", type=_at_least(0), metavar="SEED",
+        help="all rows of the sources in a random order, which depends on the seed")
 
 
 def _add_own(group):
     add = group.add_argument
-    one_of = group.add_mutually_exclusive_group().add_argument
-    one_of("--from", nargs="+", dest="files", metavar="FILE",
-           help="files, patterns of them, or http(s) addresses")
-    one_of("--repo", metavar="OWNER/NAME", help="a dataset repository on the hub")
-    one_of("--datasets", metavar="FILE.yaml", help="a file of datasets by name")
-    add("--pattern", metavar="PATHS", help="its files, with braces or wildcards: 'data/{0..3}.parquet', 'data/*.jsonl'")
+    add_source = group.add_mutually_exclusive_group().add_argument
+    add_source("--from", nargs="+", dest="files", metavar="FILE",
+               help="files, patterns of them, or http(s) addresses")
+    add_source("--repo", metavar="OWNER/NAME", help="a dataset repository on the hub")
+    add_source("--datasets", metavar="FILE.yaml", help="a file of datasets by name")
+    add("--pattern", metavar="PATHS",
+        help="its files, with braces or wildcards: 'data/{0..3}.parquet', 'data/*.jsonl'")
     add("--revision", help="its branch (default: main)")
     add("--text-column", metavar="COLUMN", help="column of the texts, a.b for b within a (default: text)")
     add("--text-template", metavar="TEXT", help=r"texts from several columns: '{question}\n{answer}'")
     add("--score-column", metavar="COLUMN", help="keep rows by the number in this column")
-    add("--min-score", type=_at_least(0, read_number), metavar="X", help="the least score that is kept")
+    add("--min-score", type=_at_least(0, read_number), metavar="X", help="the minimum score of a kept row")
     add("--mix", nargs="+", type=_share, metavar="NAME=WEIGHT",
-        help="datasets by exact shares of the rows, until one of them has no more")
+        help="datasets by exact shares of the rows, until one of them runs out")
 
 
 def _share(text):
@@ -367,10 +384,12 @@ def chosen_dataset(arguments: argparse.Namespace) -> Dataset:
         name = name or redact(repo).replace("/", "--")
         return Dataset(name, repo, pattern=arguments.pattern or "", **overrides)
     if "/" in name or name.endswith((".parquet", ".jsonl", ".arrow")):
-        raise ValueError(f"{shown(name)!r} is no name; files go with --from, a repository with --repo and --pattern.")
-    instead = {"text_template": {"text_column": "text"}, "text_column": {"text_template": None}}
-    for chosen in overrides.keys() & instead.keys():  # replaces the entry's own
-        overrides |= instead[chosen]
+        advice = "files go with --from, a repository with --repo and --pattern"
+        raise ValueError(f"{shown(name)!r} is no name; {advice}.")
+    if "text_template" in overrides:  # replaces the entry's own column
+        overrides["text_column"] = "text"
+    elif "text_column" in overrides:
+        overrides["text_template"] = None
     return replace(find_dataset(name, arguments.datasets), **overrides)
 
 
@@ -379,32 +398,33 @@ def _repo_of(arguments):
     return arguments.name if arguments.pattern and "/" in (arguments.name or "") else None
 
 
-def _what_is_wrong(arguments, given):
-    "The first problem with the arguments, or an empty string; `given` are those that are not the defaults."
-    if arguments.list_backups and given - {"list_backups", "cache_dir", "layout"}:
+def _problem(arguments, changed):
+    "The first problem with the arguments, or an empty string; `changed` are those that are not the defaults."
+    if arguments.list_backups and changed - {"list_backups", "cache_dir", "layout"}:
         return "--list-backups goes with --cache-dir and --layout alone"
-    if arguments.restore is not None and given - {"restore", "cache_dir", "layout", "skip_backup", "quiet"}:
+    if arguments.restore is not None and changed - {"restore", "cache_dir", "layout", "skip_backup", "quiet"}:
         others = "--cache-dir, --layout, --skip-backup and --quiet"
         return f"a backup's name stands behind --restore, which goes with {others} alone"
     if arguments.dry_run and arguments.quiet:
         return "--dry-run only prints, which --quiet forbids"
     if arguments.remote and arguments.processes > 1:
         return f"--remote {FETCHED_TWICE}; leave --processes out, or --remote to download instead"
-    if arguments.remote and given & {"workers", "download_dir"}:
+    if arguments.remote and changed & {"workers", "download_dir"}:
         return "--remote downloads no files, so --workers and --download-dir do not go with it"
     if arguments.pattern and not (arguments.repo or _repo_of(arguments)):
         return "--pattern goes with --repo OWNER/NAME"
     if arguments.text_column and arguments.text_template:
         return "--text-column is one column and --text-template several; give one of the two"
-    if wrong := _wrong_in_mix(arguments, given):
-        return wrong
-    nameless = arguments.datasets and not arguments.name and not arguments.mix
-    return f"give the name of a dataset in {arguments.datasets} as well" if nameless else ""
+    if problem := _problem_of_mix(arguments, changed):
+        return problem
+    is_nameless = arguments.datasets and not arguments.name and not arguments.mix
+    return f"give the name of a dataset in {arguments.datasets} as well" if is_nameless else ""
 
 
-def _without_effect(dataset, given):
+def _without_effect(dataset, changed):
     "A line about options that have no effect on local files, or an empty string."
-    unused = [f"--{name.replace('_', '-')}" for name in ("remote", "workers", "download_dir") if name in given]
+    unused = [f"--{name.replace('_', '-')}" for name in ("remote", "workers", "download_dir")
+              if name in changed]
     is_local = all(part.files and not any(map(is_remote, part.files)) for part, _ in dataset.parts)
     if not unused or not is_local:
         return ""
@@ -412,16 +432,17 @@ def _without_effect(dataset, given):
     return f"note        {' and '.join(unused)} {verb} no effect: all files are on this machine"
 
 
-def _wrong_in_mix(arguments, given):
+def _problem_of_mix(arguments, changed):
     if not arguments.mix:
         return ""
-    own = given & {"files", "repo", "pattern", "revision", "text_column", "text_template", "score_column", "min_score"}
-    for option in sorted(own):
+    of_one_dataset = {"files", "repo", "pattern", "revision", "text_column", "text_template", "score_column",
+                      "min_score"}
+    for option in sorted(changed & of_one_dataset):
         option = "from" if option == "files" else option.replace("_", "-")
         return f"--{option} is of one dataset, not of a --mix; put it into a file of datasets (--datasets)"
     names = [name for name, _ in arguments.mix]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    return f"{twice} is in --mix twice; give one weight for each dataset" if twice else ""
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    return f"{repeated} is in --mix twice; give one weight for each dataset" if repeated else ""
 
 # %% ../../nbs/08_shards/14_command.ipynb #f85c9534
 def _restore(arguments, options):
@@ -446,7 +467,7 @@ def _layout(arguments):
     return layout_for(arguments.layout, **changes)
 
 
-def _run(arguments, given):
+def _run(arguments, changed):
     fields = {name: value for name, value in vars(arguments).items() if name in Options.__dataclass_fields__}
     options = Options(**fields)
     logging.getLogger("musekit.shards").setLevel(logging.ERROR if options.quiet else logging.WARNING)
@@ -456,7 +477,7 @@ def _run(arguments, given):
         return _restore(arguments, options)
     layout = _layout(arguments)
     dataset = chosen_dataset(arguments)
-    if note := _without_effect(dataset, given):
+    if note := _without_effect(dataset, changed):
         options.tell(note)
     if arguments.dry_run:
         return options.tell(dry_run(dataset, options, layout))
@@ -471,14 +492,14 @@ def main(argv: list[str] | None = None) -> int:
     "Runs `musekit-shards`; returns the exit status, 0 only on success."
     parser = make_parser()
     arguments = parser.parse_args(argv)
-    given = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}
-    if wrong := _what_is_wrong(arguments, given):
-        parser.error(wrong)
-    if not given & {"name", "files", "repo", "mix", "restore", "list_backups"}:
+    changed = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}
+    if problem := _problem(arguments, changed):
+        parser.error(problem)
+    if not changed & {"name", "files", "repo", "mix", "restore", "list_backups"}:
         parser.print_help()
         return 2
     try:
-        _run(arguments, given)
+        _run(arguments, changed)
         return 0
     except KeyboardInterrupt:
         return _fail("stopped; the data in place are whole, and what has arrived is kept", 130)
@@ -490,9 +511,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 _ADVICE = {
-    **dict.fromkeys(FULL, "; make room and run it again: the data in place are as they were"),
+    **dict.fromkeys(FULL, "; free some space and run it again: the data in place are as they were"),
     **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), ", and it is no folder; choose another --cache-dir"),
-    **dict.fromkeys((errno.EROFS, errno.EACCES), "; choose another --cache-dir, or ask who may write here"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES),
+                    "; choose another --cache-dir, or get permission to write there"),
 }
 
 

@@ -52,7 +52,8 @@ class Options:
     shuffle: int | None = None  # seed of the row order; default: the dataset's, else the order of the sources
     skip_backup: bool = False
     remote: bool = False  # read only the needed parts from the server; keep no source files
-    executor: Executor | None = None  # writes shards as independent tasks, not of `remote` files; None: one pipeline
+    # writes shards as independent tasks, not of `remote` files; None: one pipeline
+    executor: Executor | None = None
     connection: Connection | None = None  # for downloads; default: from the environment
     quiet: bool = False
 
@@ -67,7 +68,8 @@ class Options:
                 problem = "it is no folder of this machine; choose another"
                 raise ValueError(f"{name}={shown(folder)!r}: {problem}.")
         if self.remote and self.executor:
-            raise ValueError(f"remote=True {FETCHED_TWICE}; leave executor out, or remote to download instead.")
+            advice = "leave executor out, or remote to download instead"
+            raise ValueError(f"remote=True {FETCHED_TWICE}; {advice}.")
 
     def tell(self, text: str):
         "Prints a line unless `quiet`; a closed pipe is no error."
@@ -91,9 +93,11 @@ def _sources(dataset, cache, options):
     locations = dataset.urls(options.num_source, connection.endpoint)
     urls = [location for location in locations if is_remote(location)]
     raw = _download_dir(dataset, cache, options)
-    fetched = map(_remote_source, urls) if options.remote else _download(urls, raw, dataset, connection, options)
+    fetched = map(_remote_source,
+                  urls) if options.remote else _download(urls, raw, dataset, connection, options)
     by_url = dict(zip(urls, fetched))
-    return [by_url.get(location) or Source(Path(location), size=Path(location).stat().st_size) for location in locations]
+    return [by_url.get(location) or Source(Path(location), size=Path(location).stat().st_size)
+            for location in locations]
 
 
 def _download(urls, raw, dataset, connection, options):
@@ -358,16 +362,20 @@ def _choices(dataset, parts, layout, report):
         streams = report.streams or [(report.rows, report.kept, report.dropped, used)]
         mix = []
         for part, (rows, kept, dropped, in_shards) in zip(parts, streams):
-            mix.append({"dataset": part.dataset.name, "weight": part.weight, "selection": asdict(part.selection),
-                        "shuffle": part.seed, "rows": rows, "kept": kept, "dropped": dropped, "rows_in_shards": in_shards})
+            mix.append({"dataset": part.dataset.name, "weight": part.weight,
+                        "selection": asdict(part.selection),
+                        "shuffle": part.seed, "rows": rows, "kept": kept, "dropped": dropped,
+                        "rows_in_shards": in_shards})
         ended = parts[Mix(part.weight for part in parts).stream_at(used)].dataset.name
-        facts |= {"selection": None, "shuffle": None, "mix": mix, "ended_with": None if report.full else ended}
+        facts |= {"selection": None, "shuffle": None, "mix": mix, "ended_with": None
+                  if report.full else ended}
     needed = sum(_bytes_needed(part.contents, last) for part, last in zip(parts, report.last))
     return facts | {"dataset_files": sum(len(part.dataset.paths) for part in parts), "bytes_needed": needed}
 
 
 def _facts(sources, report):
-    files = [{"from": shown(source.url or source.path), "bytes": source.size, "etag": source.etag} for source in sources]
+    files = [{"from": shown(source.url or source.path), "bytes": source.size, "etag": source.etag}
+             for source in sources]
     return {
         "made_by": f"musekit {__version__}", "date": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "sources": files,
         "rows": report.rows, "kept": report.kept, "dropped": report.dropped,

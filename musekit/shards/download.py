@@ -74,12 +74,13 @@ def _facts(url, response):
              "sha256": None, "md5": None}
     part = content_range(response)
     if not is_encoded(response):  # else length and version are those of the compressed file
-        size = part[2] if part else _integer(headers.get("Content-Length")) if response.status_code == 200 else None
-        facts["size"] = _integer(_first(redirects, "X-Linked-Size")) or size
+        is_whole = response.status_code == 200
+        size = _integer(headers.get("Content-Length")) if is_whole else None
+        facts["size"] = _integer(_first(redirects, "X-Linked-Size")) or (part[2] if part else size)
         facts["etag"] = headers.get("ETag")
         facts["modified"] = headers.get("Last-Modified")
-        md5 = headers.get("Content-MD5", "") if response.status_code == 200 else ""
-        if re.fullmatch("[A-Za-z0-9+/]{22}==", md5):
+        md5 = headers.get("Content-MD5", "")
+        if is_whole and re.fullmatch("[A-Za-z0-9+/]{22}==", md5):
             facts["md5"] = md5
         sha256 = _first(redirects, "X-Linked-Etag").strip('"')
         if re.fullmatch("[0-9a-f]{64}", sha256):
@@ -173,7 +174,7 @@ class _Download:
         return self.size, _read_note(self.path).get("size")
 
     def headers(self, facts: dict) -> dict[str, str]:
-        "Headers that request the rest; none where all bytes are needed again, as versions cannot be told apart."
+        "Headers that request the rest; none where all bytes are needed again."
         size = self.size
         version = facts.get("etag") or "W/"
         if not size or not self.use_ranges:
@@ -207,7 +208,8 @@ class _Download:
             self.watch(self.path, "attempt", begin)
             self.append(response, begin, stop, facts)
         if stop is not None and self.size < stop:
-            raise TemporaryError(f"the connection closed after {self.size:,} of {facts['size'] or stop:,} bytes")
+            total = facts["size"] or stop
+            raise TemporaryError(f"the connection closed after {self.size:,} of {total:,} bytes")
         if response.status_code == 200 or self.size == facts["size"]:
             return self.finish(facts)
         if self.size == before:
@@ -217,7 +219,8 @@ class _Download:
         "The facts of a file whose bytes, says the server, end with those on disk."
         size = range_size(response)
         whole = facts | {"size": self.size}
-        if (size or self.size) < self.size or not _may_be_same(facts, _facts(self.url, response) | {"size": None}):
+        current = _facts(self.url, response) | {"size": None}
+        if (size or self.size) < self.size or not _may_be_same(facts, current):
             self.start_over()
         if size != self.size and _fault(self.part, whole):
             self.request_all()
@@ -225,7 +228,7 @@ class _Download:
         return whole
 
     def accept(self, response, facts, is_ranged):
-        "First byte and byte after the last of a response, and the facts of the file; an error for a wrong response."
+        "(start, stop, facts of the file) of a response; an error for a wrong one."
         if response.status_code not in (200, 206):
             raise refusal(self.url, response, self.connection.endpoint)
         current = _facts(self.url, response)
@@ -235,8 +238,8 @@ class _Download:
         if part is None or part[0] > self.size:
             if is_ranged:
                 self.request_all()
-            raise ValueError(f"{shown(self.url)}: the server does not send the requested file: it sends a part of it, "
-                             "and which one is unclear.")
+            raise ValueError(f"{shown(self.url)}: the server does not send the requested file: "
+                             "it sends a part of it, and which one is unclear.")
         if self.size and not _may_be_same(facts, current):
             self.start_over()
         if part[0]:
@@ -335,8 +338,8 @@ def fetch(
 ) -> Source:
     """Downloads a file unless it is there already; the file is complete and checked, or absent.
 
-    Received bytes stay in `path`.part for later. Raises FileNotFoundError or ValueError for permanent failures,
-    ConnectionError after too many attempts.
+    Received bytes stay in `path`.part for later. Raises FileNotFoundError or ValueError for permanent
+    failures, ConnectionError after too many attempts.
     """
     path = Path(path)
     facts = _read_note(path) if path.exists() else {}
@@ -386,7 +389,7 @@ def file_names(urls: Iterable[str]) -> list[str]:
     parts = [re.findall("[^/]+", unquote(shown(url).partition("//")[2])) for url in urls]
     for url, part in zip(urls, parts):
         if part[-1] in (".", ".."):
-            raise ValueError(f"{shown(url)} ends in a folder, not in the name of a file; give the file's address.")
+            raise ValueError(f"{shown(url)} ends in a folder, not in a file's name; give the file's address.")
     for depth in range(1, max(map(len, parts), default=0) + 1):
         names = ["--".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):
@@ -397,7 +400,7 @@ def file_names(urls: Iterable[str]) -> list[str]:
 
 
 def _count_bytes(stop, quiet, watch):
-    "A progress bar and the `watch` function that moves it, which also ends the calling threads once `stop` is set."
+    "A progress bar and the `watch` function that moves it, and ends the calling threads once `stop` is set."
     bar = watched(None, False if quiet else None, unit="B", unit_scale=True, desc="download", total=0)
     sizes, positions, lock = {}, {}, threading.Lock()
 
@@ -449,34 +452,41 @@ def list_files(dataset: Dataset, connection: Connection = Connection()) -> Datas
     for folder in folders:
         sizes |= _listing(dataset, folder, connection)
     expressions = [re.compile(_regular(pattern)) for pattern in patterns]
-    matching = [path for path in sorted(sizes) if any(expression.fullmatch(path) for expression in expressions)]
+    matching = [path for path in sorted(sizes)
+                if any(expression.fullmatch(path) for expression in expressions)]
     if not matching:
         some = ", ".join(sorted(sizes)[:5]) or "nothing"
-        raise FileNotFoundError(f"no file of {dataset.repo} matches {dataset.pattern!r}; in that folder there is {some}.")
+        problem = f"no file of {dataset.repo} matches {dataset.pattern!r}"
+        raise FileNotFoundError(f"{problem}; in that folder there is {some}.")
     mean = sum(sizes[path] for path in matching) / len(matching) / 1e9
     return replace(dataset, listed=tuple(matching), gigabytes=dataset.gigabytes or mean)
 
 
 def _regular(pattern):
-    "A pattern as a regular expression: ** for any folders, * for anything within a name, ? for one character."
+    "A pattern as a regular expression: ** for any folders, * for any part of a name, ? for one character."
     expressions = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return "".join(expressions.get(part, re.escape(part)) for part in re.split(r"(\*\*/|\*\*|\*|\?)", pattern))
+    return "".join(expressions.get(part, re.escape(part))
+                   for part in re.split(r"(\*\*/|\*\*|\*|\?)", pattern))
 
 
 def _listing(dataset, folder, connection):
     "Sizes of the files below a folder of a repository, by path."
     revision = quote(unquote(dataset.revision or "main"), safe="")
     base = hub_address(connection.endpoint)
-    url = f"{base}/api/datasets/{dataset.repo}/tree/{revision}/{quote(folder)}".rstrip("/") + "?recursive=true&limit=1000"
+    url = f"{base}/api/datasets/{dataset.repo}/tree/{revision}/{quote(folder)}".rstrip("/")
+    url += "?recursive=true&limit=1000"
     sizes = {}
     while url:
         if not url.startswith(f"{base}/"):
-            raise ValueError(f"{dataset.repo}: the hub's list of files continues at {shown(url)}, which is another host.")
+            problem = f"the hub's list of files continues at {shown(url)}, which is another host"
+            raise ValueError(f"{dataset.repo}: {problem}.")
         content, following = connection.retry(url, partial(_page, url, connection), lambda *_: None)
         try:
-            sizes |= {entry["path"]: entry.get("size", 0) for entry in json.loads(content) if entry["type"] == "file"}
+            sizes |= {entry["path"]: entry.get("size", 0) for entry in json.loads(content)
+                      if entry["type"] == "file"}
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise ValueError(f"{shown(url)}: the answer is no list of files; is HF_ENDPOINT the address of a hub?") from None
+            problem = "the answer is no list of files; is HF_ENDPOINT the address of a hub?"
+            raise ValueError(f"{shown(url)}: {problem}") from None
         url = following
     return sizes
 

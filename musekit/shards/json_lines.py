@@ -37,102 +37,110 @@ class LineReader:
 
     def ranges(self, groups):
         "(start, stop) bytes that are read for some parts."
-        return [(0, self.size)] if self.codec and groups else [(at * BLOCK, min(self.size, (at + 1) * BLOCK)) for at in groups]
+        if self.codec and groups:
+            return [(0, self.size)]
+        return [(group * BLOCK, min(self.size, (group + 1) * BLOCK)) for group in groups]
 
     def contents(self):
         "Bytes of every part; rows are counted by reading."
-        sizes = [self.size] if self.codec else [stop - start for start, stop in self.ranges(range(self.num_groups))]
+        sizes = [self.size] if self.codec else [stop - start
+                                                for start, stop in self.ranges(range(self.num_groups))]
         return SourceContents([None] * self.num_groups, sizes)
 
     def check(self):
-        "A ValueError unless the first rows have the wanted fields, and text in them."
-        for records, places, bad in self.batches(0):
-            self.refuse(places, bad)
-            self.arrays(records, places)
-            records = [record for record, fault in zip(records, bad) if not fault] or [{column: "" for column in self.selection.columns}]
+        "A ValueError unless the first rows have the selected fields, with text in them."
+        for records, offsets, bad in self.batches(0):
+            self.refuse(offsets, bad)
+            self.arrays(records, offsets)
+            records = [record for record, is_bad in zip(records, bad) if not is_bad]
             for column in self.selection.columns:
-                if all(_missing(record, column) for record in records):
+                if records and all(_missing(record, column) for record in records):
                     names = ", ".join(dict.fromkeys(name for record in records for name in _keys(record)))
                     raise ValueError(f"{shown(self.source)} has no column {column!r}; it has {names}.")
             return
 
     def rows(self, group):
         "(texts, scores or None, which are not UTF-8 or None) of a part, at most 1,024 rows at a time."
-        for records, places, bad in self.batches(group):
-            texts, scores, broken = self.arrays(records, places)
-            bad = [one or other for one, other in zip(bad, broken)]
-            self.refuse(places, bad)
+        for records, offsets, not_utf8 in self.batches(group):
+            texts, scores, surrogates = self.arrays(records, offsets)
+            bad = [one or other for one, other in zip(not_utf8, surrogates)]
+            self.refuse(offsets, bad)
             yield texts, scores, pa.array(bad) if any(bad) else None
 
-    def refuse(self, places, bad):
+    def refuse(self, offsets, bad):
         "A ValueError that names the first line that is not UTF-8, unless such lines are skipped."
         if any(bad) and not self.selection.skip_bad_utf8:
-            raise ValueError(f"{self.where(places[bad.index(True)])}{NOT_UTF8}.")
+            raise ValueError(f"{self.where(offsets[bad.index(True)])}{NOT_UTF8}.")
 
     def batches(self, group):
-        "(objects, their places, whether they are not UTF-8), at most 1,024 and 16 MiB at a time."
-        records, places, bad, size = [], [], [], 0
-        for at, line in self.lines(group):
+        "(objects, offsets of their lines, whether they are not UTF-8), at most 1,024 and 16 MiB at a time."
+        records, offsets, bad, size = [], [], [], 0
+        for offset, line in self.lines(group):
             if line.isspace() or not line:
                 continue
-            record = self.read(at, line)
+            record = self.read(offset, line)
             records.append(record or {})
-            places.append(at)
+            offsets.append(offset)
             bad.append(record is None)
             size += len(line)
             if len(records) == 1024 or size > 16 << 20:
-                yield records, places, bad
-                records, places, bad, size = [], [], [], 0
+                yield records, offsets, bad
+                records, offsets, bad, size = [], [], [], 0
         if records:
-            yield records, places, bad
+            yield records, offsets, bad
 
     def lines(self, group):
-        "(place, line) of those lines that begin in a part."
+        "(offset, line) of the lines that begin in a part."
         start = group * BLOCK
         stop = math.inf if self.codec else start + BLOCK
         before = max(0, start - 1)  # a line begins after the end of another
         self.file.seek(before)
-        text = pa.CompressedInputStream(pa.PythonFile(self.file, "r"), self.codec) if self.codec else self.file
-        for at, line in _split_lines(text.read, before):
-            if at >= stop:
+        text = pa.CompressedInputStream(pa.PythonFile(self.file, "r"),
+                                        self.codec) if self.codec else self.file
+        for offset, line in _split_lines(text.read, before):
+            if offset >= stop:
                 return
-            if at >= start:
-                yield at, line
+            if offset >= start:
+                yield offset, line
 
-    def read(self, at, line):
+    def read(self, offset, line):
         "The object in a line; None if it is not UTF-8."
         try:
-            record = json.loads(line.decode("utf-8-sig" if at == 0 else "utf-8"))
+            record = json.loads(line.decode("utf-8-sig" if offset == 0 else "utf-8"))
         except UnicodeDecodeError:
             return None
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.where(at)} is not JSON: {error}.") from None
+            raise ValueError(f"{self.where(offset)} is not JSON: {error}.") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{self.where(at)} is not a JSON object, as {{\"text\": \"...\"}} is, but {line[:20]!r}.")
+            problem = f'is not a JSON object, as {{"text": "..."}} is, but {line[:20]!r}'
+            raise ValueError(f"{self.where(offset)} {problem}.")
         return record
 
-    def where(self, at):
-        "The file and the line that begins at a place; of a file on a server, the place."
+    def where(self, offset):
+        "The file and the number of the line that begins at an offset; the offset in a remote file."
         if is_remote(self.source):
-            return f"{shown(self.source)}, the line at byte {at:,}"
-        with pa.CompressedInputStream(str(self.source), self.codec) if self.codec else open(self.source, "rb") as text:
-            number = sum(1 for before, _ in _split_lines(text.read, 0, at) if before <= at)
+            return f"{shown(self.source)}, the line at byte {offset:,}"
+        with pa.CompressedInputStream(str(self.source),
+                                      self.codec) if self.codec else open(self.source, "rb") as text:
+            number = sum(1 for start, _ in _split_lines(text.read, 0, offset) if start <= offset)
         return f"{shown(self.source)}, line {number:,}"
 
-    def arrays(self, records, places):
+    def arrays(self, records, offsets):
         "Texts, scores or None, and which of the texts cannot be written in UTF-8."
         columns = {}
         for column in self.selection.text_columns:
-            columns[column] = [self.text(record, column, at) for record, at in zip(records, places)]
+            columns[column] = [self.text(record, column, offset) for record, offset in zip(records, offsets)]
         bad = [not all(_encodes(values[row]) for values in columns.values()) for row in range(len(records))]
-        clean = {column: pa.array([None if fault else value for value, fault in zip(values, bad)], pa.string())
+        clean = {column: pa.array([None if is_bad else value for value, is_bad in zip(values, bad)],
+                                  pa.string())
                  for column, values in columns.items()}
         scores = None
         if self.selection.score_column:
-            scores = pa.array([self.score(record, at) for record, at in zip(records, places)], pa.float64())
+            scores = pa.array([self.score(record, offset) for record, offset in zip(records, offsets)],
+                              pa.float64())
         return compose_texts(self.selection, clean), scores, bad
 
-    def text(self, record, column, at):
+    def text(self, record, column, offset):
         "A field as text; null if it is missing."
         value = _field(record, column)
         if value is None or isinstance(value, str):
@@ -141,34 +149,37 @@ class LineReader:
             return "\n\n".join(lines) or None
         if self.selection.text_template is not None and isinstance(value, (bool, int, float)):
             return json.dumps(value)
-        raise ValueError(f"{self.where(at)}: column {column!r} holds {_KINDS[type(value)]}, not text (string).")
+        kind = _KINDS[type(value)]
+        raise ValueError(f"{self.where(offset)}: column {column!r} holds {kind}, not text (string).")
 
-    def score(self, record, at):
+    def score(self, record, offset):
         "A field as a number; null if it is missing."
         value = _field(record, self.selection.score_column)
         if value is None or isinstance(value, float):
             return value
         if isinstance(value, int) and not isinstance(value, bool):
             return float(max(-(10**300), min(value, 10**300)))  # beyond all that a float holds
-        raise ValueError(f"{self.where(at)}: column {self.selection.score_column!r} holds {_KINDS[type(value)]}, not a number.")
+        column, kind = self.selection.score_column, _KINDS[type(value)]
+        raise ValueError(f"{self.where(offset)}: column {column!r} holds {kind}, not a number.")
 
 
-_KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+_KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list",
+          dict: "an object"}
 
 
-def _split_lines(read, at, last=math.inf):
-    "(place, line) of the lines in what `read` gives, from place `at` on, until after `last`."
+def _split_lines(read, offset, last=math.inf):
+    "(offset, line) of the lines that `read` returns, the first one at `offset`, until after `last`."
     parts = []
-    while at <= last and (piece := read(1 << 20)):
+    while offset <= last and (piece := read(1 << 20)):
         first, *rest = piece.split(b"\n")
         parts.append(first)
         for following in rest:
             line = b"".join(parts)
-            yield at, line
-            at += len(line) + 1
+            yield offset, line
+            offset += len(line) + 1
             parts = [following]
     if any(parts):
-        yield at, b"".join(parts)
+        yield offset, b"".join(parts)
 
 
 def _field(record, column):
@@ -179,8 +190,8 @@ def _field(record, column):
 
 def _missing(record, column):
     *path, last = field_path(record, column)
-    holder = _field(record, ".".join(path)) if path else record
-    return not isinstance(holder, dict) or last not in holder
+    parent = _field(record, ".".join(path)) if path else record
+    return not isinstance(parent, dict) or last not in parent
 
 
 def _keys(record, before=""):
@@ -194,7 +205,8 @@ def _chat_lines(messages):
     "A line for each message; None if these are not messages."
     lines = []
     for message in messages:
-        names = next((names for names in CHAT_FIELDS if isinstance(message, dict) and set(names) <= message.keys()), None)
+        names = next((names for names in CHAT_FIELDS
+                      if isinstance(message, dict) and set(names) <= message.keys()), None)
         values = [message[name] for name in names] if names else [1]
         if not all(value is None or isinstance(value, str) for value in values):
             return None

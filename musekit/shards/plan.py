@@ -42,13 +42,14 @@ def measure_groups(
     lengths: bool = False,
 ) -> list[tuple[Count, pa.Array]]:
     "Counts of the row groups, with the characters of each kept row if `lengths`."
-    tallies, characters = {group: Tally() for group in groups}, {group: [] for group in groups}
+    tallies = {group: Tally() for group in groups}
+    characters = {group: [pa.array([], pa.int32())] for group in groups}
     for texts, rows, dropped, group in read_texts(source, selection, groups, limit):
         tallies[group].add(rows, len(texts), dropped)
         if lengths:
             characters[group].append(pc.utf8_length(texts))
-    counts = [(group, tally.rows, tally.kept, dict(tally.dropped)) for group, tally in tallies.items()]
-    return [(count, pa.concat_arrays([pa.array([], pa.int32()), *characters[count[0]]])) for count in counts]
+    return [((group, tally.rows, tally.kept, dict(tally.dropped)), pa.concat_arrays(characters[group]))
+            for group, tally in tallies.items()]
 
 # %% ../../nbs/08_shards/11_plan.ipynb #a375a021
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _stream_from(sources, selection, weight, counted):
 
 
 def make_plan(
-    sources: Iterable[str | Path] | Iterable[Stream],  # paths or addresses that mean the same to every worker; or streams
+    sources: Iterable[str | Path] | Iterable[Stream],  # paths or addresses valid for every worker; or streams
     selection: Selection = Selection(),  # of sources; a stream has its own
     layout: Layout = Layout(),
     executor: Executor | None = None,
@@ -107,20 +108,22 @@ def make_plan(
 ) -> Plan:
     "Counts the sources, row group by row group, until the shards are full."
     streams = streams_of(sources, selection)
-    mix, counts = Mix(stream.weight for stream in streams), [[] for _ in streams]
+    mix = Mix(stream.weight for stream in streams)
     limits = [None] * len(streams) if layout.rows is None else mix.counts(layout.rows)
     tasks = [_chunks(stream, groups_per_task) for stream in streams]
-    counting = [_count(*arguments, executor) for arguments in zip(streams, tasks, counts, limits)]
+    counts = [[] for _ in streams]
+    lengths = [_count(*arguments, executor) for arguments in zip(streams, tasks, counts, limits)]
     if layout.rows is None:
         cutter = Cutter(layout)
-        shards = groupby(cutter.cut(regroup(mix.interleave(counting), layout)), itemgetter(0))
+        shards = groupby(cutter.cut(regroup(mix.interleave(lengths), layout)), itemgetter(0))
         edges = [0, *accumulate(sum(len(group) for _, group in groups) for _, groups in shards)]
         full = cutter.full
     else:
-        for lengths in counting:
-            deque(lengths, maxlen=0)
+        for stream_lengths in lengths:
+            deque(stream_lengths, maxlen=0)
         rows = min(layout.rows, mix.rows([sum(count[3] for count in each) for each in counts]))
-        edges, full = [*range(0, rows, layout.rows_per_shard), rows], rows == layout.rows
+        edges = [*range(0, rows, layout.rows_per_shard), rows]
+        full = rows == layout.rows
     return Plan(streams, layout, trim_counts(streams, counts, mix, edges[-1], full), edges, full)
 
 
@@ -139,11 +142,13 @@ def _count(stream, tasks, counts, limit, executor):
     "Appends the counts of a stream and yields the lengths of its rows; stops at `limit`, if any."
     for window in (tasks[start : start + 16] for start in range(0, len(tasks), 16)):
         if limit is not None and all(all_kept for _, _, all_kept, _ in window):
-            measured = [[((group, rows, rows, {}), ()) for group, rows in zip(groups, sizes)] for _, groups, _, sizes in window]
+            measured = [[((group, rows, rows, {}), ()) for group, rows in zip(groups, sizes)]
+                        for _, groups, _, sizes in window]
         else:
             paths = [stream.sources[index] for index, *_ in window]
             measure = partial(measure_groups, selection=stream.selection, lengths=limit is None)
-            measured = (executor.map if executor else map)(measure, paths, [groups for _, groups, *_ in window])
+            measured = (executor.map if executor else map)(measure, paths,
+                                                           [groups for _, groups, *_ in window])
         for (index, *_), results in zip(window, measured):
             for count, lengths in results:
                 counts.append((index, *count))
@@ -176,11 +181,12 @@ class Task:
 
 def tasks_of(plan: Plan) -> list[Task]:
     "A task for each shard, in row order."
-    mix, ends, weights = plan.mix, plan.ends, [stream.weight for stream in plan.streams]
+    mix, ends = plan.mix, plan.ends
+    weights = [stream.weight for stream in plan.streams]
     tasks = []
     for name, start, stop in plan.bounds:
         spans = zip(mix.counts(start), mix.counts(stop))
-        pieces = [_piece(*counted, *span) for *counted, span in zip(plan.streams, plan.counts, ends, spans)]
+        pieces = [_piece(*stream, *span) for *stream, span in zip(plan.streams, plan.counts, ends, spans)]
         tasks.append(Task(name, pieces, weights, start, stop - start, plan.layout))
     return tasks
 
@@ -188,7 +194,8 @@ def tasks_of(plan: Plan) -> list[Task]:
 def _piece(stream, counts, ends, start, stop):
     if start == stop:
         return Piece([], 0, 0, stream.selection)
-    first, last = bisect.bisect_right(ends, start), bisect.bisect_left(ends, stop)
+    first = bisect.bisect_right(ends, start)
+    last = bisect.bisect_left(ends, stop)
     groups = {}
     for source, group, _, kept, _ in counts[first : last + 1]:
         if kept:
@@ -213,7 +220,8 @@ def _texts(task):
 
 
 def _rows_of(piece):
-    batches = (texts for source, groups in piece.parts for texts, *_ in read_texts(source, piece.selection, groups))
+    batches = (texts for source, groups in piece.parts
+               for texts, *_ in read_texts(source, piece.selection, groups))
     return rows_between(batches, piece.skip, piece.skip + piece.rows) if piece.rows else ()
 
 # %% ../../nbs/08_shards/11_plan.ipynb #9f246aff
@@ -227,12 +235,12 @@ def verify_shards(
     held_out = layout.validation_shard(len(names) - 1)
     if len(names) < 2 or held_out not in names:
         raise ValueError(f"{folder} holds {len(names)} shards; some and {held_out} are needed.")
-    present = [_read_shard(Path(folder) / name, layout) for name in names]
-    short = [shard.name for shard, is_full in present if not is_full]
-    if len(present) > 2 and len(short) > 1:
+    read = [_read_shard(Path(folder) / name, layout) for name in names]
+    short = [shard.name for shard, is_full in read if not is_full]
+    if len(names) > 2 and len(short) > 1:
         size = f"{layout.rows_per_shard:,} rows" if layout.rows else f"{layout.shard_characters:,} characters"
         raise ValueError(f"{folder}: {' and '.join(short)} are short of {size}.")
-    present = [shard for shard, _ in present]
+    present = [shard for shard, _ in read]
     for shard in sorted(set(shards or present) ^ set(present), key=lambda shard: shard.name):
         raise ValueError(f"{folder}: {shard.name} is not what was written; convert again.")
     return present
@@ -274,9 +282,9 @@ def _read_group(parquet, group, layout):
 
 
 def _check_groups(sizes, layout):
-    full = all(size == layout.rows_per_group for size in sizes[:-1])
-    too_many = layout.rows is not None and sum(sizes) > layout.rows_per_shard
-    if not full or not sum(sizes) or too_many or sizes[-1] > layout.rows_per_group:
+    are_full = all(size == layout.rows_per_group for size in sizes[:-1])
+    is_too_long = layout.rows is not None and sum(sizes) > layout.rows_per_shard
+    if not are_full or not sum(sizes) or is_too_long or sizes[-1] > layout.rows_per_group:
         raise ValueError(f"its row groups have {sizes[:3]}... rows instead of {layout.rows_per_group}")
 
 # %% ../../nbs/08_shards/11_plan.ipynb #5ae548ba
@@ -290,7 +298,9 @@ def run_plan(
     progress: Callable[[int, int], object] | None = None,  # progress(all rows, rows written)
 ) -> Report:
     "Writes the shards of a plan that are still missing; returns the report."
-    tasks, report, folder = tasks_of(plan), plan.report, _claim(plan, folder)
+    tasks = tasks_of(plan)
+    report = plan.report
+    folder = _claim(plan, folder)
     missing = [task for task in tasks if not (folder / task.name).exists()]
     done = [_read_shard(folder / task.name, plan.layout)[0] for task in tasks if task not in missing]
     shards = {shard.name: shard for shard in done}
@@ -303,7 +313,9 @@ def run_plan(
 
 
 def _claim(plan, folder):
-    note, digest = Path(folder) / PLAN_FILE, text_sha256(plan.to_json())
+    "The folder, marked as this plan's; a ValueError if it holds other shards."
+    note = Path(folder) / PLAN_FILE
+    digest = text_sha256(plan.to_json())
     if not note.is_file() or note.read_text() != digest:
         new_folder(folder)
         with write_aside(note) as aside:

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['VALIDATION_SHARD', 'CODECS', 'TRAINER_LAYOUTS', 'SCHEMA', 'shard_name', 'Layout', 'layout_for', 'shard_bounds',
            'regroup', 'Cutter', 'mix_pattern', 'Mix', 'Shard', 'write_texts', 'Report', 'rechunk', 'new_folder',
-           'trim_counts', 'report_of', 'bounds_of', 'rows_between', 'plot_report', 'record', 'plot_timeline']
+           'trim_counts', 'report_of', 'bounds_of', 'rows_between', 'plot_report']
 
 # %% ../../nbs/08_shards/10_rechunk.ipynb #208cb3da
 import bisect
 import math
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -127,46 +126,53 @@ def regroup(
     layout: Layout,
 ) -> Iterator[pa.Array]:
     "Row groups of exactly the layout's size from arrays of any size; the last of each shard may be shorter."
-    waiting, by_rows = [], layout.shard_characters is None
-    room = layout.rows_per_shard if by_rows else layout.rows_per_group
-    space = min(layout.rows_per_group, room)
+    by_rows = layout.shard_characters is None
+    # rows of the shard that are still missing
+    shard_room = layout.rows_per_shard if by_rows else layout.rows_per_group
+    room = shard_room
+    missing = min(layout.rows_per_group, room)  # rows of the group
+    pieces = []
     for array in texts:
         while len(array):
-            piece, array = array.slice(0, space), array.slice(space)
-            waiting.append(piece)
-            space -= len(piece)
-            if space == 0:
-                group = pa.concat_arrays(waiting)
+            pieces.append(array.slice(0, missing))
+            array = array.slice(missing)
+            missing -= len(pieces[-1])
+            if missing == 0:
+                group = pa.concat_arrays(pieces)
                 yield group
-                room = by_rows and room - len(group) or (layout.rows_per_shard if by_rows else layout.rows_per_group)
-                waiting, space = [], min(layout.rows_per_group, room)
-    if waiting:
-        yield pa.concat_arrays(waiting)
+                room = by_rows and room - len(group) or shard_room
+                missing = min(layout.rows_per_group, room)
+                pieces = []
+    if pieces:
+        yield pa.concat_arrays(pieces)
 
 
 class Cutter:
     "Assigns row groups to shards and stops after the last one; `full` says whether all were filled."
 
     def __init__(self, layout: Layout):
-        self.layout, self.full = layout, False
+        self.layout = layout
+        self.full = False
 
     def cut(
         self,
         groups: Iterable[pa.Array],  # row groups: texts, or their lengths in characters
     ) -> Iterator[tuple[int, pa.Array]]:
         "(shard index, row group) for each group."
-        shard, rows, characters = 0, 0, 0
+        shard = rows = characters = 0
         for group in groups:
             rows += len(group)
             if self.layout.shard_characters is not None:
-                characters += pc.sum(group if pa.types.is_integer(group.type) else pc.utf8_length(group)).as_py()
+                lengths = group if pa.types.is_integer(group.type) else pc.utf8_length(group)
+                characters += pc.sum(lengths).as_py()
             ends = self.layout.is_full(rows, characters)
             self.full = ends and shard == self.layout.num_shards
             yield shard, group
             if self.full:
                 return
             if ends:
-                shard, rows, characters = shard + 1, 0, 0
+                shard += 1
+                rows = characters = 0
 
 # %% ../../nbs/08_shards/10_rechunk.ipynb #f4da2849
 _LONGEST_PATTERN = 100_000
@@ -185,8 +191,9 @@ def mix_pattern(weights: Iterable[Real]) -> list[int]:
     if sum(counts) > _LONGEST_PATTERN:
         raise ValueError(f"weights {', '.join(map(str, weights))}: their pattern has {sum(counts):,} rows, "
                          f"more than {_LONGEST_PATTERN:,}; round them.")
-    places = [((2 * row + 1) / count, stream) for stream, count in enumerate(counts) for row in range(count)]
-    return [stream for _, stream in sorted(places)]
+    positions = [((2 * row + 1) / count, stream) for stream, count in enumerate(counts)
+                 for row in range(count)]
+    return [stream for _, stream in sorted(positions)]
 
 
 class Mix:
@@ -196,18 +203,22 @@ class Mix:
         import numpy as np
 
         self.pattern = np.array(mix_pattern(list(weights)))
-        self.size, self.streams = len(self.pattern), range(self.pattern.max() + 1)
-        self.places = [np.flatnonzero(self.pattern == stream) for stream in self.streams]  # in the pattern
+        self.size = len(self.pattern)
+        streams = range(self.pattern.max() + 1)
+        self.positions = [np.flatnonzero(self.pattern == stream) for stream in streams]  # in the pattern
 
     def counts(self, rows: int) -> list[int]:
         "The number of rows of each stream among the first `rows` rows of the mix."
         whole, rest = divmod(rows, self.size)
-        return [int(whole * len(places) + (places < rest).sum()) for places in self.places]
+        return [int(whole * len(positions) + (positions < rest).sum()) for positions in self.positions]
 
     def rows(self, counts: list[int]) -> int:
         "The number of rows of the mix, if the streams have `counts` rows: it ends where one runs out."
-        wholes = (divmod(count, len(places)) for count, places in zip(counts, self.places))
-        return min(int(whole * self.size + places[rest]) for (whole, rest), places in zip(wholes, self.places))
+        ends = []
+        for count, positions in zip(counts, self.positions):
+            whole, rest = divmod(count, len(positions))
+            ends.append(int(whole * self.size + positions[rest]))
+        return min(ends)
 
     def stream_at(self, row: int) -> int:
         "The stream that a row of the mix comes from."
@@ -222,16 +233,17 @@ class Mix:
             yield from streams[0].arrays
             return
         while True:
-            wanted = self.pattern[(start + np.arange(1024)) % self.size]
-            counts = np.bincount(wanted, minlength=len(streams))
+            pattern = self.pattern[(start + np.arange(1024)) % self.size]
+            counts = np.bincount(pattern, minlength=len(streams))
             parts = [stream.take(int(count)) for stream, count in zip(streams, counts)]
             sizes = [sum(map(len, arrays)) for arrays in parts]
-            ends = [self._missing(wanted, stream, size) for stream, size in enumerate(sizes) if size < counts[stream]]
-            wanted = wanted[: min(ends, default=len(wanted))]
-            order = np.empty(len(wanted), np.int64)
+            ends = [self._missing(pattern, stream, size) for stream, size in enumerate(sizes)
+                    if size < counts[stream]]
+            pattern = pattern[: min(ends, default=len(pattern))]
+            order = np.empty(len(pattern), np.int64)
             for stream, first in enumerate(np.cumsum([0, *sizes[:-1]])):
-                mine = wanted == stream
-                order[mine] = first + np.arange(mine.sum())
+                is_own = pattern == stream
+                order[is_own] = first + np.arange(is_own.sum())
             arrays = [array for arrays in parts for array in arrays]
             if arrays:
                 yield pa.concat_arrays(arrays).take(pa.array(order))
@@ -240,9 +252,9 @@ class Mix:
                 return
 
     @staticmethod
-    def _missing(wanted, stream, size):
-        "The position in `wanted` of the first row that a stream of `size` rows lacks."
-        return int((wanted == stream).nonzero()[0][size])
+    def _missing(pattern, stream, size):
+        "The position of the first row that a stream of `size` rows lacks."
+        return int((pattern == stream).nonzero()[0][size])
 
 
 class _Rows:
@@ -279,7 +291,7 @@ class Shard:
 
 
 def write_texts(path: str | Path, texts: Iterable[pa.StringArray], layout: Layout) -> Shard:
-    "Writes texts as one shard; the file is whole or absent."
+    "Writes texts as one shard; the file is complete or absent."
     path = Path(path)
     with write_aside(path) as aside:
         shard = _seal(aside, _write(aside, texts, layout))
@@ -288,8 +300,10 @@ def write_texts(path: str | Path, texts: Iterable[pa.StringArray], layout: Layou
 
 def _write(path, texts, layout):
     level = CODECS[layout.codec] if layout.level is None else layout.level
-    options, rows = {"compression": layout.codec, "compression_level": level}, 0
-    with pq.ParquetWriter(path, SCHEMA, use_dictionary=False, write_statistics=False, **options) as writer:
+    options = {"compression": layout.codec, "compression_level": level, "use_dictionary": False,
+               "write_statistics": False}
+    rows = 0
+    with pq.ParquetWriter(path, SCHEMA, **options) as writer:
         for group in regroup(texts, layout):
             writer.write_batch(pa.record_batch([group], schema=SCHEMA))
             rows += len(group)
@@ -304,39 +318,43 @@ def _seal(path, rows):
 # %% ../../nbs/08_shards/10_rechunk.ipynb #357c0ca1
 @dataclass(frozen=True)
 class Report:
-    "Rows read, kept and dropped, and the shards."
+    "The rows read, kept and dropped, and the shards."
 
     rows: int  # read, up to the last one needed
     kept: int
     dropped: dict[str, int]  # by reason
     shards: tuple[Shard, ...]  # in row order
-    streams: tuple[tuple[int, int, dict, int], ...] = ()  # rows, kept, dropped and rows in shards of each stream of a mix
-    last: tuple[tuple[int, int] | None, ...] = field(default=(), compare=False)  # last (source, part) read per stream; None: all
+    # rows, kept, dropped and rows in shards of each stream of a mix
+    streams: tuple[tuple[int, int, dict, int], ...] = ()
+    # last (source, part) read per stream; None: all
+    last: tuple[tuple[int, int] | None, ...] = field(default=(), compare=False)
     full: bool = True  # whether there were enough rows for all shards
 
 
 def rechunk(
-    sources: Iterable[str | Path] | Iterable[Stream],  # local paths or addresses of files; or streams, which are mixed
+    sources: Iterable[str | Path] | Iterable[Stream],  # paths or addresses; or streams, which are mixed
     folder: str | Path,  # for the shards; may hold other files, but no Parquet file
     selection: Selection = Selection(),  # of sources; a stream has its own
     layout: Layout = Layout(),
     progress: Callable[[int, int], object] | None = None,  # called often as progress(rows read, rows written)
 ) -> Report:
-    "Cuts the kept rows of all sources, in order, into shards, which are named once all are whole."
-    folder, streams = new_folder(folder), streams_of(sources, selection)
+    "Cuts the kept rows of all sources, in order, into shards, which are named once all are complete."
+    folder = new_folder(folder)
+    streams = streams_of(sources, selection)
     for stream in streams:
         for source in stream.sources:
             check_source(source, stream.selection)
-    tallies, mix = [Tally() for _ in streams], Mix(stream.weight for stream in streams)
+    mix = Mix(stream.weight for stream in streams)
     limits = [None] * len(streams) if layout.rows is None else mix.counts(layout.rows)
-    reading = [tally.watch(read_sources(stream.sources, stream.selection, limit))
-               for tally, stream, limit in zip(tallies, streams, limits)]
-    cutter, edges = Cutter(layout), [0]
-    groups = cutter.cut(regroup(mix.interleave(reading), layout))
+    tallies = [Tally() for _ in streams]
+    texts = [tally.watch(read_sources(stream.sources, stream.selection, limit))
+             for tally, stream, limit in zip(tallies, streams, limits)]
+    cutter = Cutter(layout)
+    groups = cutter.cut(regroup(mix.interleave(texts), layout))
     try:
         with closing(read_ahead(groups)) as ahead:
             blocks = _write_blocks(_report(ahead, tallies, progress), folder, layout)
-        edges += accumulate(block.rows for block in blocks)
+        edges = [0, *accumulate(block.rows for block in blocks)]
         exact = [limit == rows for limit, rows in zip(limits, mix.counts(edges[-1]))]
         counts = [tally.counts for tally in tallies]
         counts = trim_counts(streams, counts, mix, edges[-1], cutter.full, exact)
@@ -344,8 +362,8 @@ def rechunk(
         bounds = bounds_of(report, edges, layout)
         return replace(report, shards=tuple(_name_blocks(blocks, folder, layout, bounds)))
     finally:
-        for left in folder.glob(_BLOCK % "*"):
-            left.unlink()
+        for block in folder.glob(_BLOCK % "*"):
+            block.unlink()
 
 
 _BLOCK = ".block-%s"
@@ -369,10 +387,11 @@ def trim_counts(
     exact: Iterable[bool] = (),  # per stream, whether it was read no further
 ) -> list[list[tuple]]:
     "The counts up to the last row in a shard; for a stream that ran out, the counts of all its rows."
-    ran_out = None if full else mix.stream_at(rows)
-    done = {index for index, is_exact in enumerate(exact) if is_exact} | {ran_out}
+    unchanged = {index for index, is_exact in enumerate(exact) if is_exact}
+    if not full:
+        unchanged.add(mix.stream_at(rows))
     limits = mix.counts(rows)
-    return [each if index in done else _trim(streams[index], each, limits[index])
+    return [each if index in unchanged else _trim(streams[index], each, limits[index])
             for index, each in enumerate(counts)]
 
 
@@ -383,23 +402,25 @@ def _trim(stream, counts, limit):
     if limit == 0 or last == len(counts):
         return counts[:last]
     source, group, _, kept, _ = counts[last]
+    limit -= ends[last] - kept
     tally = Tally()
-    for texts, rows, dropped, _ in read_texts(stream.sources[source], stream.selection, [group], limit - (ends[last] - kept)):
+    for texts, rows, dropped, _ in read_texts(stream.sources[source], stream.selection, [group], limit):
         tally.add(rows, len(texts), dropped)
     return [*counts[:last], (source, group, tally.rows, tally.kept, dict(tally.dropped))]
 
 
 def report_of(streams: list[Stream], counts: list[list[tuple]], mix: Mix, rows: int, full: bool) -> Report:
     "The report of the rows, before there are shards."
-    total, each = Tally(), []
+    total, by_stream, last = Tally(), [], []
     for stream, stream_counts, used in zip(streams, counts, mix.counts(rows)):
         tally = Tally()
         for part in [stream.counted] if stream.counted else (count[2:] for count in stream_counts):
             tally.add(*part)
         total.add(tally.rows, tally.kept, tally.dropped)
-        each.append((tally.rows, tally.kept, dict(tally.dropped), used))
-    last = tuple(None if stream.counted else _last(each) for stream, each in zip(streams, counts))
-    return Report(total.rows, total.kept, dict(total.dropped), (), tuple(each) if len(streams) > 1 else (), last, full)
+        by_stream.append((tally.rows, tally.kept, dict(tally.dropped), used))
+        last.append(None if stream.counted else _last(stream_counts))
+    by_stream = tuple(by_stream) if len(streams) > 1 else ()
+    return Report(total.rows, total.kept, dict(total.dropped), (), by_stream, tuple(last), full)
 
 
 def _last(counts):
@@ -413,7 +434,8 @@ def bounds_of(report: Report, edges: list[int], layout: Layout) -> list[tuple[st
         advice = "Use more source files, or keep shorter texts or lower scores"
         tally = str(Tally(report.rows, report.kept, Counter(report.dropped)))
         if report.streams:
-            tally += f"; kept of each stream of the mix: {', '.join(f'{kept:,}' for _, kept, *_ in report.streams)}"
+            kept = ", ".join(f"{kept:,}" for _, kept, *_ in report.streams)
+            tally += f"; kept of each stream of the mix: {kept}"
         raise ValueError(f"too few rows for a training and a validation shard: {tally}. {advice}.")
     return shard_bounds(edges[-1], layout, edges)
 
@@ -430,9 +452,9 @@ def _report(groups, tallies, progress):
 def _write_blocks(groups, folder, layout):
     blocks = []
     with ThreadPoolExecutor(1) as sealing:  # while the next block is written
-        for shard, mine in groupby(groups, itemgetter(0)):
+        for shard, pairs in groupby(groups, itemgetter(0)):
             path = folder / (_BLOCK % f"{shard:05d}")
-            rows = _write(path, (group for _, group in mine), layout)
+            rows = _write(path, (group for _, group in pairs), layout)
             blocks.append(sealing.submit(_seal, path, rows))
         return [block.result() for block in blocks]
 
@@ -455,7 +477,8 @@ def rows_between(texts: Iterable[pa.StringArray], start: int, stop: int) -> Iter
     "The texts from row `start` up to, not including, row `stop`."
     for array in texts:
         yield array[max(start, 0) : max(stop, 0)]
-        start, stop = start - len(array), stop - len(array)
+        start -= len(array)
+        stop -= len(array)
         if stop <= 0:
             return
 
@@ -467,42 +490,14 @@ def plot_report(report: Report):
     options = {"layout": "constrained", "width_ratios": (1, 1.3)}
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.5, 2.2), **options)
     plot_tally(report, left)
-    names = [shard.name.removesuffix(".parquet") for shard in report.shards]
-    held_out = VALIDATION_SHARD if VALIDATION_SHARD in {shard.name for shard in report.shards} else max(shard.name for shard in report.shards)
-    colors = ["#e6550d" if shard.name == held_out else "#2171b5" for shard in report.shards]
-    bars = right.barh(names, [shard.bytes / 1e6 for shard in report.shards], color=colors)
+    names = [shard.name for shard in report.shards]
+    held_out = VALIDATION_SHARD if VALIDATION_SHARD in names else max(names)
+    colors = ["#e6550d" if name == held_out else "#2171b5" for name in names]
+    labels = [name.removesuffix(".parquet") for name in names]
+    bars = right.barh(labels, [shard.bytes / 1e6 for shard in report.shards], color=colors)
     right.bar_label(bars, [f"{shard.rows:,} rows" for shard in report.shards], padding=2)
     right.set(xlabel="megabytes (orange: validation)")
     right.invert_yaxis()
     right.margins(x=0.3)
-    plt.close(figure)
-    return figure
-
-# %% ../../nbs/08_shards/10_rechunk.ipynb #56989ec3
-def record(items: Iterator, spans: list[tuple[float, float]]) -> Iterator:
-    "Yields the items and appends the span (seconds) in which each was produced."
-    while True:
-        start = time.perf_counter()
-        item = next(items, None)
-        spans.append((start, time.perf_counter()))
-        if item is None:
-            return
-        yield item
-
-
-def plot_timeline(busy: dict[str, list[tuple[float, float]]]):
-    "A figure with one line a worker, coloured while it is busy, with its share of the time."
-    import matplotlib.pyplot as plt
-
-    start = min(spans[0][0] for spans in busy.values())
-    end = max(spans[-1][1] for spans in busy.values())
-    figure, ax = plt.subplots(figsize=(7, 0.7 + 0.35 * len(busy)), layout="constrained")
-    for line, (name, spans) in enumerate(busy.items()):
-        bars = [((begun - start) * 1e3, (ended - begun) * 1e3) for begun, ended in spans]
-        ax.broken_barh(bars, (line - 0.4, 0.8), color=f"C{line}", edgecolor="white", linewidth=0.3)
-    shares = [sum(ended - begun for begun, ended in spans) / (end - start) for spans in busy.values()]
-    ax.set_yticks(range(len(busy)), [f"{name} {share:.0%}" for name, share in zip(busy, shares)])
-    ax.set(xlabel="milliseconds", xlim=(0, (end - start) * 1e3))
-    ax.invert_yaxis()
     plt.close(figure)
     return figure

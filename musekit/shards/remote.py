@@ -40,8 +40,8 @@ _HUB_ADVICE = {  # by the hub's X-Error-Code
     "RevisionNotFound": "check the revision",
     "EntryNotFound": "there is no such file: check the pattern, or the address",
 }
-_REFUSED = "the token (HF_TOKEN or of `hf auth login`) was refused: is it still valid, and has its owner accepted " \
-           "the dataset's terms"
+_REFUSED = "the token (HF_TOKEN or of `hf auth login`) was refused: is it still valid, and has its owner " \
+           "accepted the dataset's terms"
 _ELSEWHERE = "check the address, and whether its signature, if it has one, is still valid"
 _REDIRECTED = "it is not about the dataset's terms: run it again, and check this machine's clock and proxy"
 
@@ -75,7 +75,8 @@ def _until_reset(headers):
     older = dict(re.findall(r"\b(remaining|reset)=([0-9]{1,9})", limits))
     for remaining, reset in ((older.get("remaining"), older.get("reset")),
                              (headers.get("RateLimit-Remaining"), headers.get("RateLimit-Reset"))):
-        if re.fullmatch("0+", (remaining or "").strip()) and re.fullmatch("[0-9]{1,9}", (reset or "").strip()):
+        is_used_up = re.fullmatch("0+", (remaining or "").strip())
+        if is_used_up and re.fullmatch("[0-9]{1,9}", (reset or "").strip()):
             waits.append(float(reset))
     return max(waits)
 
@@ -141,14 +142,14 @@ def hub_token() -> str | None:
     try:
         return get_token()
     except (OSError, UnicodeDecodeError) as error:
-        path = constants.HF_TOKEN_PATH
-        raise ValueError(f"{path}: the hub's token cannot be read ({error}); log in again or set HF_TOKEN.") from None
+        problem = f"the hub's token cannot be read ({error}); log in again or set HF_TOKEN"
+        raise ValueError(f"{constants.HF_TOKEN_PATH}: {problem}.") from None
 
 
 def authorization(
     url: str,
     endpoint: str,  # the hub that issued the token
-    token: str | None | Callable[[], str | None],  # or a function that returns it, called for the hub's addresses only
+    token: str | None | Callable[[], str | None],  # or a function that returns it, called for the hub only
 ) -> dict[str, str]:
     "The header that sends the hub's token to that hub; empty for any other address."
     if not _is_of_hub(url, endpoint):
@@ -176,7 +177,7 @@ class TemporaryError(Exception):
 
 @contextmanager
 def _plain_errors(url):
-    "Raises a TemporaryError or a ValueError for errors of `requests`, whose messages may contain an address's query."
+    "Raises a TemporaryError or a ValueError for errors of `requests`, whose messages may contain secrets."
     try:
         yield
     except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError):
@@ -200,9 +201,11 @@ def _drop_body(response, **_):
         response.raw = io.BytesIO()
 
 
-def send_request(url: str, headers: dict[str, str], timeout: float = 60.0, session=requests) -> requests.Response:
+def send_request(url: str, headers: dict[str, str], timeout: float = 60.0,
+                 session=requests) -> requests.Response:
     "The response to a request, its body not yet read; a TemporaryError if the server is busy or unreachable."
-    options = {"auth": lambda request: request, "stream": True, "timeout": (10, timeout)}  # no password of ~/.netrc
+    # no password of ~/.netrc
+    options = {"auth": lambda request: request, "stream": True, "timeout": (10, timeout)}
     options["headers"] = {"Accept-Encoding": "identity"} | headers
     options["hooks"] = {"response": _drop_body}
     with _plain_errors(url):
@@ -215,7 +218,7 @@ def send_request(url: str, headers: dict[str, str], timeout: float = 60.0, sessi
 
 
 def read_body(response: requests.Response, least: int = 1 << 12) -> Iterator[bytes]:
-    "The body of a response as it arrives, in pieces of `least` bytes or more; a TemporaryError where it breaks."
+    "The body of a response as it arrives, in pieces of `least` bytes or more; may raise a TemporaryError."
     buffer = b""
     try:
         while piece := response.raw.read1(1 << 18, decode_content=True):
@@ -240,7 +243,7 @@ def retry(
     url: str,  # for messages
     attempt: Callable[[], object],  # called until it returns a result, which is not None
     wait: Callable[[str, float], object],  # wait(what happened, seconds) before the next attempt
-    received: Callable[[], tuple[int, int | None]] = lambda: (0, None),  # bytes so far, and bytes of the file if known
+    received: Callable[[], tuple[int, int | None]] = lambda: (0, None),  # bytes so far, and in all if known
     attempts: int = ATTEMPTS,
     longest_wait: float = LONGEST_WAIT,
     pause: float = 1.0,  # seconds; it doubles with every attempt that counts
@@ -278,7 +281,7 @@ def retry(
 
 # %% ../../nbs/08_shards/02_remote.ipynb #f4eef633
 def wrong_content(url: str, start: bytes) -> str | None:
-    "What is wrong with a file that begins so, and what to do; None if it begins as Parquet, Arrow or JSON Lines do."
+    "What is wrong with a file of these first bytes, and what to do; None for Parquet, Arrow, JSON Lines."
     path = urlsplit(url).path
     kind = file_format(start)
     is_error_message = kind == "JSON Lines" and re.search(r"\.(parquet|arrow|gz|zst)$", path.lower())
@@ -290,15 +293,18 @@ def wrong_content(url: str, start: bytes) -> str | None:
         return "it is encrypted; only files without encryption are read"
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith(b"version https://git-lfs"):
-        return "it is not Parquet but a pointer of Git LFS; give the address of the file itself, with /resolve/ " \
-               "for /raw/ on the hub, from media.githubusercontent.com on GitHub"
+        return "it is not Parquet but a pointer of Git LFS; give the address of the file itself, with " \
+               "/resolve/ for /raw/ on the hub, from media.githubusercontent.com on GitHub"
+    if not start:
+        return "it is empty"
     if not text.startswith(b"<"):
-        return f"it is not Parquet (it begins with {start[:8]!r}), nor Arrow or JSON Lines" if start else "it is empty"
+        return f"it is not Parquet (it begins with {start[:8]!r}), nor Arrow or JSON Lines"
     if "/blob/" in path:
         return "it is not Parquet but the page about a file; write /resolve/ for /blob/ in the address " \
                "(/raw/ on GitHub)"
     if re.search("/(tree|viewer)(/|$)", path) or re.fullmatch("/datasets/[^/]+/[^/]+/?", path):
-        return "it is not Parquet but the page of a repository; use --repo with --pattern, or a file's address"
+        return "it is not Parquet but the page of a repository; " \
+               "use --repo with --pattern, or a file's address"
     return "it is not Parquet but a web page, perhaps a login page; open the address in a browser"
 
 # %% ../../nbs/08_shards/02_remote.ipynb #711f8271
@@ -333,7 +339,7 @@ def content_range(response: requests.Response) -> tuple[int, int, int | None] | 
 
 
 def is_encoded(response: requests.Response) -> bool:
-    "Whether a response is compressed although that was not requested, so that its lengths are not the file's."
+    "Whether a response is compressed, which was not requested, so that its lengths are not the file's."
     return response.headers.get("Content-Encoding", "identity").strip() not in ("", "identity")
 
 
@@ -363,7 +369,8 @@ class RemoteFile(io.RawIOBase):
         self.ranges = []  # announced ones
         self.futures = {}  # of ranges that are being fetched, by index
         self.used = set()  # indices of ranges that were read to their end
-        self.end = 0, b""  # place and bytes of the end of the file, where its table of contents is read more than once
+        # place and bytes of the end of the file, where its table of contents is read more than once
+        self.end = 0, b""
         self.session = requests.Session()
         self.pool = ThreadPoolExecutor(threads)
         self.closing = threading.Event()
@@ -394,7 +401,7 @@ class RemoteFile(io.RawIOBase):
         return retry(self.url, attempt, wait, lambda: (len(data), stop - start), pause=self.pause)
 
     def _receive(self, data, start, stop):
-        "Appends the bytes of one response to those of a range; a TemporaryError if there are fewer than promised."
+        "Appends the bytes of one response to those of a range; a TemporaryError if some are missing."
         wanted = start + len(data)
         with self._request(wanted, stop) as response:
             part = self._part_of(response, wanted, stop)
@@ -417,18 +424,20 @@ class RemoteFile(io.RawIOBase):
         name, code = shown(self.url), response.status_code
         if code == 200:
             start = next(read_body(response), b"")
-            fault = wrong_content(self.url, start) or f"the server does not support range requests; {_DOWNLOAD}"
+            fault = wrong_content(self.url,
+                                  start) or f"the server does not support range requests; {_DOWNLOAD}"
             raise ValueError(f"{name}: {fault}.")
         if code == 416:
             if range_size(response) == 0 and wanted == 0:
                 self.size = 0
                 return None
-            raise ValueError(f"{name}: the server has no byte {wanted:,} of it: it is shorter than it was, or than "
-                             "its table of contents says; start again.")
+            raise ValueError(f"{name}: the server has no byte {wanted:,} of it: it is shorter than it was, "
+                             "or than its table of contents says; start again.")
         if code != 206:
             raise refusal(self.url, response)
         if is_encoded(response):
-            raise ValueError(f"{name}: the server compresses range responses, which was not requested; {_DOWNLOAD}.")
+            problem = "the server compresses range responses, which was not requested"
+            raise ValueError(f"{name}: {problem}; {_DOWNLOAD}.")
         header = _short(response.headers.get("Content-Range")) or "none"
         begin, end, size = content_range(response) or (stop, stop, None)
         too_much = wanted - begin + max(0, end - stop)
@@ -441,15 +450,16 @@ class RemoteFile(io.RawIOBase):
     def _check_version(self, size, etag, header):
         "Stores size and version of the file; a ValueError if they have changed."
         if size is None and self.size is None:
-            raise ValueError(f"{shown(self.url)}: the server does not say how long the file is (Content-Range: "
-                             f"{header}); {_DOWNLOAD}.")
+            problem = f"the server does not say how long the file is (Content-Range: {header})"
+            raise ValueError(f"{shown(self.url)}: {problem}; {_DOWNLOAD}.")
         if self.size not in (None, size or self.size) or self.etag not in (None, etag or self.etag):
             raise ValueError(f"{shown(self.url)} was changed on the server while it was read; start again.")
         self.size = size or self.size
         self.etag = etag or self.etag
 
     def _request(self, start, stop):
-        headers = {"Range": f"bytes={start}-{stop - 1}"} | authorization(self.location, hub_address(), hub_token)
+        headers = {"Range": f"bytes={start}-{stop - 1}"}
+        headers |= authorization(self.location, hub_address(), hub_token)
         response = send_request(self.location, headers, session=self.session)
         if response.status_code in (400, 401, 403, 404, 410) and self.location != self.url:
             response.close()

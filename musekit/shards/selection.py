@@ -21,15 +21,15 @@ from ..utils.validation import check_whole, is_number
 
 # %% ../../nbs/08_shards/04_selection.ipynb #97ff91a9
 def parse_template(template: str) -> list[tuple[str, str]]:
-    "(words before, column) for each column of a template, and (words at its end, ''); a ValueError if it has none."
-    words = re.sub(r"\\(.)", lambda found: {"n": "\n", "t": "\t"}.get(found[1], found[1]), template)
+    "(words before, column) for each column of a template, and (words at its end, ''); a ValueError for none."
+    words = re.sub(r"\\(.)", lambda match: {"n": "\n", "t": "\t"}.get(match[1], match[1]), template)
     try:
         parts = [*string.Formatter().parse(words)]
     except ValueError as error:
         raise ValueError(f"text_template={template!r}: {error}; write {{{{ and }}}} for braces.") from None
     for _, column, form, conversion in parts:
         if column == "" or form or conversion:
-            advice = "between braces stands the name of a column and nothing else"
+            advice = "give the name of a column between braces and nothing else"
             raise ValueError(f"text_template={template!r}: {advice}: '{{question}}\\n{{answer}}'.")
     if not any(column for _, column, *_ in parts):
         raise ValueError(f"text_template={template!r} names no column; write '{{question}}\\n{{answer}}'.")
@@ -52,8 +52,8 @@ class Selection:
     def __post_init__(self):
         if (self.score_column is None) != (self.min_score is None):
             raise ValueError("score_column and min_score belong together: give both or neither.")
-        finite = is_number(self.min_score) and -math.inf < self.min_score < math.inf
-        if self.min_score is not None and not finite:
+        is_finite = is_number(self.min_score) and -math.inf < self.min_score < math.inf
+        if self.min_score is not None and not is_finite:
             raise ValueError(f"min_score={self.min_score!r}: give a number.")
         check_whole(self, "min_characters", 0)
         if self.max_characters is not None:
@@ -64,8 +64,8 @@ class Selection:
         if self.text_template is not None:
             parse_template(self.text_template)
             if self.text_column != "text":
-                raise ValueError(f"text_column={self.text_column!r} and text_template={self.text_template!r}: "
-                                 "give one of the two.")
+                both = f"text_column={self.text_column!r} and text_template={self.text_template!r}"
+                raise ValueError(f"{both}: give one of the two.")
 
     @property
     def text_columns(self) -> list[str]:
@@ -83,59 +83,61 @@ class Selection:
 REASONS = ("bad UTF-8", "no text", "no score", "low score", "too short", "too long")
 
 
-def _long_enough(texts, characters):
-    size = pc.fill_null(pc.binary_length(texts), 0)
-    enough = pc.greater_equal(size, 4 * characters)
-    unsure = pc.and_(pc.greater_equal(size, characters), pc.invert(enough))
-    if not pc.any(unsure).as_py():
-        return enough
-    counted = pc.greater_equal(pc.utf8_length(texts.filter(unsure)), characters)
-    return pc.replace_with_mask(enough, unsure, counted)
+def _long_enough(texts, min_characters):
+    num_bytes = pc.fill_null(pc.binary_length(texts), 0)
+    is_enough = pc.greater_equal(num_bytes, 4 * min_characters)
+    is_unclear = pc.and_(pc.greater_equal(num_bytes, min_characters), pc.invert(is_enough))
+    if not pc.any(is_unclear).as_py():
+        return is_enough
+    counted = pc.greater_equal(pc.utf8_length(texts.filter(is_unclear)), min_characters)
+    return pc.replace_with_mask(is_enough, is_unclear, counted)
 
 
-def _least(kind, least):
-    "The smallest number of a column's type that is at least `least`; None if the type has none."
+def _rounded_up(number, kind):
+    "The smallest number of a column's type that is at least `number`; None if the type has none."
     try:
         if pa.types.is_floating(kind):
-            return pa.scalar(float(least), kind)
-        exact = Decimal(int(least)) if isinstance(least, Integral) else Decimal(repr(float(least)))
-        places = kind.scale if pa.types.is_decimal(kind) else 0
-        number = exact.quantize(Decimal(1).scaleb(-places), ROUND_CEILING, Context(prec=400))
-        return pa.scalar(number if pa.types.is_decimal(kind) else int(number), kind)
+            return pa.scalar(float(number), kind)
+        exact = Decimal(int(number)) if isinstance(number, Integral) else Decimal(repr(float(number)))
+        decimals = kind.scale if pa.types.is_decimal(kind) else 0
+        rounded = exact.quantize(Decimal(1).scaleb(-decimals), ROUND_CEILING, Context(prec=400))
+        return pa.scalar(rounded if pa.types.is_decimal(kind) else int(rounded), kind)
     except (pa.ArrowInvalid, ArithmeticError):
         return None
 
 
-def _at_least(scores, least):
-    "Which scores are at least `least`, compared in the type of their column, as Polars and DuckDB do."
-    lowest = _least(scores.type, least)
-    if lowest is None:  # beyond the numbers of the type
-        return pa.scalar(least < 0)
+def _at_least(scores, min_score):
+    "Which scores are at least `min_score`, compared in the type of their column, as Polars and DuckDB do."
+    minimum = _rounded_up(min_score, scores.type)
+    if minimum is None:  # beyond the numbers of the type
+        return pa.scalar(min_score < 0)
     if pa.types.is_float16(scores.type):  # Arrow does not compare these
-        scores, lowest = scores.cast(pa.float32()), lowest.cast(pa.float32())
-    return pc.greater_equal(scores, lowest)
+        scores, minimum = scores.cast(pa.float32()), minimum.cast(pa.float32())
+    return pc.greater_equal(scores, minimum)
 
 
 def keep(
-    batch: pa.RecordBatch,  # the texts, the scores if there are any, and which texts are bad UTF-8 if those are skipped
+    batch: pa.RecordBatch,  # texts, scores if there are any, and which are bad UTF-8 if those are skipped
     selection: Selection,
 ) -> tuple[pa.BooleanArray, Counter]:
-    "Which rows of a batch stay, and how many were dropped for which reason."
+    "Which rows of a batch are kept, and how many were dropped for which reason."
     texts = batch.column(0)
-    passed = [pc.invert(batch.column(batch.num_columns - 1)) if selection.skip_bad_utf8 else pa.scalar(True)]
-    passed.append(texts.is_valid())
+    rules = [pc.invert(batch.column(batch.num_columns - 1)) if selection.skip_bad_utf8 else pa.scalar(True)]
+    rules.append(texts.is_valid())
     if selection.score_column:
-        score = batch.column(1)
-        passed.append(pc.invert(score.is_null(nan_is_null=True)))
-        passed.append(pc.fill_null(_at_least(score, selection.min_score), False))
+        scores = batch.column(1)
+        rules.append(pc.invert(scores.is_null(nan_is_null=True)))
+        rules.append(pc.fill_null(_at_least(scores, selection.min_score), False))
     else:
-        passed += [pa.scalar(True)] * 2
-    passed.append(_long_enough(texts, selection.min_characters))
-    most = selection.max_characters
-    passed.append(pa.scalar(True) if most is None else pc.invert(_long_enough(texts, most + 1)))
-    mask, left, dropped = pa.array([True] * len(batch)), len(batch), Counter()
-    for reason, rule in zip(REASONS, passed):
+        rules += [pa.scalar(True)] * 2
+    rules.append(_long_enough(texts, selection.min_characters))
+    limit = selection.max_characters
+    rules.append(pa.scalar(True) if limit is None else pc.invert(_long_enough(texts, limit + 1)))
+    mask = pa.array([True] * len(batch))
+    kept, dropped = len(batch), Counter()
+    for reason, rule in zip(REASONS, rules):
         mask = pc.and_(mask, rule)
-        still = pc.sum(mask).as_py() or 0
-        dropped[reason], left = left - still, still
+        before = kept
+        kept = pc.sum(mask).as_py() or 0
+        dropped[reason] = before - kept
     return mask, +dropped

@@ -56,8 +56,10 @@ def shuffle(
     step = groups_per_task or (32 if executor else max(1, *(len(each.rows) for each in contents)))
     tasks = [(index, list(range(start, min(start + step, len(each.rows)))))
              for index, each in enumerate(contents) for start in range(0, len(each.rows), step)]
-    numbered = [(number, stream, index, groups, seed, bits, str(folder)) for number, (index, groups) in enumerate(tasks)]
-    tally, runs, rows = Tally(), [], [0] * 2**bits
+    numbered = [(number, stream, index, groups, seed, bits, str(folder))
+                for number, (index, groups) in enumerate(tasks)]
+    tally = Tally()
+    runs, rows = [], [0] * 2**bits
     results = (executor.map if executor else map)(scatter, *map(list, zip(*numbered))) if numbered else ()
     for names, counts, *count in results:
         tally.add(*count)
@@ -84,29 +86,29 @@ def scatter(
     "Sorts the kept rows of some parts into runs; returns names, rows per bucket, rows read, kept, dropped."
     import numpy as np
 
-    tally, kept_of = Tally(), Counter()
+    tally, kept = Tally(), Counter()
 
-    def keyed():
+    def with_keys():
         for texts, rows, dropped, group in read_texts(stream.sources[source], stream.selection, groups):
             tally.add(rows, len(texts), dropped)
-            yield texts, row_keys(seed, source, group, kept_of[group], len(texts))
-            kept_of[group] += len(texts)
+            yield texts, row_keys(seed, source, group, kept[group], len(texts))
+            kept[group] += len(texts)
 
     runs, counts = [], np.zeros(2**bits, int)
-    for texts, keys in _pieces(keyed(), _RUN):
+    for texts, keys in _pieces(with_keys(), _RUN):
         runs.append(f"run-{number:06d}-{len(runs):03d}.arrow")
         counts += _write_run(Path(folder) / runs[-1], texts, np.concatenate(keys), bits)
     return runs, counts.tolist(), tally.rows, tally.kept, dict(tally.dropped)
 
 
-def _pieces(pairs, most):
-    "(texts, keys) in lists of about `most` bytes."
+def _pieces(pairs, max_bytes):
+    "(texts, keys) in lists of about `max_bytes`."
     texts, keys, size = [], [], 0
-    for some, their_keys in pairs:
-        texts.append(some)
-        keys.append(their_keys)
-        size += some.nbytes
-        if size > most:
+    for batch, batch_keys in pairs:
+        texts.append(batch)
+        keys.append(batch_keys)
+        size += batch.nbytes
+        if size > max_bytes:
             yield texts, keys
             texts, keys, size = [], [], 0
     if texts:
@@ -114,11 +116,12 @@ def _pieces(pairs, most):
 
 
 def _write_run(path, texts, keys, bits):
-    "A batch for each bucket; returns the rows of each."
+    "Writes a batch for each bucket; returns the number of rows of each."
     import numpy as np
 
     order = np.argsort(keys, kind="stable")
-    edges = np.searchsorted(keys[order], [bucket << (64 - bits) for bucket in range(1, 2**bits)]) if bits else []
+    edges = np.searchsorted(keys[order],
+                            [bucket << (64 - bits) for bucket in range(1, 2**bits)]) if bits else []
     edges = [0, *map(int, edges), len(keys)]
     options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
     column = pa.concat_arrays(texts)  # taking rows of many pieces would copy them for every bucket
@@ -126,6 +129,6 @@ def _write_run(path, texts, keys, bits):
     with write_aside(path) as aside, pa.ipc.new_file(str(aside), RUN_SCHEMA, options=options) as writer:
         for start, stop in zip(edges, edges[1:]):
             rows = order[start:stop]
-            chosen = column.take(pa.array(rows)) if len(rows) else pa.array([], pa.string())
-            writer.write_batch(pa.record_batch([pa.array(keys[rows]), chosen], schema=RUN_SCHEMA))
+            bucket = column.take(pa.array(rows)) if len(rows) else pa.array([], pa.string())
+            writer.write_batch(pa.record_batch([pa.array(keys[rows]), bucket], schema=RUN_SCHEMA))
     return np.diff(edges)

@@ -22,7 +22,9 @@ from .columns import NOT_UTF8
 from .json_lines import LineReader
 from .remote import RemoteFile, wrong_content
 from .selection import REASONS, Selection, keep
-from .tables import ENCRYPTED, ArrowReader, ColumnReader, ParquetReader, ShuffleReader, SourceContents
+from musekit.shards.tables import (
+    ENCRYPTED, ArrowReader, ColumnReader, ParquetReader, ShuffleReader, SourceContents,
+)
 from ..utils.validation import one_line
 
 # %% ../../nbs/08_shards/08_sources.ipynb #c6025242
@@ -35,7 +37,8 @@ class BadSource(ValueError):
         return f"{shown(source)}{problem.rstrip('.')}. If it is damaged, {advice}."
 
 
-_READERS = {"Parquet": ParquetReader, "Arrow": ArrowReader, "Arrow stream": ArrowReader, "JSON Lines": LineReader,
+_READERS = {"Parquet": ParquetReader, "Arrow": ArrowReader, "Arrow stream": ArrowReader,
+            "JSON Lines": LineReader,
             "gzip": LineReader, "zstd": LineReader, "shuffle": ShuffleReader}
 
 
@@ -54,7 +57,7 @@ def _bad_source(source, problem):
 def open_source(
     source: str | Path,
     selection: Selection,
-    groups: Iterable[int] | None = None,  # parts that will be read, which a remote file needs to know; None: all
+    groups: Iterable[int] | None = None,  # parts that will be read, for remote files; None: all
 ) -> Iterator[ColumnReader | LineReader]:
     "A reader for a local or remote file; a `BadSource`, which is a ValueError, if it is not whole."
     with RemoteFile(str(source)) if is_remote(source) else open(source, "rb", buffering=0) as file:
@@ -64,7 +67,9 @@ def open_source(
             raise ValueError(f"{shown(source)} {ENCRYPTED}.")
         if kind is None:
             fault = wrong_content(str(source), start)
-            raise ValueError(f"{shown(source)}: {fault}.") if is_remote(source) else BadSource(str(source), f": {fault}")
+            if is_remote(source):
+                raise ValueError(f"{shown(source)}: {fault}.")
+            raise BadSource(str(source), f": {fault}")
         file.seek(0)
         with _bad_source(source, f" is not a whole {kind} file"):
             reader = _READERS[kind](source, file, selection, kind)
@@ -112,7 +117,7 @@ def read_texts(
 
 
 def _read_group(source, reader, group, selection):
-    "Batches of a part: the texts, the scores if there are any, and which texts are bad UTF-8 if those are skipped."
+    "Batches of a part: texts, scores if there are any, and which are bad UTF-8 if those are skipped."
     with _bad_source(source, f", row group {group} cannot be read"):
         for texts, scores, bad in reader.rows(group):
             columns = [texts, *([] if scores is None else [scores])]
@@ -200,7 +205,8 @@ class Stream:
     sources: tuple[str, ...]
     selection: Selection = Selection()
     weight: Real = 1
-    counted: tuple[int, int, dict] | None = None  # rows, kept and dropped, if the sources are shuffled rows of others
+    # rows, kept and dropped, if the sources are shuffled rows of others
+    counted: tuple[int, int, dict] | None = None
 
 
 def streams_of(

@@ -19,26 +19,28 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .catalog import is_remote, shown
-from .columns import as_text, bad_utf8, check_columns, compose_texts, field_path, nested_column, plain_values
+from musekit.shards.columns import (
+    as_text, bad_utf8, check_columns, compose_texts, field_path, nested_column, plain_values,
+)
 from .remote import chunk_ranges
 
 # %% ../../nbs/08_shards/06_tables.ipynb #0b0bee01
 @dataclass(frozen=True)
 class SourceContents:
-    "What is in each part of a source: a row group, a record batch or a block of lines."
+    "The rows and bytes of each part of a source: a row group, a record batch or a block of lines."
 
-    rows: list[int | None]  # None where only reading tells
-    bytes: list[int]  # that are read for the wanted columns
+    rows: list[int | None]  # None if unknown before reading
+    bytes: list[int]  # of the selected columns
     all_kept: bool = False  # whether the rows have passed a selection already
 
     @property
     def num_rows(self) -> int | None:
-        "Rows of all parts, if that is known."
+        "Rows of all parts; None if unknown."
         return None if None in self.rows else sum(self.rows)
 
 
 class ColumnReader:
-    "What readers of formats with a schema share."
+    "The base of readers of formats with a schema."
 
     def __enter__(self):
         return self
@@ -47,14 +49,15 @@ class ColumnReader:
         pass
 
     def check(self):
-        "A ValueError unless the wanted columns are there and have fitting types."
+        "A ValueError unless the selected columns exist and have fitting types."
         check_columns(self.source, self.schema, self.selection)
 
     def rows(self, group):
         "(texts, scores or None, which are not UTF-8 or None) of a part, at most 1,024 rows at a time."
         for batch in self.batches(group):
             columns = {name: nested_column(batch, name) for name in self.selection.columns}
-            texts = compose_texts(self.selection, {name: as_text(columns[name]) for name in self.selection.text_columns})
+            texts = compose_texts(self.selection,
+                                  {name: as_text(columns[name]) for name in self.selection.text_columns})
             scores = columns.get(self.selection.score_column)
             yield texts, None if scores is None else plain_values(scores), bad_utf8(texts)
 
@@ -67,11 +70,11 @@ class _Footer:
 
     def __init__(self, data: bytes):
         self.data = data
-        self.place = 0
+        self.position = 0
 
     def byte(self):
-        self.place += 1
-        return self.data[self.place - 1]
+        self.position += 1
+        return self.data[self.position - 1]
 
     def number(self):
         "A whole number in pieces of seven bits; signed ones stay in zigzag."
@@ -91,7 +94,7 @@ class _Footer:
         if kind == 12:
             return self.fields()
         size = {3: 1, 7: 8}.get(kind) or self.number()  # a byte, a float, a string: not needed
-        self.place += size
+        self.position += size
 
     def items(self):
         head = self.byte()
@@ -124,16 +127,16 @@ def _signed_footer(file, metadata):
 
 
 def _chunk_groups(metadata, signed):
-    "The column chunks of every row group as plain values, where pyarrow's own would end the process if damaged."
-    if signed is None:  # not read again, which from a web server takes time
-        written = io.BytesIO()
-        metadata.write_metadata_file(written)
-        signed = written.getvalue()[4:]
+    "The column chunks of every row group as plain values, as pyarrow's would end the process if damaged."
+    if signed is None:  # not read again, which takes time on a web server
+        footer = io.BytesIO()
+        metadata.write_metadata_file(footer)
+        signed = footer.getvalue()[4:]
     return [group[1] for group in _Footer(signed).fields().get(4, [])]
 
 
 def _refuse_encrypted(source, metadata, chunk_groups, columns):
-    "A ValueError if a wanted column is encrypted."
+    "A ValueError if a selected column is encrypted."
     encrypted = {index for chunks in chunk_groups for index, chunk in enumerate(chunks) if 8 in chunk}
     for index in sorted(encrypted):
         name = metadata.schema.column(index).path
@@ -157,9 +160,10 @@ class ParquetReader(ColumnReader):
 
     def check(self):
         leaves = map(self.parquet.schema.column, range(self.parquet.metadata.num_columns))
-        kinds = {leaf.path: (leaf.physical_type, leaf.logical_type.type) for leaf in leaves}
-        named = [path for path, kind in kinds.items() if kind in [("BYTE_ARRAY", name) for name in ("STRING", "ENUM", "JSON")]]
-        check_columns(self.source, self.schema, self.selection, named)
+        utf8 = [leaf.path for leaf in leaves
+                if leaf.physical_type == "BYTE_ARRAY"
+                and leaf.logical_type.type in ("STRING", "ENUM", "JSON")]
+        check_columns(self.source, self.schema, self.selection, utf8)
 
     def __exit__(self, *_):
         self.parquet.close()
@@ -170,27 +174,30 @@ class ParquetReader(ColumnReader):
 
     def ranges(self, groups):
         "(start, stop) bytes that are read for some parts."
-        found = chunk_ranges(self.parquet.metadata, self.selection.columns, groups, self.chunk)
-        for start, stop in found:
+        ranges = chunk_ranges(self.parquet.metadata, self.selection.columns, groups, self.chunk)
+        for start, stop in ranges:
             if not 0 <= start <= stop <= self.size:
                 raise pa.ArrowInvalid(f"its footer names the bytes {start:,} to {stop:,} of {self.size:,}")
-        return found
+        return ranges
 
     def chunk(self, group, index):
-        facts = self.chunk_groups[group][index].get(3, {})
-        if not {7, 9} <= facts.keys():
+        "Size and offsets of a column chunk."
+        fields = self.chunk_groups[group][index].get(3, {})
+        if not {7, 9} <= fields.keys():
             raise pa.ArrowInvalid(f"its footer does not say where column {index} of row group {group} is")
-        size, data_page, dictionary = (_signed_number(facts.get(field, 0)) for field in (7, 9, 11))
-        return SimpleNamespace(total_compressed_size=size, data_page_offset=data_page, dictionary_page_offset=dictionary)
+        size, data_page, dictionary = (_signed_number(fields.get(field, 0)) for field in (7, 9, 11))
+        return SimpleNamespace(total_compressed_size=size, data_page_offset=data_page,
+                               dictionary_page_offset=dictionary)
 
     def contents(self):
         "Rows and bytes of every part."
         rows = [self.parquet.metadata.row_group(group).num_rows for group in range(self.num_groups)]
-        ranges = [self.ranges([group]) for group in range(self.num_groups)]
-        return SourceContents(rows, [sum(stop - start for start, stop in spans) for spans in ranges])
+        sizes = [sum(stop - start for start, stop in self.ranges([group]))
+                 for group in range(self.num_groups)]
+        return SourceContents(rows, sizes)
 
     def batches(self, group):
-        "The wanted columns of a row group."
+        "The selected columns of a row group."
         missing = self.parquet.metadata.row_group(group).num_rows
         options = {"row_groups": [group], "columns": self.selection.columns, "use_threads": False}
         for batch in self.parquet.iter_batches(1024, **options):
@@ -211,7 +218,8 @@ class ArrowReader(ColumnReader):
         roots = {field_path(self.schema.names, column)[0] for column in selection.columns}
         included = [index for index, name in enumerate(self.schema.names) if name in roots]
         self.file.seek(0)
-        self.reader = opener(self.file, options=pa.ipc.IpcReadOptions(use_threads=False, included_fields=included))
+        self.reader = opener(self.file,
+                             options=pa.ipc.IpcReadOptions(use_threads=False, included_fields=included))
         self.is_stream = kind == "Arrow stream"
         self.num_groups = 1 if self.is_stream else self.reader.num_record_batches
 
@@ -223,11 +231,11 @@ class ArrowReader(ColumnReader):
         return [(0, self.size)] if self.is_stream and groups else []
 
     def contents(self):
-        "Bytes of every part, about; rows are counted by reading."
+        "Approximate bytes of every part; rows are counted by reading."
         return SourceContents([None] * self.num_groups, _shares(self.size, self.num_groups))
 
     def batches(self, group):
-        "The wanted columns of a record batch."
+        "The selected columns of a record batch."
         for batch in self.reader if self.is_stream else [self.reader.get_batch(group)]:
             batch.validate()
             for column in self.selection.columns:
@@ -237,7 +245,7 @@ class ArrowReader(ColumnReader):
 
 
 def _check_buffers(array):
-    "An ArrowInvalid for offsets or indices that lead out of an array; bad UTF-8 is looked for later."
+    "An ArrowInvalid for offsets or indices outside of an array; UTF-8 is checked later."
     try:
         array.validate(full=True)
     except pa.ArrowInvalid as error:
@@ -246,7 +254,7 @@ def _check_buffers(array):
 
 
 def _shares(size, count):
-    "A number of bytes in so many parts."
+    "A number of bytes divided into `count` parts."
     return [size * (index + 1) // count - size * index // count for index in range(count)]
 
 # %% ../../nbs/08_shards/06_tables.ipynb #e1314824
@@ -260,12 +268,13 @@ class ShuffleReader(ColumnReader):
         if is_remote(source):
             raise pa.ArrowInvalid("shuffled rows are read where they were written")
         self.folder = Path(source).parent
-        facts = json.loads(Path(source).read_text().partition("\n")[2])
-        self.runs, self.counts, self.num_groups = facts["runs"], facts["rows"], len(facts["rows"])
+        index = json.loads(Path(source).read_text().partition("\n")[2])
+        self.runs, self.counts = index["runs"], index["rows"]
+        self.num_groups = len(self.counts)
         self.source, self.selection, self.schema = source, selection, RUN_SCHEMA
 
     def contents(self):
-        "Rows of every bucket; bytes of the disk, about."
+        "Rows and approximate bytes of every bucket."
         size = sum((self.folder / run).stat().st_size for run in self.runs)
         return SourceContents(self.counts, _shares(size, self.num_groups), all_kept=True)
 
@@ -276,7 +285,8 @@ class ShuffleReader(ColumnReader):
             with pa.memory_map(str(self.folder / run)) as file:
                 parts.append(pa.ipc.open_file(file).get_batch(group))
         bucket = pa.Table.from_batches(parts, RUN_SCHEMA)
-        order = pc.array_sort_indices(bucket["key"].combine_chunks())  # stable: equal keys stay in the order of the runs
+        # stable: equal keys stay in the order of the runs
+        order = pc.array_sort_indices(bucket["key"].combine_chunks())
         for start in range(0, len(order), 1024):
             rows = bucket.take(order.slice(start, 1024)).combine_chunks()
             yield from rows.to_batches()

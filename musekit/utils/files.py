@@ -97,8 +97,8 @@ def exchange_folders(one: Path, other: Path) -> bool:
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+    current_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename(current_folder, os.fsencode(one), current_folder, os.fsencode(other), exchange) == 0:
         return True
     code = ctypes.get_errno()
     if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
@@ -177,13 +177,13 @@ def plot_remakes(
     before: dict[str, dict],  # facts by stage
     changes: dict[str, dict[str, dict]],  # the same after each of some changes
 ):
-    "Plots which stages (columns) are made again after each change (rows)."
+    "A figure of the stages (columns) that are repeated after each change (rows)."
     import matplotlib.pyplot as plt
 
-    again = [[facts[stage] != before[stage] for stage in before] for facts in changes.values()]
+    is_repeated = [[facts[stage] != before[stage] for stage in before] for facts in changes.values()]
     size = 0.07 * max(map(len, changes)) + 1.05 * len(before), 0.5 + 0.26 * len(changes)
     figure, ax = plt.subplots(figsize=size, layout="constrained")
-    ax.imshow(again, cmap="Blues", vmin=0, vmax=1.6, aspect="auto")
+    ax.imshow(is_repeated, cmap="Blues", vmin=0, vmax=1.6, aspect="auto")
     ax.set_xticks(range(len(before)), before)
     ax.set_yticks(range(len(changes)), changes)
     ax.set_xticks([place + 0.5 for place in range(len(before))], minor=True)

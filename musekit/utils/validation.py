@@ -85,11 +85,11 @@ def shorten(text: str, room: int) -> str:
 
 
 def one_line(
-    said: str | Exception,
+    text: str | Exception,
     room: int | None = None,  # characters; None: all of it
 ) -> str:
     "A text or error message on one line; the type of an error without a message."
-    line = " ".join(str(said).split()) or ("" if isinstance(said, str) else type(said).__name__)
+    line = " ".join(str(text).split()) or ("" if isinstance(text, str) else type(text).__name__)
     return line if room is None else shorten(line, room)
 
 

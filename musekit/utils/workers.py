@@ -19,7 +19,9 @@ from multiprocessing import active_children, get_context, parent_process
 # %% ../../nbs/11_utils/06_workers.ipynb #dd8fe039
 def read_ahead(items: Iterator, depth: int = 4) -> Iterator:
     "Yields the items of an iterator that runs in its own thread, at most `depth` items ahead."
-    ready, room, stop = queue.SimpleQueue(), threading.Semaphore(depth), threading.Event()
+    ready = queue.SimpleQueue()
+    room = threading.Semaphore(depth)
+    stop = threading.Event()
 
     def run():
         try:
@@ -36,11 +38,14 @@ def read_ahead(items: Iterator, depth: int = 4) -> Iterator:
     thread = threading.Thread(target=run, name="reader", daemon=True)
     thread.start()
     try:
-        while not isinstance((got := ready.get())[1], StopIteration):
-            if got[1] is not None:
-                raise got[1]
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
             room.release()
-            yield got[0]
+            yield item
     finally:
         stop.set()
         room.release()
@@ -84,11 +89,11 @@ def _ignore_interrupts():
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    answer = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, answer)
+        signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager
