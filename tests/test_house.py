@@ -19,9 +19,9 @@ ROOMS = [  # the ground first
 ]
 NAMES_IN_TWO_MODULES = {"main", "MANIFEST", "Task", "read_manifest"}
 PRIVATE_IMPORTS = {("musekit.recipes.memory", "_CrossEntropy")}
-ROOMS_WITH_LONG_LINES = {"core", "models", "data", "training", "inference", "shards", "recipes", "lab"}
+ROOMS_WITH_LONG_LINES = {"core", "data", "training", "inference", "shards", "recipes", "lab"}
 ROOMS_WITH_NAMED_LAMBDAS = {"core", "data", "plots", "lab"}
-ROOMS_WITH_LONG_DESCRIPTIONS = {"utils", "models", "data", "training", "evaluation", "shards", "recipes", "lab"}
+ROOMS_WITH_LONG_DESCRIPTIONS = {"utils", "data", "training", "evaluation", "shards", "recipes", "lab"}
 
 
 def exported_from() -> dict[str, int]:
