@@ -167,7 +167,7 @@ def live(panel):
     step = lambda: int(re.search(r"step ([\d,]+) of", panel.text())[1].replace(",", ""))
     panel.shot("stopped")
     stopped = step()
-    panel.press("Go on")
+    panel.press("Resume")
     panel.until(lambda: step() > stopped + 50, "fifty more steps")
     panel.until(lambda: "running" in panel.text() and "to go" in panel.text(), "the state")
     panel.changes(lambda: None, "some time", panel.pixels)
@@ -178,7 +178,7 @@ def live(panel):
     time.sleep(1)
     assert step() == stopped, f"went on from {stopped} to {step()} after Stop"
     panel.shot("stopped-again")
-    panel.press("Go on")
+    panel.press("Resume")
     panel.until(lambda: step() > stopped, "another step")
     panel.press("Stop")
     panel.until(lambda: "stopped" in panel.text(), "the end")

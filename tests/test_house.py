@@ -17,11 +17,11 @@ ROOMS = [  # the ground first
     "utils", "core", "models", "data", "training", "inference", "evaluation", "shards", "recipes", "plots", "lab",
     "commands", "cli",
 ]
-NAMES_IN_TWO_MODULES = {"main", "MANIFEST", "Task", "read_manifest"}
+NAMES_IN_TWO_MODULES = {"main", "MANIFEST", "read_manifest"}
 PRIVATE_IMPORTS = {("musekit.recipes.memory", "_CrossEntropy")}
-ROOMS_WITH_LONG_LINES = {"core", "data", "training", "inference", "shards", "recipes", "lab"}
-ROOMS_WITH_NAMED_LAMBDAS = {"core", "data", "plots", "lab"}
-ROOMS_WITH_LONG_DESCRIPTIONS = {"utils", "data", "training", "evaluation", "shards", "recipes", "lab"}
+ROOMS_WITH_LONG_LINES = {"data", "training", "shards", "recipes"}
+ROOMS_WITH_NAMED_LAMBDAS = {"data"}
+ROOMS_WITH_LONG_DESCRIPTIONS = {"utils", "data", "training", "evaluation", "shards", "recipes"}
 
 
 def exported_from() -> dict[str, int]:

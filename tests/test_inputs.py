@@ -230,7 +230,7 @@ def test_class_folders_by_command(zoo, place, tmp_path):  # noqa: F811
     assert process.returncode == 0, process.stderr
     drawn = musekit(tmp_path, "generate", "cat", "--model", "runs/small/pipeline")
     assert drawn.returncode == 0 and (tmp_path / "generated.png").is_file()
-    assert_refused(musekit(tmp_path, "train", f"data={zoo}/folders", *settings), "are parts of the data and no classes")
+    assert_refused(musekit(tmp_path, "train", f"data={zoo}/folders", *settings), "are splits of the data and no classes")
     assert_refused(musekit(tmp_path, "train", f"data={zoo}/folders/train", "experiment.output_dir=runs/two", *settings,
                            "model.transformer.num_classes=2"), "tells 2 classes apart, and the data have 3")
 

@@ -37,13 +37,13 @@ def test_what_is_missing_is_asked_of_apt_get(tmp_path):
 
 THREADS = """
 import os, time, torch
-from musekit.lab.live import _leave_processors
+from musekit.lab.live import _end_helper_threads
 torch.set_num_threads(3)
 count = lambda: len(os.listdir("/proc/self/task"))
 before = count()
 torch.rand(1000, 1000).exp().sum()
 during = count()
-_leave_processors()
+_end_helper_threads()
 end = time.monotonic() + 5
 while count() > during - 2 and time.monotonic() < end:
     time.sleep(0.01)  # an ended thread stays listed for a moment
@@ -60,9 +60,9 @@ def test_a_run_in_the_background_does_not_share_the_processors_with_idle_helpers
 
 def test_a_watched_run_pauses_the_helpers_of_the_thread_that_starts_it(tmp_path, monkeypatch):
     paused = []
-    monkeypatch.setattr(live, "_leave_processors", lambda: paused.append((threading.current_thread().name, panel.running)))
+    monkeypatch.setattr(live, "_end_helper_threads", lambda: paused.append((threading.current_thread().name, panel.running)))
     panel = live.LiveTraining(tiny_trainer(tmp_path / "run", write_data(tmp_path / "data.safetensors"), "training.max_train_steps=1"))
-    panel.go_on()
+    panel.resume()
     panel.wait()
     panel.close()
     assert paused == [("MainThread", False)]

@@ -22,7 +22,7 @@ from musekit.models.uvit import MaskGiTUViT
 from musekit.models.vqgan import VQGANModel
 from musekit.inference.pipeline import OUTPUT_TYPES, ImagePipeline, Pipeline
 from musekit.core.samplers import sampler_names
-from musekit.inference.sheets import Task, draw_again, draw_sheet, read_task, write_sheet
+from musekit.inference.sheets import GenerationTask, draw_again, draw_sheet, read_task, write_sheet
 
 PROMPTS = ["a red three on white paper", "two"]
 UVIT = dict(hidden_size=16, in_channels=8, block_out_channels=(8,), block_num_heads=2, num_res_blocks=1, num_hidden_layers=1,
@@ -153,10 +153,10 @@ def tasks(pipeline, folder):
     mask.paste(255, (0, 8, 16, 16))
     common = dict(seed=5, model=str(folder), num_images_per_prompt=2)
     return {
-        "generate": Task(PROMPTS, negative_prompt="red", generation={"steps": 3, "sampler": "remasking"}, **common),
-        "inpaint": Task(PROMPTS[0], image=image, mask=mask, **common),
-        "outpaint": Task(PROMPTS[0], image=image, margins=(4, 0, 4, 0), **common),
-        "vary": Task(PROMPTS[0], image=image, ratio=0.5, **common),
+        "generate": GenerationTask(PROMPTS, negative_prompt="red", generation={"steps": 3, "sampler": "remasking"}, **common),
+        "inpaint": GenerationTask(PROMPTS[0], image=image, mask=mask, **common),
+        "outpaint": GenerationTask(PROMPTS[0], image=image, margins=(4, 0, 4, 0), **common),
+        "vary": GenerationTask(PROMPTS[0], image=image, ratio=0.5, **common),
     }
 
 
@@ -246,7 +246,7 @@ def told(capsys, *words):
 
 def test_a_picture_that_cannot_be_made_again_is_named(pipeline, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sheet, task = draw_sheet(pipeline, Task("two", num_images_per_prompt=2))
+    sheet, task = draw_sheet(pipeline, GenerationTask("two", num_images_per_prompt=2))
     write_sheet(sheet, task, "no model.png")
     assert "no model.png does not name the model" in told(capsys, "generate", "--again", "no model.png")
     assert main(["generate", "--again", "no model.png", "--model", str(folder)]) == 0 and not capsys.readouterr().err

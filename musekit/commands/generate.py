@@ -165,9 +165,9 @@ def _run_generate(options):
     _choose_out(options)
     if not options.again:
         _check_demo(options.model or DEMO_MODEL)
-    from musekit.inference.sheets import Task, read_task
+    from musekit.inference.sheets import GenerationTask, read_task
 
-    new = Task(options.prompts, num_images_per_prompt=4, model=DEMO_MODEL)
+    new = GenerationTask(options.prompts, num_images_per_prompt=4, model=DEMO_MODEL)
     task = read_task(options.again) if options.again else new
     _draw(options, task.change(**_changes(options, task.prompts)))
 
@@ -231,9 +231,9 @@ def _run_inpaint(options):
     _choose_out(options)
     image, mask = _open_pictures(options.image, options.mask)
     _check_demo(options.model or DEMO_MODEL)
-    from musekit.inference.sheets import Task
+    from musekit.inference.sheets import GenerationTask
 
-    task = Task(options.prompts, num_images_per_prompt=4, image=image, mask=mask, model=DEMO_MODEL)
+    task = GenerationTask(options.prompts, num_images_per_prompt=4, image=image, mask=mask, model=DEMO_MODEL)
     _draw(options, task.change(**_changes(options, task.prompts)))
 
 

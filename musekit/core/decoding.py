@@ -62,8 +62,8 @@ def generate_ids(logits_fn: Callable[[Tensor, Tensor, int], Tensor],  # (ids, hi
         logits = logits_fn(ids, hidden, step) if any_hidden else torch.zeros(0, 1, device=ids.device)
         logits = _image_logits(logits, hidden, mask_token_id, codebook_size)
         sampled, confidence = _sample_hidden(ids, hidden, logits, sampling_temperature, generator)
-        state = SamplerState(step, steps, schedule, counts[step], temperature_of[step], unknown, hidden, confidence,
-                             logits, grid, generator, memory)
+        state = SamplerState(step, steps, schedule, counts[step], temperature_of[step], unknown, hidden,
+                             confidence, logits, grid, generator, memory)
         hidden = _remask(sampler, state)
         ids = hide_tokens(sampled, hidden, noise, generator)
         record = {"sampled": sampled, "ids": ids, "confidence": confidence, "hidden": hidden}
@@ -108,16 +108,18 @@ def _unknown_tokens(input_ids, mask_token_id, noise_type, unknown, codebook_size
 def _image_logits(logits, hidden, mask_token_id, codebook_size):
     "The logits of image ids; a ValueError for a wrong shape, ids that must not be sampled, NaN and infinity."
     if logits.dim() != 2 or len(logits) != int(hidden.sum()):
-        raise ValueError(f"logits_fn returned {tuple(logits.shape)}, but must return (M, V), the logits of the "
-                         f"M = {int(hidden.sum())} masked positions; of logits (B, N, V) these are logits[hidden]")
+        raise ValueError(f"logits_fn returned {tuple(logits.shape)}, but must return (M, V), the logits of "
+                         f"the M = {int(hidden.sum())} masked positions; of logits (B, N, V) these are "
+                         "logits[hidden]")
     if codebook_size is None and logits.shape[-1] > mask_token_id:
         raise ValueError(f"logits of width {logits.shape[-1]} reach the mask id {mask_token_id}, which must "
                          "not be sampled; pass codebook_size, the number of image ids")
     logits = logits[..., :codebook_size]
     if not logits.amax(-1).isfinite().all():
         rows = int((~logits.amax(-1).isfinite()).sum())
-        raise ValueError(f"the logits of {rows} of {len(logits)} masked tokens are not finite (NaN or infinity); "
-                         "look for NaN in the model's weights and inputs, or for a type that overflows")
+        raise ValueError(f"the logits of {rows} of {len(logits)} masked tokens are not finite (NaN or "
+                         "infinity); look for NaN in the model's weights and inputs, or for a type that "
+                         "overflows")
     return logits
 
 # %% ../../nbs/01_core/06_decoding.ipynb #3eeb8b9f

@@ -42,11 +42,11 @@ def guidance_weights(scale: float,  # the weight of the last step, or of every s
                     ) -> Tensor:  # (T,) float32
     "Guidance weights; power-cosine is 1 + (scale - 1)(1 - cos(pi t^power)) / 2 (Gao et al. 2023)."
     if kind not in GUIDANCE_SCHEDULES:
-        raise ValueError(f"unknown guidance schedule {kind!r}; known are {sorted(GUIDANCE_SCHEDULES)}")
+        raise ValueError(f"unknown guidance schedule {kind!r}; use one of {sorted(GUIDANCE_SCHEDULES)}")
     begin, end = interval
     if not (0 <= begin < end <= 1 and 0 < power < math.inf):
-        raise ValueError(f"guidance needs 0 <= begin < end <= 1 and a power above 0, got the interval {interval} "
-                         f"and the power {power}")
+        raise ValueError("guidance needs 0 <= begin < end <= 1 and a power above 0, got the interval "
+                         f"{interval} and the power {power}")
     done = torch.arange(1, steps + 1) / steps
     if kind == "power-cosine":
         weights = 1 + (scale - 1) * (1 - torch.cos(torch.pi * done**power)) / 2
@@ -95,7 +95,8 @@ class GenerationConfig:
             raise ValueError(f"noise_type must be one of {NOISE_TYPES}, got {self.noise_type!r}")
         self.guidance_weights()
         temperatures(self.temperature, self.steps)
-        self.schedule_params, self.sampler_params = dict(self.schedule_params), dict(self.sampler_params)
+        self.schedule_params = dict(self.schedule_params)
+        self.sampler_params = dict(self.sampler_params)
         self.mask_schedule()(torch.tensor(0.5))
         self.token_sampler()
 
@@ -115,8 +116,8 @@ class GenerationConfig:
 
     def guidance_weights(self) -> list[float]:
         "The guidance weight of every step."
-        shape = self.guidance_schedule, self.guidance_power, self.guidance_interval
-        return guidance_weights(self.guidance_scale, self.steps, *shape).tolist()
+        options = self.guidance_schedule, self.guidance_power, self.guidance_interval
+        return guidance_weights(self.guidance_scale, self.steps, *options).tolist()
 
     def mask_schedule(self) -> Callable[[Tensor], Tensor]:
         "The mask schedule, a function of time."
@@ -137,7 +138,8 @@ def join_conditions(
     unconditional: dict[str, Tensor],  # some or all of the names, each (B, ...)
 ) -> dict[str, Tensor]:  # each (2B, ...)
     "Conditional and unconditional rows; conditions without an unconditional value are repeated."
-    return {name: torch.cat([rows, unconditional.get(name, rows).to(rows)]) for name, rows in conditions.items()}
+    pairs = {name: (rows, unconditional.get(name, rows).to(rows)) for name, rows in conditions.items()}
+    return {name: torch.cat(pair) for name, pair in pairs.items()}
 
 
 def guided_logits(
@@ -176,23 +178,27 @@ def start_ids(
     if start.shape[1:] != shape[1:] or len(start) not in (1, shape[0]):
         raise ValueError(f"start has the shape {tuple(start.shape)}, which must be {shape[1:]} or {shape}: "
                          f"{shape[0]} images")
-    known = (start >= 0) & (start < codebook_size) | (start == mask_token_id)
-    if start.is_floating_point() or not known.all():
-        raise ValueError(f"start must hold ids from 0 to {codebook_size - 1} or the mask id {mask_token_id}, got "
-                         f"{start.dtype} from {start.min()} to {start.max()}")
+    is_valid = (start >= 0) & (start < codebook_size) | (start == mask_token_id)
+    if start.is_floating_point() or not is_valid.all():
+        raise ValueError(f"start must hold ids from 0 to {codebook_size - 1} or the mask id {mask_token_id}, "
+                         f"got {start.dtype} from {start.min()} to {start.max()}")
     return start.expand(shape[0], -1)
 
 
 def _prepare_once(prepared, batches, room=2 << 30):
     "The prepared conditions of each batch; None for batches that no longer fit into `room` bytes."
-    ready = []
+    cached = []
     for rows in batches:
-        ready.append(prepared(rows) if room > 0 else None)
-        room -= sum(value.nbytes for value in (ready[-1] or {}).values())
-    return ready
+        conditions = prepared(rows) if room > 0 else None
+        cached.append(conditions)
+        room -= sum(value.nbytes for value in (conditions or {}).values())
+    return cached
 
 
-def _seeded(seed):
+def _generator(seed):
+    "A generator on the CPU, or a list of them, one per row."
+    if isinstance(seed, list):
+        return [_generator(row_seed) for row_seed in seed]
     return torch.Generator().manual_seed(seed)
 
 
@@ -215,38 +221,38 @@ def generate_guided(
     "Image ids by parallel decoding with guidance (Chang et al. 2023, section 2.7)."
     batch_size = whole_numbers("batch_size", batch_size, 1)
     seed = resolve_seed(seed, len(input_ids))
-    prompts = max((len(value) for value in conditions.values()), default=len(input_ids))
-    if len(input_ids) % prompts:
-        raise ValueError(f"{len(input_ids)} rows must be a multiple of {prompts} prompts")
-    prompt = torch.arange(len(input_ids), device=input_ids.device) // (len(input_ids) // prompts)
+    num_prompts = max((len(value) for value in conditions.values()), default=len(input_ids))
+    if len(input_ids) % num_prompts:
+        raise ValueError(f"{len(input_ids)} rows must be a multiple of {num_prompts} prompts")
+    prompt_of_row = torch.arange(len(input_ids), device=input_ids.device) // (len(input_ids) // num_prompts)
     weights = config.guidance_weights()
+    is_guided = any(weight != 1 for weight in weights)
 
     def prepared(rows):
         batch = take_rows(conditions, rows)
-        guided = any(weight != 1 for weight in weights)
-        return prepare(join_conditions(batch, take_rows(unconditional, rows)) if guided else batch)
+        return prepare(join_conditions(batch, take_rows(unconditional, rows)) if is_guided else batch)
 
-    batches = prompt.split(batch_size)
-    ready = _prepare_once(prepared, batches)
+    batches = prompt_of_row.split(batch_size)
+    cached = _prepare_once(prepared, batches)
 
     def logits_fn(ids, hidden, step):
         logits = []
-        split = ids.split(batch_size), hidden.split(batch_size)
-        for batch_ids, batch_hidden, rows, kept in zip(*split, batches, ready):
-            batch = kept or prepared(rows)
+        split = zip(ids.split(batch_size), hidden.split(batch_size), batches, cached)
+        for batch_ids, batch_hidden, rows, batch in split:
+            batch = batch or prepared(rows)
             incomplete = batch_hidden.any(1)
             if not incomplete.all():
-                batch_ids, batch_hidden = batch_ids[incomplete], batch_hidden[incomplete]
-                selected = {name: incomplete.repeat(len(value) // len(incomplete)) for name, value in batch.items()}
-                batch = {name: value[selected[name]] for name, value in batch.items()}
-            if len(batch_ids):
-                logits.append(guided_logits(forward, batch_ids, batch_hidden, batch, weights[step]))
+                batch = {name: value[incomplete.repeat(len(value) // len(incomplete))]
+                         for name, value in batch.items()}
+            if incomplete.any():
+                logits.append(guided_logits(forward, batch_ids[incomplete], batch_hidden[incomplete], batch,
+                                            weights[step]))
         return torch.cat(logits)
 
     return generate_ids(
         logits_fn, input_ids, mask_token_id, steps=config.steps, temperature=config.temperature,
         sampling_temperature=config.sampling_temperature, schedule=config.mask_schedule(),
-        generator=list(map(_seeded, seed)) if isinstance(seed, list) else _seeded(seed),
+        generator=_generator(seed),
         callback=callback, return_steps=return_steps,
         noise_type=config.noise_type, unknown=input_ids == mask_token_id, codebook_size=codebook_size,
         sampler=config.token_sampler(), grid=grid,

@@ -45,7 +45,8 @@ def sample_tokens(logits: Tensor,  # (..., V)
                  ) -> tuple[Tensor, Tensor]:  # ids int64 and their probabilities float32, both (...)
     "An id sampled from each distribution, and its probability."
     if sampling_temperature <= 0:
-        raise ValueError(f"sampling_temperature must be above 0, got {sampling_temperature}; nearly greedy is 0.01")
+        raise ValueError(f"sampling_temperature must be above 0, got {sampling_temperature}; "
+                         "nearly greedy is 0.01")
     device = logits.device
     rows = logits.flatten(0, -2)
     noise = exact_noise((len(rows), 1), generator, device, counts)
@@ -59,5 +60,6 @@ def sample_tokens(logits: Tensor,  # (..., V)
 def _invert(probabilities, u):
     "Ids at which the cumulative distribution exceeds u, shape (rows, 1), and their probabilities."
     cumulative = probabilities.cumsum(-1, dtype=u.dtype)
-    ids = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).clamp(max=probabilities.shape[-1] - 1)
+    ids = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
+    ids = ids.clamp(max=probabilities.shape[-1] - 1)  # u may be rounded up to 1
     return ids[:, 0], probabilities.gather(-1, ids)[:, 0]

@@ -158,7 +158,8 @@ def halton_order(state: SamplerState, *, random_start: bool = False) -> Tensor: 
         device = state.hidden.device
         grid = state.grid or (math.isqrt(count), math.isqrt(count))
         if math.prod(grid) != count:
-            raise ValueError(f"the Halton order of {count} tokens needs their grid=(height, width), got {grid}")
+            raise ValueError(f"the Halton order of {count} tokens needs their grid=(height, width), "
+                             f"got {grid}")
         start = exact_noise((rows, 1), state.generator, device) * count * random_start
         state.memory["place"] = (halton_ranks(grid).to(device) - start.long()) % count
     score = -state.memory["place"].float()
@@ -190,7 +191,8 @@ def remasking(state: SamplerState,
                          f"got eta={eta}, kind={kind!r}, interval={interval}")
     before, after = state.ratios()
     largest = after / max(1 - before, after)
-    remasked = (min(eta, largest) if kind == "cap" else eta * largest) * (begin <= state.step / state.steps < end)
+    remasked = min(eta, largest) if kind == "cap" else eta * largest
+    remasked *= begin <= state.step / state.steps < end
     still_masked = (after - remasked * (1 - before)) / before
     noise = exact_noise(state.hidden.shape, state.generator, state.hidden.device)
     return state.unknown & (noise < torch.where(state.hidden, still_masked, remasked))

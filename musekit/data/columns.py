@@ -16,7 +16,9 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .samples import CLASS_FIELDS, IMAGE_EXTENSIONS, TEXT_EXTENSIONS, TEXT_FIELDS, Fields, class_list, first_text
+from musekit.data.samples import (
+    CLASS_FIELDS, IMAGE_EXTENSIONS, TEXT_EXTENSIONS, TEXT_FIELDS, Fields, class_list, first_text,
+)
 from ..utils.validation import one_line
 
 # %% ../../nbs/03_data/04_columns.ipynb #eb7cb5cf
@@ -63,7 +65,8 @@ class Columns:
     others: list[str]  # metadata columns
 
     @property
-    def wanted(self) -> list[str]:
+    def used(self) -> list[str]:
+        "The names of all these columns."
         return [name for name in (self.image, self.text, self.label, *self.others) if name]
 
 
@@ -82,19 +85,21 @@ def _holds_texts(kind):
 
 def find_columns(schema: pa.Schema, fields: Fields, url: str) -> Columns:
     "The columns of image, text and class; a `LayoutError` if the image or a configured column is missing."
-    described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    kinds = {name: value.get("_type") if isinstance(value, dict) else None for name, value in described.items()}
+    information = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
+    described = information.get("features", {})
+    kinds = {name: value.get("_type") for name, value in described.items() if isinstance(value, dict)}
     for name in (fields.image, fields.caption, fields.label):
         if name and name not in schema.names:
             raise LayoutError(f"{url} has no column {name!r}; it has {', '.join(schema.names)}")
-    images = [name for name in schema.names if kinds.get(name) == "Image" or holds_images(schema.field(name).type)]
-    texts = [name for name in schema.names if _holds_texts(schema.field(name).type)]
+    types = {name: schema.field(name).type for name in schema.names}
+    images = [name for name in schema.names if kinds.get(name) == "Image" or holds_images(types[name])]
+    texts = [name for name in schema.names if _holds_texts(types[name])]
     image = fields.image or next((name for name in ("image", "img", "jpg", "png") if name in images), None)
     image = image or next(iter(images), None)
     if image is None:
         raise LayoutError(f"{url} has no column of images; it has {', '.join(schema.names)}")
-    if not holds_images(schema.field(image).type):
-        raise LayoutError(f"{url}: the column {image!r} holds {schema.field(image).type} and no encoded images")
+    if not holds_images(types[image]):
+        raise LayoutError(f"{url}: the column {image!r} holds {types[image]} and no encoded images")
     text = fields.caption or next((name for name in TEXT_FIELDS if name in texts), None)
     text = text or next((name for name in texts if len(texts) == 1), None)
     label = fields.label or next((name for name in schema.names if kinds.get(name) == "ClassLabel"), None)
@@ -107,11 +112,13 @@ def find_columns(schema: pa.Schema, fields: Fields, url: str) -> Columns:
 def parquet_samples(url: str, fields: Fields) -> Iterator[dict]:
     "The rows of a Parquet file as tar samples: `__key__`, and members by extension."
     with opened_parquet(url) as parquet:
-        columns, number = find_columns(parquet.schema_arrow, fields, url), 0
+        columns = find_columns(parquet.schema_arrow, fields, url)
+        number = 0
         # Arrow's threads do not survive in the forked workers of a loader
-        for batch in parquet.iter_batches(batch_size=32, columns=columns.wanted, use_threads=False):
-            for place in range(len(batch)):
-                yield {"__key__": f"{number:09d}", "__url__": url, **_row_members(batch.slice(place, 1), columns)}
+        for batch in parquet.iter_batches(batch_size=32, columns=columns.used, use_threads=False):
+            for row in range(len(batch)):
+                members = _row_members(batch.slice(row, 1), columns)
+                yield {"__key__": f"{number:09d}", "__url__": url, **members}
                 number += 1
 
 
@@ -145,6 +152,7 @@ def parquet_classes(url: str, fields: Fields) -> list[str] | None:
         columns = find_columns(parquet.schema_arrow, fields, url)
         if columns.names or not columns.label:
             return columns.names
-        values = (label for batch in parquet.iter_batches(columns=[columns.label]) for label in batch[0].to_pylist())
+        batches = parquet.iter_batches(columns=[columns.label])
+        values = (label for batch in batches for label in batch[0].to_pylist())
         labels = {repr(label): label for label in values if label is not None}
         return class_list(list(labels.values()), url) if labels else None

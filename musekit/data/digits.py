@@ -136,14 +136,20 @@ def make_samples(
 def train_samples(copies: int = 12, seed: int = 0) -> Iterator[dict]:
     "The training split: no held-out combination, wording or handwriting."
     allowed = set(COMBINATIONS) - held_out_combinations()
-    wordings = lambda *c: set(range(len(WORDINGS))) - held_out_wordings(*c)
+
+    def wordings(*combination):
+        return set(range(len(WORDINGS))) - held_out_wordings(*combination)
+
     return make_samples(split_samples()[0], copies, allowed, wordings, seed)
 
 
 def test_samples(copies: int = 2, seed: int = 1) -> Iterator[dict]:
     "The test split: held-out handwriting with held-out captions."
     unseen = held_out_combinations()
-    wordings = lambda *c: set(range(len(WORDINGS))) if c in unseen else held_out_wordings(*c)
+
+    def wordings(*combination):
+        return set(range(len(WORDINGS))) if combination in unseen else held_out_wordings(*combination)
+
     return make_samples(split_samples()[1], copies, set(COMBINATIONS), wordings, seed)
 
 # %% ../../nbs/03_data/07_digits.ipynb #0a971582

@@ -24,7 +24,10 @@ from ..utils.files import NOTE
 from ..utils.validation import one_line
 
 # %% ../../nbs/03_data/03_folders.ipynb #96a8f7ba
-SYSTEM_FOLDERS = ("__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found")
+SYSTEM_FOLDERS = (
+    "__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "system volume information",
+    "lost+found",
+)
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -83,7 +86,7 @@ class FolderFiles:
 
     root: Path
     pictures: list[Path] = field(default_factory=list)
-    beside: dict[Path, dict[str, Path]] = field(default_factory=dict)  # captions and JSON, by stem and extension
+    beside: dict[Path, dict[str, Path]] = field(default_factory=dict)  # captions, JSON by stem and extension
     tables: list[Path] = field(default_factory=list)  # deeper folders last
     hidden: int = 0  # images in hidden files and system folders
     own: int = 0  # images that the kit wrote
@@ -131,7 +134,8 @@ def read_table(path: Path) -> Iterator[dict]:
                 yield _table_row(line, number)
     except (ValueError, csv.Error, OSError, RecursionError, pa.ArrowException) as error:
         fault = one_line(error)
-        raise ValueError(fault if fault.startswith(str(path)) else f"{path} cannot be read as a table: {fault}") from error
+        fault = fault if fault.startswith(str(path)) else f"{path} cannot be read as a table: {fault}"
+        raise ValueError(fault) from error
 
 
 def _table_row(line, number):

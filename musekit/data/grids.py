@@ -47,10 +47,11 @@ def image_grid(
     if captions is not None and len(captions) != len(images):
         raise ValueError(f"{len(captions)} captions for {len(images)} images; give one per image")
     scale = scale or max(1, round(96 / max(max(image.size) for image in images)))
-    enlarged = lambda image: [max(1, round(side * scale)) for side in image.size]
-    tiles = [image.convert("RGB").resize(enlarged(image), resample) for image in images]
+    sizes = [[max(1, round(side * scale)) for side in image.size] for image in images]
+    tiles = [image.convert("RGB").resize(size, resample) for image, size in zip(images, sizes)]
     width, height = (max(tile.size[axis] for tile in tiles) for axis in (0, 1))
-    font, gap, line, columns = caption_font(), 6, 14, columns or min(8, len(tiles))
+    font, gap, line = caption_font(), 6, 14
+    columns = columns or min(8, len(tiles))
     texts = [wrap_text(caption, font, width) for caption in captions or []]
     text_height = line * max(map(len, texts), default=0)
     across, down = width + gap, height + text_height + gap

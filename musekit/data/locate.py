@@ -41,8 +41,9 @@ def expand_urls(spec, base_dir: str | Path | None = None) -> list[str]:
     text = str(spec)
     if text.startswith("pipe:"):
         return list(braceexpand.braceexpand(text))
-    whole = "://" not in text and _existing(text, base_dir)
-    return [url for part in ([text] if whole else text.split("::")) for url in _expand_one(part, base_dir)]
+    exists = "://" not in text and _existing(text, base_dir)
+    parts = [text] if exists else text.split("::")
+    return [url for part in parts for url in _expand_one(part, base_dir)]
 
 
 def _expand_one(pattern, base_dir):
@@ -92,20 +93,23 @@ def _shards_at(path):
 
 def _shards_in(folder, deep=False):
     "The tars of a folder, or its Parquet files if it has none; with `deep`, recursively."
-    paths = sorted(path for path in folder.glob("**/*" if deep else "*") if not is_hidden(str(path.relative_to(folder))))
+    paths = sorted(folder.glob("**/*" if deep else "*"))
+    paths = [path for path in paths if not is_hidden(str(path.relative_to(folder)))]
     names = [str(path) for path in paths if not path.is_dir() and path.name.lower() not in TABLES]
-    tars, columns = (list(filter(is_such, names)) for is_such in (is_tar, is_parquet))
+    tars = list(filter(is_tar, names))
+    columns = list(filter(is_parquet, names))
     return tars or (training_part(columns, str(folder)) if deep else columns)
 
 
 def training_part(names: list[str], root: str) -> list[str]:
     "The files of the training split, or all without one; a ValueError if they belong to several sets."
-    inside = [name.removeprefix(root).strip("/") for name in names]
-    train = [name for name, short in zip(names, inside) if re.search(r"(^|[-_./])train(ing)?([-_./0-9]|$)", short)]
-    chosen = train or names
-    folders = sorted({short.rpartition("/")[0] for name, short in zip(names, inside) if name in chosen})
+    inside = {name: name.removeprefix(root).strip("/") for name in names}
+    of_training = re.compile(r"(^|[-_./])train(ing)?([-_./0-9]|$)")
+    chosen = [name for name in names if of_training.search(inside[name])] or names
+    folders = sorted({inside[name].rpartition("/")[0] for name in chosen})
     if len(folders) > 1:
-        raise ValueError(f"{root} holds several sets: {', '.join(folders[:6])}; name one, such as {root}/{folders[0]}")
+        listed = ", ".join(folders[:6])
+        raise ValueError(f"{root} holds several sets: {listed}; name one, such as {root}/{folders[0]}")
     return chosen
 
 
@@ -122,9 +126,11 @@ def hub_files(
         message = one_line(error, 200)
         raise FileNotFoundError(f"{url} cannot be listed: {message}") from error
     names = [f"hf://{name}" for name in sorted(names) if not is_hidden(name)]
-    tars, columns = (list(filter(is_such, names)) for is_such in (is_tar, is_parquet))
+    tars = list(filter(is_tar, names))
+    columns = list(filter(is_parquet, names))
     if not (tars or columns):
-        raise FileNotFoundError(f"no *.parquet and no *.tar at {url}; look for its files on the hub, or at its revision refs/convert/parquet")
+        raise FileNotFoundError(f"no *.parquet and no *.tar at {url}; look for its files on the hub, or at "
+                                "its revision refs/convert/parquet")
     if glob.has_magic(url):
         return tars or columns
     return tars or training_part(columns, url.rstrip("/"))
@@ -160,8 +166,9 @@ def mistaken(url: str) -> str:
     if is_parquet(url) or tarfile.is_tarfile(url):
         return ""
     if not is_tar(url):
-        return "neither a tar nor a Parquet file; give one, or a folder of pictures"
-    return f"no tar: it begins with {start[:12]!r}; fetch or write it again" if start else "an empty file; fetch or write it again"
+        return "neither a tar nor a Parquet file; give one, or a folder of images"
+    kind = f"no tar: it begins with {start[:12]!r}" if start else "an empty file"
+    return f"{kind}; fetch or write it again"
 
 # %% ../../nbs/03_data/06_locate.ipynb #c1988c0c
 @dataclass
@@ -185,8 +192,9 @@ class Located:
     def forms(self) -> set[str]:
         "`pictures`, `codes` or both, by names, columns and the first sample; empty if unknown."
         names = {*self.pictures[:1], *_names_in(self.shards[0] if self.shards else "")}
-        kinds = {"codes": lambda name: name.endswith(".pth") or name == "image_ids", "pictures": is_image}
-        return {form for form, is_such in kinds.items() if any(map(is_such, names))}
+        has_codes = any(name.endswith(".pth") or name == "image_ids" for name in names)
+        has_images = any(map(is_image, names))
+        return {form for form, present in (("codes", has_codes), ("pictures", has_images)) if present}
 
 
 def _names_in(url):
@@ -199,9 +207,10 @@ def _names_in(url):
                 schema = parquet.schema_arrow
         except (OSError, ValueError, pa.ArrowException):
             return []  # the error is raised when it is read
-        encoded = "image_ids" in schema.names
-        return schema.names + [IMAGE_EXTENSIONS[0]] * (not encoded and any(holds_images(part.type) for part in schema))
-    samples = webdataset.tariterators.tarfile_samples([{"url": url}], handler=lambda error: False, select_files=is_data)
+        has_images = "image_ids" not in schema.names and any(holds_images(part.type) for part in schema)
+        return schema.names + [IMAGE_EXTENSIONS[0]] * has_images
+    samples = webdataset.tariterators.tarfile_samples(
+        [{"url": url}], handler=lambda error: False, select_files=is_data)
     return next(samples, {})
 
 
@@ -210,19 +219,22 @@ def locate(spec, base_dir: str | Path | None = None) -> Located:
     places = _places(spec, base_dir) if isinstance(spec, (str, Path)) else []
     folder = next(filter(os.path.exists, places), None)
     if folder is not None and is_image(folder.name) and folder.is_file():
-        raise ValueError(f"{spec} is a picture; give the folder of the pictures, with a text file beside each, or tar shards")
+        raise ValueError(f"{spec} is one image; give the folder of the images, with a text file beside each, "
+                         "or tar shards")
     if folder is None or not folder.is_dir():
         return Located(None, expand_urls(spec, base_dir))
     located = Located(folder, _shards_in(folder))
-    if any(map(is_tar, located.shards)) and any(is_image(path.name) and not is_hidden(path.name) for path in folder.iterdir()):
-        warnings.warn(f"{folder} holds {len(located.shards)} tars and pictures beside them; the tars are used, the pictures are not")
+    images = (path for path in folder.iterdir() if is_image(path.name) and not is_hidden(path.name))
+    if any(map(is_tar, located.shards)) and any(images):
+        warnings.warn(f"{folder} holds {len(located.shards)} tars and images beside them; the tars are used, "
+                      "the images are not")
     if not located.shards and not located.pictures:
         located.shards = _shards_in(folder, deep=True)  # as in a clone of a hub dataset: data/train-*.parquet
     return located
 
 
 def locate_pictures(spec, base_dir: str | Path | None = None) -> Located:
-    "Like `locate`, but a ValueError for codes without images."
+    "Like `locate`, but a ValueError for tokens without images."
     located = locate(spec, base_dir)
     if located.forms == {"codes"}:
         raise ValueError(f"{spec} holds tokens and no images; to train on them set training.pre_encode=true")

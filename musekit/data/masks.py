@@ -31,7 +31,8 @@ def read_mask(
                          "resize the mask")
     masked = values > _white(values) / 2
     if not masked.any():
-        raise ValueError(f"the mask is black everywhere (its brightest pixel is {values.max():g}); make what shall be drawn anew white")
+        raise ValueError(f"the mask is black everywhere (its brightest pixel is {values.max():g}); paint the "
+                         "part to inpaint white")
     return masked
 
 
@@ -45,7 +46,8 @@ def _mask_values(mask):
     values = np.asarray(as_array(mask))
     expected = "a mask is a PIL image, or an array or tensor (height, width), 0 to 255 or 0 to 1, or booleans"
     if values.dtype.kind not in "buif":
-        raise ValueError(f"{expected}; got {type(mask).__name__} {mask!r:.60}. Open a file with PIL.Image.open")
+        value = f"{type(mask).__name__} {mask!r:.60}"
+        raise ValueError(f"{expected}; got {value}. Open a file with PIL.Image.open")
     if values.ndim != 2:
         alone = values.ndim == 3 and len(values) == 1
         single = "; take mask[0]" if alone else "; it may be a picture, or a batch"
@@ -101,12 +103,20 @@ def fade_tokens(
     return Image.composite(faint, image, squares)
 
 # %% ../../nbs/03_data/09_masks.ipynb #54bcaa3a
+def _partly_white(mask):
+    "White wherever the mask is not black."
+    return mask.point(lambda level: 255 * (level > 0))
+
+
 def _square_mask(mask, size, side):
     "A mask resized to an image of (width, height) and cropped like it."
     mask = Image.fromarray(read_mask(mask, mask.size).astype(np.uint8) * 255)
-    touched = lambda image: image.point(lambda level: 255 * (level > 0))
-    mask = touched(mask.resize(size, Image.Resampling.BOX))
-    return touched(ImageOps.fit(mask, (side, side), Image.Resampling.BOX))
+    mask = _partly_white(mask.resize(size, Image.Resampling.BOX))
+    return _partly_white(ImageOps.fit(mask, (side, side), Image.Resampling.BOX))
+
+
+def _first_image(folder, stem):
+    return next((path for path in sorted(folder.glob(f"{stem}.*")) if is_image(path.name)), None)
 
 
 def read_inpainting(
@@ -116,8 +126,10 @@ def read_inpainting(
 ) -> list[tuple[str, Image.Image, np.ndarray]]:  # prompt, image, mask (side, side) bool, sorted by prompt
     "The inpainting examples in a folder; an error names a subfolder without a usable image and mask."
     examples = []
-    for place in sorted(inner for inner in Path(folder).expanduser().glob("*") if inner.is_dir() and not is_hidden(inner.name)):
-        paths = [next((path for path in sorted(place.glob(f"{name}.*")) if is_image(path.name)), None) for name in ("image", "mask")]
+    for place in sorted(Path(folder).expanduser().glob("*")):
+        if not place.is_dir() or is_hidden(place.name):
+            continue
+        paths = [_first_image(place, name) for name in ("image", "mask")]
         if not is_unicode(place.name):
             raise ValueError(f"the folder {str(place)!r} is a prompt, and its name is not UTF-8; rename it")
         if None in paths:

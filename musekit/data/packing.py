@@ -22,8 +22,8 @@ from PIL import Image
 from .folders import TABLES, FolderFiles, read_table, scan_folder
 from .pictures import encode_picture, opened_picture
 from musekit.data.samples import (
-    CLASS_FIELDS, IMAGE_EXTENSIONS, TEXT_EXTENSIONS, TEXT_FIELDS, Fields, class_list, class_number, decode_text, field_text,
-    field_value, first_text,
+    CLASS_FIELDS, IMAGE_EXTENSIONS, TEXT_EXTENSIONS, TEXT_FIELDS, Fields, class_list, class_number,
+    decode_text, field_text, field_value, first_text,
 )
 from ..utils.files import make_once, write_aside
 from ..utils.hashing import file_digest
@@ -64,9 +64,13 @@ def write_tars(
 
 # %% ../../nbs/03_data/05_packing.ipynb #96d9f63f
 def _members(sample, image_format, number=0):
-    if missing := [name for name in ("image", "text") if name not in sample and not (name == "text" and "class_id" in sample)]:
-        raise ValueError(f"sample {number} has no {' and no '.join(missing)}; a sample has image and text, of classes image and class_id")
-    for name, kinds, expected in (("image", (Image.Image, bytes), "a PIL image, or the bytes of a file"), ("text", str, "a str")):
+    required = ["image"] if "class_id" in sample else ["image", "text"]
+    if missing := [name for name in required if name not in sample]:
+        raise ValueError(f"sample {number} has no {' and no '.join(missing)}; a sample has image and text, "
+                         "of classes image and class_id")
+    for name, kinds, expected in (
+        ("image", (Image.Image, bytes), "a PIL image, or the bytes of a file"), ("text", str, "a str"),
+    ):
         if not isinstance(sample.get(name, ""), kinds) and name in sample:
             raise ValueError(f"the {name} of sample {number} is {expected}, not {sample[name]!r:.60}")
     extension, data, (width, height) = encode_picture(sample["image"], image_format)
@@ -112,7 +116,8 @@ class PackReport:
 
     def problems(self) -> list[str]:
         "The faults of unusable images, with the names of the files."
-        return [_named(title, names) for fault, title in self._TITLES.items() if (names := getattr(self, fault))]
+        lines = [_named(title, getattr(self, fault)) for fault, title in self._TITLES.items()]
+        return [line for line in lines if line]
 
     def left_out(self) -> list[str]:
         "The problems, and the files that are not images to pack."
@@ -138,45 +143,55 @@ def _tally(others):
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 
 
-def _field_of(row, name, usual):
-    "The value of a field, or of the first usual field in the row."
-    name = name or next((each for each in usual if each in row), None)
+def _field_of(row, name, common):
+    "The value of a field, or of the first of its common names that the row has."
+    name = name or next((each for each in common if each in row), None)
     return None if name is None else field_value(row, name)
 
 
 def _file_field(row, name):
     "The column of file names: `name`, `file_name`, or the only column that ends in it."
-    named = [key for key in row if str(key).endswith("file_name")]
-    return name if name in row else "file_name" if "file_name" in row else named[0] if len(named) == 1 else None
+    for column in (name, "file_name"):
+        if column in row:
+            return column
+    columns = [key for key in row if str(key).endswith("file_name")]
+    return columns[0] if len(columns) == 1 else None
 
 
 class Album:
     "The images of a folder with their captions, classes and metadata."
 
     def __init__(self, files: FolderFiles, fields: Fields, captions: bool, classes: list[str] | None):
-        self.files, self.fields, self.captions, self.classes = files, fields, captions, classes
+        self.files = files
+        self.fields = fields
+        self.captions = captions
+        self.classes = classes
         self.report = PackReport(hidden=files.hidden, own=files.own, others=dict(files.others))
-        self.rows, self.texts, self.labels = self._rows(), {}, {}
+        self.rows = self._rows()
+        self.texts = {}
+        self.labels = {}
 
     def _rows(self):
         "The rows of all tables by image; tables in deeper folders take precedence."
         rows, pictures = {}, set(self.files.pictures)
         if self.fields.image and not self.files.tables:
-            raise ValueError(f"image_field={self.fields.image} names a column of a table, and {self.files.root} has none of "
-                             f"{', '.join(TABLES)}; leave it out")
+            raise ValueError(f"image_field={self.fields.image} names a column of a table, and "
+                             f"{self.files.root} has none of {', '.join(TABLES)}; leave it out")
         for table in self.files.tables:
             for row in read_table(table):
-                if (name := _file_field(row, self.fields.image)) is None:
+                if (column := _file_field(row, self.fields.image)) is None:
                     columns = ", ".join(map(str, list(row)[:6]))
-                    self.report.others[f"{self.name(table)} (without a column file_name; it has {columns})"] = 1
+                    fault = f"{self.name(table)} (without a column file_name; it has {columns})"
+                    self.report.others[fault] = 1
                     break
-                named = str(row[name])
-                places = [table.parent / named, table.parent / named.replace("\\", "/")]  # the latter as written by Windows
-                path = next((path for path in map(Path, map(os.path.normpath, places)) if path in pictures), None)
+                name = str(row.pop(column))
+                names = [name, name.replace("\\", "/")]  # the latter as written by Windows
+                paths = [Path(os.path.normpath(table.parent / each)) for each in names]
+                path = next((path for path in paths if path in pictures), None)
                 if path is not None:
-                    rows[path] = {key: value for key, value in row.items() if key != name and isinstance(key, str)}
+                    rows[path] = {key: value for key, value in row.items() if isinstance(key, str)}
                 else:
-                    self.report.absent.append(named)
+                    self.report.absent.append(name)
         return rows
 
     def name(self, path: Path) -> str:
@@ -185,16 +200,17 @@ class Album:
 
     def metadata(self, path: Path) -> dict:
         "The table row of an image, and the JSON file beside it if a key is configured."
+        row = self.rows.get(path, {})
         beside = self.files.beside.get(path.with_suffix(""), {}).get("json")
         if beside is None or not (self.fields.caption or self.fields.label):
-            return self.rows.get(path, {})
+            return row
         try:
             content = json.loads(decode_text(beside.read_bytes(), self.name(beside)))
         except (json.JSONDecodeError, RecursionError, OSError) as error:
             raise _Unusable("unreadable", f"{self.name(beside)} ({one_line(error)})") from error
         except ValueError as error:
             raise _Unusable("not_utf8", self.name(beside)) from error
-        return {**self.rows.get(path, {}), **content} if isinstance(content, dict) else self.rows.get(path, {})
+        return {**row, **content} if isinstance(content, dict) else row
 
     def caption(self, path: Path, metadata: dict) -> str:
         "The caption of an image: under the configured key, in a text file beside it, or in a table."
@@ -222,13 +238,14 @@ class Album:
         except (ValueError, RecursionError, OSError):
             content = {}
         keys = {**self.rows.get(path, {}), **(content if isinstance(content, dict) else {})}
-        usual = next((name for name in TEXT_FIELDS if name in keys), None)
-        if usual and path in self.rows and not self.fields.caption:
-            return f"the {usual} of {self.name(path)} is {keys[usual]!r:.40}, and no text"
+        field = next((name for name in TEXT_FIELDS if name in keys), None)
+        if field and path in self.rows and not self.fields.caption:
+            return f"the {field} of {self.name(path)} is {keys[field]!r:.40}, and no text"
         if keys:
-            named = f"no text under {self.fields.caption!r} but" if self.fields.caption else "beside it"
-            there = ", ".join(map(str, list(keys)[:8]))
-            return f"{self.name(path)} has {named} the keys {there}: dataset.params.caption_field names that of captions"
+            missing = f"no text under {self.fields.caption!r} but" if self.fields.caption else "beside it"
+            present = ", ".join(map(str, list(keys)[:8]))
+            return (f"{self.name(path)} has {missing} the keys {present}: dataset.params.caption_field names "
+                    "that of captions")
         tables = [name for name in self.report.others if "(without a column file_name" in name]
         advice = ": dataset.params.image_field names that of files" if tables else ""
         return f"{'; '.join(tables)}{advice}" or _named("named in a table and absent", self.report.absent)
@@ -257,7 +274,8 @@ class Album:
 
     def class_folders(self) -> list[str]:
         "The sorted top folders of the images."
-        return sorted({self.name(path).partition("/")[0] for path in self.files.pictures if path.parent != self.files.root})
+        inner = [path for path in self.files.pictures if path.parent != self.files.root]
+        return sorted({self.name(path).partition("/")[0] for path in inner})
 
     def takes(self, path: Path) -> bool:
         "Whether an image can be used; stores its caption and label, or reports the fault."
@@ -302,7 +320,7 @@ def pack_folder(
     *,
     skip_bad: bool = False,  # leave out images that are unreadable or lack caption or class
     captions: bool = True,  # False: captions are neither needed nor read
-    fields: Fields | None = None,  # fields of captions and classes; None: the usual ones
+    fields: Fields | None = None,  # fields of captions and classes; None: common names
     classes: list[str] | None = None,  # class names by number; None: no classes
     most: int | None = None,  # at most this many images, spread over the folder
     prefix: str = "shard",
@@ -315,27 +333,31 @@ def pack_folder(
     album = Album(scan_folder(root), fields or Fields(), captions, classes)
     if not album.files.pictures:
         others = _tally(album.files.others)
-        raise FileNotFoundError(f"no {', '.join(IMAGE_EXTENSIONS)} image in {root}" + (f"; it holds {others}" if others else ""))
+        content = f"; it holds {others}" if others else ""
+        raise FileNotFoundError(f"no {', '.join(IMAGE_EXTENSIONS)} image in {root}{content}")
     parts = [name for name in album.class_folders() if name.lower() in SPLITS]
     if captions and len(parts) > 1:
-        warnings.warn(f"{root} holds the folders {', '.join(parts)}, and all of them are read; where these are parts of the data, "
-                      f"name one, such as {root / parts[0]}")
+        warnings.warn(f"{root} holds the folders {', '.join(parts)}, and all of them are read; if these are "
+                      f"splits of the data, name one, such as {root / parts[0]}")
     pictures = album.files.pictures
     pictures = pictures[:: -(-len(pictures) // most)] if most else pictures
     good = [path for path in pictures if album.takes(path)]
     report = album.report
     problems = report.problems()
     if problems and (not skip_bad or not good):
-        lacking = [path for path in pictures if album.name(path) in report.missing_caption[:1]]
-        hints = filter(None, map(album.hint, lacking))
-        listed, remedy = "; ".join([*problems, *hints]), "Mend them"
+        uncaptioned = [path for path in pictures if album.name(path) in report.missing_caption[:1]]
+        hints = filter(None, map(album.hint, uncaptioned))
+        listed = "; ".join([*problems, *hints])
+        remedy = "Mend them"
         if good:
             remedy += ", or leave them out: skip_bad=True, on the command line dataset.params.skip_bad=true"
         if report.missing_caption and not good and album.class_folders():
             remedy += ", or, where the folders are classes, set dataset.type=classification"
         raise ValueError(f"{root}: {listed}. {remedy}")
     report.packed = len(good)
-    return write_shards(map(album.sample, good), out_folder, prefix=prefix, samples_per_shard=samples_per_shard), report
+    samples = map(album.sample, good)
+    urls = write_shards(samples, out_folder, prefix=prefix, samples_per_shard=samples_per_shard)
+    return urls, report
 
 # %% ../../nbs/03_data/05_packing.ipynb #6d804f51
 def folder_classes(
@@ -348,11 +370,13 @@ def folder_classes(
         return class_list(labels, files.root)
     folders = album.class_folders()
     if odd := [name for name in folders if not is_unicode(name)]:
-        raise ValueError(f"{files.root} holds a folder {printable(odd[0])}, whose name is not UTF-8 and cannot be a class; rename it")
+        raise ValueError(f"{files.root} holds a folder {printable(odd[0])}, whose name is not UTF-8 and "
+                         "cannot be a class; rename it")
     if parts := [name for name in folders if name.lower() in SPLITS]:
         if set(parts) == set(folders):
-            raise ValueError(f"{files.root} holds {', '.join(parts)}, which are parts of the data and no classes: name one, such as "
-                             f"data={files.root / parts[-1]}, and another with dataset.params.eval_shards_path_or_url")
+            raise ValueError(f"{files.root} holds {', '.join(parts)}, which are splits of the data and no "
+                             f"classes: name one, such as data={files.root / parts[-1]}, and another with "
+                             "dataset.params.eval_shards_path_or_url")
     return folders or None
 
 # %% ../../nbs/03_data/05_packing.ipynb #991729cc
@@ -370,11 +394,13 @@ def album_facts(
     fields: Fields | None = None,  # JSON files count if a key is configured
 ) -> list[list]:
     "Names and digests of the files that `pack_folder` reads."
-    files, fields = scan_folder(folder), fields or Fields()
-    kinds = (*TEXT_EXTENSIONS, *["json"] * bool(fields.caption or fields.label))
-    beside = [path for texts in files.beside.values() for extension, path in texts.items() if extension in kinds]
-    read = sorted([*files.pictures, *beside, *files.tables])
-    return [[str(path.relative_to(folder)), *file_digest(path)] for path in read]
+    files = scan_folder(folder)
+    reads_json = fields is not None and bool(fields.caption or fields.label)
+    extensions = (*TEXT_EXTENSIONS, "json") if reads_json else TEXT_EXTENSIONS
+    texts = (text for beside in files.beside.values() for text in beside.items())
+    beside = [path for extension, path in texts if extension in extensions]
+    paths = sorted([*files.pictures, *beside, *files.tables])
+    return [[str(path.relative_to(folder)), *file_digest(path)] for path in paths]
 
 
 def pack_once(

@@ -28,8 +28,8 @@ _FORMATS = {  # Pillow's formats and their file extensions; MPO is a phone's JPE
     "TIFF": "tif", "AVIF": "avif",
 }
 _BROKEN = (  # what Pillow raises for damaged files
-    OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, EOFError, RuntimeError,
-    MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
+    OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, EOFError,
+    RuntimeError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )
 # Images of up to 179 million pixels, twice this warning's limit, are read; larger ones are an error.
 # Warnings about odd metadata do not concern the pixels.
@@ -44,8 +44,9 @@ def opened_picture(
     "Yields an image opened by Pillow; a ValueError if it cannot be read, also inside the block."
     Image.init()
     readable = [name for name in _FORMATS if name in Image.OPEN]
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=readable) as image:
+        with Image.open(file, formats=readable) as image:
             yield image
     except FileNotFoundError:
         raise
@@ -140,15 +141,17 @@ def as_array(values):
 
 
 def _no_picture(image):
-    wanted = "a PIL image, an array (height, width, 3) of bytes or of floats in [0, 1], or a tensor (3, height, width)"
+    allowed = ("a picture is a PIL image, an array (height, width, 3) of bytes or of floats in [0, 1], or a "
+               "tensor (3, height, width)")
+    kind = type(image).__name__
     if not hasattr(image, "shape"):
-        return ValueError(f"a picture is {wanted}; got {type(image).__name__}. Open a file with PIL.Image.open")
+        return ValueError(f"{allowed}; got {kind}. Open a file with PIL.Image.open")
     advice = ". Of a batch take one" if len(image.shape) == 4 else ""
-    return ValueError(f"a picture is {wanted}; got {type(image).__name__} {tuple(image.shape)} of {image.dtype}{advice}")
+    return ValueError(f"{allowed}; got {kind} {tuple(image.shape)} of {image.dtype}{advice}")
 
 
 def read_picture(
-    image: Image.Image | np.ndarray | Tensor,  # (height, width, 3) uint8 or floats in [0, 1]; a tensor (3, height, width)
+    image: Image.Image | np.ndarray | Tensor,  # (height, width, 3) bytes or floats in [0, 1]; tensor (3, ...)
 ) -> Image.Image:
     "One upright image in RGB, transparent parts white; a ValueError for other types and ranges."
     if isinstance(image, Image.Image):
@@ -161,7 +164,8 @@ def read_picture(
     if not usable or not (floats or pixels.dtype == np.uint8):
         raise _no_picture(image)
     if floats and not (-0.01 <= pixels.min() and pixels.max() <= 1.01):
-        raise ValueError(f"a picture's floats are in [0, 1], these from {pixels.min():g} to {pixels.max():g}; scale them")
+        span = f"{pixels.min():g} to {pixels.max():g}"
+        raise ValueError(f"a picture's floats are in [0, 1], these from {span}; scale them")
     return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8) if floats else pixels)
 
 

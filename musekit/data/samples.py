@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['AESTHETIC_KEYS', 'WATERMARK_KEYS', 'PERSON_WORDS', 'IMAGE_EXTENSIONS', 'TEXT_EXTENSIONS', 'SAMPLE_LAYOUTS',
            'TEXT_FIELDS', 'CLASS_FIELDS', 'MOST_CLASSES', 'field_value', 'present_numbers', 'aesthetic_score',
-           'micro_conditions', 'MetadataFilter', 'filter_report', 'clean_caption', 'is_image', 'decode_text', 'Sample',
-           'first_text', 'field_text', 'read_metadata', 'check_class', 'class_number', 'read_sample',
-           'load_class_names', 'read_prompts', 'Fields', 'class_list']
+           'micro_conditions', 'MetadataFilter', 'clean_caption', 'is_image', 'decode_text', 'Sample', 'first_text',
+           'field_text', 'read_metadata', 'check_class', 'class_number', 'read_sample', 'load_class_names',
+           'read_prompts', 'Fields', 'class_list']
 
 # %% ../../nbs/03_data/01_samples.ipynb #4acf3dd5
 import json
@@ -70,8 +70,9 @@ def micro_conditions(
 
     Raises ValueError for a number that is not finite in float32, which would make the loss of the batch NaN.
     """
-    read = {path: field_value(metadata, path) for path in ("original_width", "original_height", *AESTHETIC_KEYS)}
-    for name, value in {**read, "crop_top": crop_top, "crop_left": crop_left}.items():
+    keys = ("original_width", "original_height", *AESTHETIC_KEYS)
+    values = {key: field_value(metadata, key) for key in keys}
+    for name, value in {**values, "crop_top": crop_top, "crop_left": crop_left}.items():
         number = _number(value)
         if number is not None and not abs(number) <= _LARGEST:
             raise ValueError(f"{name}={str(value)[:20]} in the metadata is not a finite number")
@@ -131,11 +132,11 @@ class MetadataFilter:
         return "aesthetic score too low" if min(values) < self.min_aesthetic_score else None
 
     def _flags(self, metadata):
-        for name, asked in (
+        for name, required in (
             ("is_spawning", self.require_marked_as_ok_by_spawning),
             ("is_getty", self.require_marked_as_not_getty),
         ):
-            flags = present_numbers(metadata, _either_place(name)) if asked else [0.0]
+            flags = present_numbers(metadata, _either_place(name)) if required else [0.0]
             if not flags or any(flags):
                 return f"{name} set" if flags else f"{name} missing"
         return None
@@ -147,11 +148,6 @@ class MetadataFilter:
         if not values:
             return "p_nsfwdf missing"
         return "unsafe" if max(values) > self.max_pnsfw else None
-
-# %% ../../nbs/03_data/01_samples.ipynb #68e40d46
-def filter_report(metadata_filter: MetadataFilter, metadatas) -> Counter:
-    "The number of samples kept, and rejected for each reason."
-    return Counter(metadata_filter.reason(metadata) or "kept" for metadata in metadatas)
 
 # %% ../../nbs/03_data/01_samples.ipynb #c24735ec
 PERSON_WORDS = ("a person", "someone", "somebody")
@@ -325,7 +321,7 @@ def read_sample(
 def load_class_names(path) -> dict[int, str]:
     "Class names by id from a JSON object or list; of pairs such as ImageNet's [id, name], the last item."
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is no file; give a JSON file with a list or an object of class names")
+        raise FileNotFoundError(f"no file {path}; give a JSON file with a list or an object of class names")
     try:
         names = json.loads(decode_text(Path(path).read_bytes(), str(path)))
         if not isinstance(names, dict | list):
@@ -356,7 +352,7 @@ CLASS_FIELDS = ("label", "labels", "class", "cls", "class_id", "fine_label")  # 
 
 @dataclass(frozen=True)
 class Fields:
-    "The columns or keys of a sample's image, caption and class; None: the usual names."
+    "The columns or keys of a sample's image, caption and class; None: common names."
 
     image: str | None = None  # the image in a Parquet file, the file name in a table
     caption: str | None = None  # also a key of the JSON file beside an image
@@ -374,11 +370,12 @@ def class_list(
     texts = {str(label).strip() for label in labels if _is_label(label)}
     advice = "dataset.params.class_field names the field that holds the classes"
     if not texts:
-        raise ValueError(f"{source}: {labels[0]!r:.60} is neither the number nor the name of a class; {advice}")
+        label = f"{labels[0]!r:.60}"
+        raise ValueError(f"{source}: {label} is neither the number nor the name of a class; {advice}")
     if not all(text.isdecimal() for text in texts):
         return sorted(texts)
     if (largest := max(map(int, texts))) >= MOST_CLASSES:
-        raise ValueError(f"{source}: {largest} is no number of a class, of which there are {MOST_CLASSES:,} at most; {advice}")
+        raise ValueError(f"{source}: class number {largest} is not below {MOST_CLASSES:,}; {advice}")
     return list(map(str, range(largest + 1)))
 
 

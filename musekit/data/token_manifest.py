@@ -81,8 +81,9 @@ def refuse_other_codes(folder: Path, facts: dict) -> dict | None:
     before, now = dict(_flat(old)), dict(_flat(facts))
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if changed:
-        raise ValueError(f"{folder} holds tokens encoded with other settings (changed: {', '.join(changed)}); "
-                         "choose another folder, or delete that one")
+        listed = ", ".join(changed)
+        raise ValueError(f"{folder} holds tokens encoded with other settings (changed: {listed}); choose "
+                         "another folder, or delete that one")
     return old
 
 
@@ -110,7 +111,8 @@ def shard_names(urls: list[str]) -> dict[str, str]:  # url by name
         matches = re.findall(r"([^/\s]+?)\.(?:tar|tgz|parquet)", url)
         name = matches[-1] if matches else text_digest(url, 8)
         if names.setdefault(name, url) != url or name == MANIFEST.partition(".")[0]:
-            raise ValueError(f"{url} and {names[name]} would both be called {name}; encode them into two folders")
+            both = f"{url} and {names[name]}"
+            raise ValueError(f"{both} would both be called {name}; encode them into two folders")
     return names
 
 # %% ../../nbs/03_data/14_token_manifest.ipynb #4e86c6ab
@@ -140,7 +142,7 @@ def finished_record(
 
 
 def read_manifest(folder: Path) -> tuple[dict, list[dict]]:
-    "The manifest of a folder, and the records of its shards that hold samples; a ValueError if it is incomplete."
+    "The manifest of a folder, and the records of its nonempty shards; a ValueError if it is incomplete."
     manifest = json.loads((folder / MANIFEST).read_text())
     names = manifest["shards"]
     missing = [name for name in names if not (folder / f"{name}.json").is_file()]
@@ -153,8 +155,8 @@ def read_manifest(folder: Path) -> tuple[dict, list[dict]]:
     digest = facts_digest({name: value for name, value in manifest.items() if name != "shards"})
     for name, record in zip(names, records):
         if record["facts"] != digest:
-            raise ValueError(f"{folder}/{name} was not encoded with the settings in {MANIFEST}; run musekit encode "
-                             "again to replace it")
+            raise ValueError(f"{folder}/{name} was not encoded with the settings in {MANIFEST}; run musekit "
+                             "encode again to replace it")
     return manifest, [record for record in records if record["samples"]]
 
 # %% ../../nbs/03_data/14_token_manifest.ipynb #d3bdd1e6
@@ -195,5 +197,6 @@ class Totals(Counts):
         message = f"{self.samples:,} samples of {self.shards} shards ({self.already} of them encoded before)"
         left_out = f"left out: {self.filtered:,} by the filter, {self.skipped:,} unusable"
         left_out += f", the last: {self.last_problem}" if self.last_problem else ""
-        cut = f"; {self.cut:,} captions are longer than the text encoder reads, and are cut" if self.cut else ""
-        return f"{message}; {left_out}{cut}"
+        if self.cut:
+            left_out += f"; {self.cut:,} captions are longer than the text encoder reads, and are cut"
+        return f"{message}; {left_out}"

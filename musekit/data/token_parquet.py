@@ -276,7 +276,8 @@ class EncodedLoader(IterableDataset):
 
     def __post_init__(self):
         if self.batch_size < 1 or not len(self.dataset):
-            raise ValueError(f"batch_size={self.batch_size} of {len(self.dataset)} rows: both must be at least 1")
+            rows = len(self.dataset)
+            raise ValueError(f"batch_size={self.batch_size} of {rows} rows: both must be at least 1")
         check_place(self.rank, self.world_size, self.start_batch, self.training)
         self._epoch = None  # of the cached permutation
 
@@ -301,7 +302,8 @@ class EncodedLoader(IterableDataset):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         if self.training:
-            yield from (self._batch(self.indices(batch)) for batch in count(self.start_batch + worker, workers))
+            for batch in count(self.start_batch + worker, workers):
+                yield self._batch(self.indices(batch))
         rows, size = np.arange(self.rank, len(self.dataset), self.world_size), self.batch_size
         for first in range(worker * size, len(rows), workers * size):
             yield self._batch(rows[first : first + size])

@@ -19,7 +19,9 @@ from torch import nn
 
 from .image_text import ImageTextConfig, make_loader
 from .locate import locate
-from .token_manifest import MANIFEST, SAME, network_digest, probe_distance, read_manifest, text_probe
+from musekit.data.token_manifest import (
+    MANIFEST, SAME, network_digest, probe_distance, read_manifest, text_probe,
+)
 from .token_parquet import EncodedDataset, encoded_loader
 from .token_tars import TokenReader, member_name, read_unconditional
 
@@ -99,8 +101,8 @@ class EncodedSource:
     def _check_classes(self, class_names):
         "Raises ValueError for unknown classes; in tars these are unusable samples."
         if class_names is not None and (unknown := self._classes - set(class_names)):
-            raise ValueError(f"{self.urls[0]} holds class {min(unknown)}, which is none of the {len(class_names)} "
-                             "classes; see model.transformer.num_classes")
+            raise ValueError(f"{self.urls[0]} holds class {min(unknown)}, which is none of the "
+                             f"{len(class_names)} classes; see model.transformer.num_classes")
 
     @cached_property
     def _classes(self):
@@ -113,7 +115,8 @@ class EncodedSource:
     def _check_filter(self, metadata_filter):
         "Raises ValueError if the data were filtered differently; tars without a manifest can be filtered."
         applied = (self.manifest or {}).get("filter")
-        if metadata_filter and (self.dataset is not None or self.manifest) and applied != asdict(metadata_filter):
+        was_filtered = self.dataset is not None or self.manifest is not None
+        if metadata_filter and was_filtered and applied != asdict(metadata_filter):
             raise ValueError(f"the data were encoded with the filter {applied}; encode them again with this "
                              "one, or set dataset.params.use_filtered_dataset=false")
 
@@ -152,8 +155,8 @@ def open_encoded(
         urls = [str(folder / record["file"]) for record in records]
         return EncodedSource(urls, dtype, manifest, [record["samples"] for record in records])
     if located.forms == {"pictures"}:
-        raise ValueError(f"{spec} holds images and no tokens; set training.pre_encode=false to train on them, or "
-                         "encode them first: musekit encode")
+        raise ValueError(f"{spec} holds images and no tokens; set training.pre_encode=false to train on "
+                         "them, or encode them first: musekit encode")
     if not located.shards:
         raise FileNotFoundError(f"no *.parquet and no *.tar in the folder {folder}")
     members = [checkpoint and member_name(checkpoint) for checkpoint in (vq_checkpoint, text_checkpoint)]

@@ -23,7 +23,9 @@ from ..data.digits import test_prompts
 from ..data.image_text import ImageTextConfig, make_loader
 from ..data.samples import Fields, read_prompts
 from ..data.image_text import find_shards
-from .features import ClipFeatures, FeatureTable, InceptionFeatures, collect_features, extractor_name
+from musekit.evaluation.features import (
+    ClipFeatures, FeatureTable, InceptionFeatures, collect_features, extractor_name,
+)
 from .metrics import DigitFeatures, compare_features, inception_score
 from ..inference.pipeline import Pipeline
 from ..utils.seeds import step_seed

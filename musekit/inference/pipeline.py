@@ -68,7 +68,7 @@ class TokenPipeline:
     ):
         self.transformer = transformer.eval()
         self.text_encoder = text_encoder
-        original = getattr(transformer, "_orig_mod", transformer)  # torch.compile hides the arguments of forward
+        original = getattr(transformer, "_orig_mod", transformer)  # torch.compile hides the arguments
         self.input_names = list(inspect.signature(original.forward).parameters)
         self.generation = generation or GenerationConfig()
         self.zero_uncond = zero_uncond
@@ -130,7 +130,8 @@ class TokenPipeline:
         negative = {}
         if is_guided:
             negative = negative_conditions(self.text_encoder, conditions, negative_prompt, self.zero_uncond)
-            self._check_conditions("caller" if isinstance(negative_prompt, dict) else "text encoder", negative)
+            source = "caller" if isinstance(negative_prompt, dict) else "text encoder"
+            self._check_conditions(source, negative)
         return conditions, negative
 
     def _grid(self, grid):
@@ -147,7 +148,9 @@ class TokenPipeline:
 
     def _prepare(self, conditions):
         "The precomputed keys and values of the conditions, if the transformer has them."
-        return self.transformer.precompute(**conditions) if "precomputed" in self.input_names else dict(conditions)
+        if "precomputed" in self.input_names:
+            return self.transformer.precompute(**conditions)
+        return conditions
 
     def _forward(self, grid):
         "The `forward` of `generate_guided`: conditions to logits of the masked tokens."
@@ -349,7 +352,8 @@ class ImagePipeline(TokenPipeline):
         **options,  # of `__call__`
     ) -> list[Image.Image] | np.ndarray | Tensor | tuple:
         "Extends an image by margins; its own pixels stay unchanged."
-        margins = left, above, right, below = whole_numbers("margins (left, above, right, below)", margins, 0, 4)
+        margins = whole_numbers("margins (left, above, right, below)", margins, 0, 4)
+        left, above, right, below = margins
         if not any(margins):
             raise ValueError("margins are all 0, so that nothing is to be generated; give 4 whole numbers")
         pixels = np.asarray(read_picture(image))
@@ -434,8 +438,6 @@ class Pipeline(ImagePipeline):
                              "give one of them")
         dtype = find_dtype(dtype or torch_dtype or torch.float32)
         networks, settings = load_pipeline_networks(path, dtype=dtype, variant=variant)
-        pipeline = cls(
-            **networks, grid=settings["grid"], micro_conds=settings["micro_conds"],
-            zero_uncond=settings["zero_uncond"], generation=GenerationConfig().override(**settings["generation"]),
-        )
-        return pipeline.to(device)
+        settings["generation"] = GenerationConfig().override(**settings["generation"])
+        names = ("grid", "micro_conds", "zero_uncond", "generation")
+        return cls(**networks, **{name: settings[name] for name in names}).to(device)

@@ -38,8 +38,8 @@ def _encode(text_encoder, prompts, batch_size):
     batches = [text_encoder(texts[first : first + batch_size]) for first in range(0, len(texts), batch_size)]
     num_cut = getattr(text_encoder, "texts_cut", 0) - cut_before
     if num_cut:
-        warnings.warn(f"{num_cut} of {len(texts)} prompts are longer than the {text_encoder.max_seq_length} tokens "
-                      "that the text encoder reads, and are cut", stacklevel=3)
+        warnings.warn(f"{num_cut} of {len(texts)} prompts are longer than the {text_encoder.max_seq_length} "
+                      "tokens that the text encoder reads, and are cut", stacklevel=3)
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
@@ -81,8 +81,8 @@ def negative_conditions(
         negative_prompt = prompt_conditions(text_encoder, "" if negative_prompt is None else negative_prompt)
         missing = [name for name in negative_prompt if name not in conditions]
         if missing:
-            raise ValueError(f"conditions lack {', '.join(missing)}; give {', '.join(negative_prompt)}, all that "
-                             "the text encoder makes of a prompt")
+            raise ValueError(f"conditions lack {', '.join(missing)}; give {', '.join(negative_prompt)}, all "
+                             "that the text encoder makes of a prompt")
     check_names(negative_prompt, conditions)
     negative = {}
     for name, value in negative_prompt.items():

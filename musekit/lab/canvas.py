@@ -82,7 +82,8 @@ function render({ model, el }) {
     function stamp(x, y, value) {
         const radius = model.get('brush') / 2;
         for (let row = Math.max(0, Math.floor(y - radius)); row < Math.min(height, y + radius); row++)
-            for (let column = Math.max(0, Math.floor(x - radius)); column < Math.min(width, x + radius); column++) {
+            for (let column = Math.max(0, Math.floor(x - radius)); column < Math.min(width, x + radius);
+                 column++) {
                 const away = Math.hypot(column + 0.5 - x, row + 0.5 - y);
                 if (away <= Math.max(radius, 0.71)) mask[row * width + column] = value;
             }
@@ -190,13 +191,15 @@ class InpaintingCanvas(Closing):
         "Inpaints the painted region."
         mask, steps = self.canvas.painted, self.steps.value
         if not mask.any():
-            raise ValueError("there is no paint: paint over what should be drawn anew")
-        report_step = lambda step, record: self._say(f"step {step + 1} of {steps}")
-        options = {"steps": steps, "guidance_scale": self.guidance.value, "seed": self.seed, "callback": report_step}
-        filled = self.pipeline.inpaint(self.image, mask, self.prompt.value, **options)[0]
+            raise ValueError("there is no paint: paint over what should be filled")
+        filled, = self.pipeline.inpaint(
+            self.image, mask, self.prompt.value,
+            steps=steps, guidance_scale=self.guidance.value, seed=self.seed,
+            callback=lambda step, record: self._say(f"step {step + 1} of {steps}"),
+        )
         self.earlier.append(self.image)
         self.seed += 1
-        self._show(filled, f"Filled with seed {options['seed']}. Fill again for another, or go on painting.")
+        self._show(filled, f"Filled with seed {self.seed - 1}. Fill again for another, or paint more.")
 
     def back(self):
         "Undoes the last inpainting."

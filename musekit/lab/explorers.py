@@ -36,7 +36,8 @@ def schedule_parameters(name: str  # of `schedule_names()`, or e.g. pow3
                        ) -> dict[str, float]:  # defaults by name
     "The parameters of a schedule."
     if not isinstance(name, str):
-        raise ValueError(f"{name!r} is no name; known are {schedule_names()}. Name a function with register_schedule")
+        raise ValueError(f"{name!r} is no name; use one of {schedule_names()}, or name a function "
+                         "with register_schedule")
     schedule = get_schedule("pow2" if name == "powX" else name)
     parameters = list(inspect.signature(schedule.function).parameters.values())[1:]
     defaults = {one.name: float(one.default) for one in parameters if isinstance(one.default, (int, float))}
@@ -60,11 +61,13 @@ def explore_schedule(
     if steps < 1 or num_tokens < 1:
         raise ValueError(f"{steps=} and {num_tokens=}; give at least 1 of each")
     names = [name for name in schedule_names() if name != "cosine"] + ["cosine"]
-    every = [schedule_parameters(name).items() for name in (*reversed(names), schedule)]  # the last one takes precedence
-    defaults = {key: value for items in every for key, value in items}
-    about = lambda value: (min(0.0, 3 * value), max(1.0, 3 * value))
-    ranges = {key: _RANGES.get(key, about(value)) for key, value in defaults.items()}
-    params = {key: slider(key, value, *ranges[key]) for key, value in defaults.items()}
+    defaults = {}
+    for name in (*reversed(names), schedule):  # the last one takes precedence
+        defaults |= schedule_parameters(name)
+    params = {}
+    for key, value in defaults.items():
+        usual_range = min(0.0, 3 * value), max(1.0, 3 * value)
+        params[key] = slider(key, value, *_RANGES.get(key, usual_range))
 
     def draw(schedule, steps, num_tokens, **values):
         for key, control in params.items():

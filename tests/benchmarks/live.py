@@ -54,7 +54,7 @@ def run(watched):
     trainer.callbacks[:] = [watching, block] if watched else [block]
     trainer.stop, before = False, watching.spent
     if watched:
-        panel.go_on()
+        panel.resume()
         panel.wait()
     else:
         trainer.fit()
