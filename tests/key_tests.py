@@ -85,6 +85,7 @@ KEY_TESTS = {
     "optimizer.params.beta2": WEIGHTS,
     "optimizer.params.weight_decay": WEIGHTS,
     "optimizer.params.epsilon": WEIGHTS,
+    "optimizer.params.muon_learning_rate": WEIGHTS,
     "lr_scheduler.scheduler": WEIGHTS,
     "lr_scheduler.params.warmup_steps": WEIGHTS,
     "lr_scheduler.params.options": "04_training/03_optim: options",

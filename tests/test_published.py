@@ -39,7 +39,7 @@ def place(tmp_path, monkeypatch):
 def read(name, *settings):
     "The configuration, and the warnings but the one about old keys."
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter("always", UserWarning)
         config = configure(PUBLISHED / f"{name}.yaml", list(settings))
     return config, [str(each.message) for each in caught if "Old keys" not in str(each.message)]
 

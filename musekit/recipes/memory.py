@@ -38,9 +38,10 @@ from musekit.recipes.networks import (
 )
 from .image_tokenizer import PictureReader, TokenizerConfig, find_images, group_images
 from ..training.config import Config, condition_of
+from ..training.optim import block_matrices
 
 # %% ../../nbs/07_recipes/10_memory.ipynb #fc695c18
-OPTIMIZER_BYTES = {"adamw": 8, "fused_adamw": 8, "8bit_adamw": 2, "lion": 4}  # for each trained parameter
+OPTIMIZER_BYTES = {"adamw": 8, "fused_adamw": 8, "8bit_adamw": 2, "lion": 4, "muon": 8}  # for each trained parameter
 
 
 def _bytes(tensors):
@@ -57,9 +58,12 @@ def weight_memory(
         raise ValueError(f"unknown optimizer {optimizer!r}; choose one of {', '.join(OPTIMIZER_BYTES)}.")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trained)
+    states = OPTIMIZER_BYTES[optimizer] * count
+    if optimizer == "muon":  # of the matrices it stores a momentum only
+        states -= 4 * sum(matrix.numel() for matrix in block_matrices(model))
     return {
         "weights": _bytes([*model.parameters(), *model.buffers()]), "gradients": _bytes(trained),
-        "optimizer": OPTIMIZER_BYTES[optimizer] * count, "average": 4 * count * use_ema,
+        "optimizer": states, "average": 4 * count * use_ema,
     }
 
 # %% ../../nbs/07_recipes/10_memory.ipynb #a4241dbd

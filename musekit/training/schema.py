@@ -279,18 +279,22 @@ class OptimizerParams(Section):
     beta2: float = setting(0.999, "decay of the gradient's variance", low=0, below=1)
     weight_decay: float = setting(0.01, "weight decay of matrices", low=0)
     epsilon: float = setting(1e-8, "added to the denominator", low=0)
+    muon_learning_rate: Optional[float] = setting(None, "learning rate of muon's matrices; null: learning_rate", low=0)
 
 
 @dataclass
 class OptimizerSection(Section):
     "Which optimizer."
-    name: str = setting("adamw", "kind", choices=("adamw", "fused_adamw", "8bit_adamw", "lion"))
+    name: str = setting("adamw", "kind", choices=("adamw", "fused_adamw", "8bit_adamw", "lion", "muon"))
     params: OptimizerParams = field(default_factory=OptimizerParams)
 
     def check(self, path):
         super().check(path)
         if self.name == "lion" and self.params.epsilon != OptimizerParams.epsilon:
             raise ValueError(f"{path}.params.epsilon={self.params.epsilon}: lion has no epsilon; leave it out.")
+        if self.name != "muon" and self.params.muon_learning_rate is not None:
+            raise ValueError(f"{path}.params.muon_learning_rate={self.params.muon_learning_rate}: {self.name} has none; "
+                             f"leave it out, or set {path}.name=muon.")
 
 
 SCHEDULERS = (

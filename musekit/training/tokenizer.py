@@ -82,6 +82,11 @@ class VQConfig(Section):
     lr_scheduler: LRSchedulerSection = field(default_factory=LRSchedulerSection)
     training: Steps = field(default_factory=Steps)
 
+    def check(self, path):
+        super().check(path)
+        if self.optimizer.name == "muon":
+            raise ValueError("optimizer.name=muon is for the blocks of a transformer; use adamw for an image tokenizer.")
+
 # %% ../../nbs/04_training/12_tokenizer.ipynb #5a4646ea
 @dataclass
 class VQTrainingConfig(Section):
