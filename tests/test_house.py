@@ -19,9 +19,9 @@ ROOMS = [  # the ground first
 ]
 NAMES_IN_TWO_MODULES = {"main", "MANIFEST", "read_manifest"}
 PRIVATE_IMPORTS = {("musekit.recipes.memory", "_CrossEntropy")}
-ROOMS_WITH_LONG_LINES = {"training", "models", "data", "shards", "recipes"}
-ROOMS_WITH_NAMED_LAMBDAS = {"training", "data"}
-ROOMS_WITH_LONG_DESCRIPTIONS = {"utils", "models", "data", "evaluation", "shards", "recipes"}
+ROOMS_WITH_LONG_LINES = {"data", "training", "shards", "recipes"}
+ROOMS_WITH_NAMED_LAMBDAS = {"data"}
+ROOMS_WITH_LONG_DESCRIPTIONS = {"utils", "data", "training", "evaluation", "shards", "recipes"}
 
 
 def exported_from() -> dict[str, int]:

@@ -303,6 +303,7 @@ class TokenHead(nn.Module):
 def check_width(name, tensor, width, setting):
     "Raises ValueError for a condition that is missing or not `width` wide, naming the model's `setting`."
     if tensor is None:
-        raise ValueError(f"{name} is missing; the model is conditioned on it, {width} values wide ({setting}).")
+        raise ValueError(f"{name} is missing; the model is conditioned on it, {width} values wide "
+                         f"({setting}).")
     if tensor.shape[-1] != width:
         raise ValueError(f"{name} has width {tensor.shape[-1]}, but the model expects {width} ({setting}).")
