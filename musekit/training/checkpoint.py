@@ -206,7 +206,8 @@ def refuse_changes(checkpoint: Path, config: Section):
     if run and config.experiment.resume_from_checkpoint == "latest":
         raise ValueError(f"{checkpoint.parent} holds another run ({_listed(run)}). To resume from its last "
                          "step with the new settings, name it: "
-                         f"experiment.resume_from_checkpoint={checkpoint}. To start a new run, {elsewhere}, or delete that folder.")
+                         f"experiment.resume_from_checkpoint={checkpoint}. To start a new run, {elsewhere}, "
+                         "or delete that folder.")
 
 
 def refuse_other_run(config: Section):
