@@ -135,7 +135,8 @@ def make_optimizer(model: nn.Module, config: Config, num_processes: int = 1) -> 
 def _make_muon(model, groups, params, arguments):
     matrices = block_matrices(model)
     if not matrices:
-        raise ValueError(f"optimizer.name=muon: no matrix inside of blocks in {type(model).__name__}; use adamw.")
+        kind = type(model).__name__
+        raise ValueError(f"optimizer.name=muon: {kind} has no matrix inside of blocks; use adamw.")
     muon = {"lr": arguments["lr"], "weight_decay": params.weight_decay}
     if params.muon_learning_rate is not None:
         muon["lr"] *= params.muon_learning_rate / params.learning_rate  # scaled as the other is
