@@ -99,7 +99,7 @@ def plot_memory(shares: list[float],  # fraction masked in each measurement
     for index, (name, column) in enumerate(zip(names, zip(*megabytes))):
         axis.bar([i + (index - 1) * 0.27 for i in range(len(shares))], column, width=0.25, label=name)
     axis.set_xticks(range(len(shares)), [f"{share:.0%}" for share in shares])
-    axis.set(xlabel="tokens hidden", ylabel="MB kept")
+    axis.set(xlabel="masked tokens", ylabel="MB kept")
     figure.legend(loc="outside upper center", ncols=len(names), fontsize="small")
     plt.close(figure)
     return figure

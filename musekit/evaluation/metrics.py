@@ -125,7 +125,7 @@ def inception_score(
     rows = torch.as_tensor(probabilities).double()
     if rows.dim() != 2 or not len(rows) or (rows < 0).any() or ((rows.sum(1) - 1).abs() > 1e-3).any():
         raise ValueError(f"an Inception score needs probabilities (N, classes) whose rows sum to 1, "
-                         f"got {tuple(rows.shape)}; softmax makes them of logits")
+                         f"got {tuple(rows.shape)}; apply softmax to logits")
     return float((_entropy(rows.mean(0)) - _entropy(rows).mean()).exp())
 
 # %% ../../nbs/06_evaluation/03_metrics.ipynb #2d442538

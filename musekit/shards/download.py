@@ -43,7 +43,7 @@ class Connection:
     endpoint: str = ENDPOINT  # the only host that receives the token
     token: str | None | Callable[[], str | None] = None  # or a function that returns it when needed
     attempts: int = ATTEMPTS  # in a row that receive nothing
-    timeout: float = 60.0  # seconds without a byte until the server counts as gone
+    timeout: float = 60.0  # seconds without a byte until the connection times out
     longest_wait: float = LONGEST_WAIT  # seconds; a server that requests more is an error
     sleep: Callable[[float], object] = time.sleep
     tell: Callable[[str], object] = lambda text: None  # called with a line before each wait
@@ -153,7 +153,7 @@ _OVERLAP = 1 << 16  # bytes at most, of a file without a version, that are fetch
 
 
 class _Download:
-    "One file that is being downloaded, and what has turned out about its server."
+    "One file that is being downloaded, and what is known so far of its server."
 
     def __init__(self, url, path, connection, watch):
         self.url = url

@@ -192,7 +192,7 @@ def _short(value, width=60):
 
 
 def refuse_changes(checkpoint: Path, config: Section):
-    "Raises ValueError for changes that forbid to resume: of the model, or with `latest` of the run."
+    "Raises ValueError for changes that prevent resuming: of the model, or with `latest` of the run."
     changes = changed_settings(checkpoint, config)
     elsewhere = "choose another folder (output=...)"
     model = {name: pair for name, pair in changes.items() if name.startswith(config.SAME_MODEL)}
