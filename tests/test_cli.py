@@ -200,7 +200,7 @@ def test_bad_folders(tmp_path, here):
 
 def test_a_folder_from_end_to_end(place, trained):
     assert trained.stderr == "" and "musekit generate" in trained.stdout
-    command = shlex.split(trained.stdout.splitlines()[-1].split("draw with it: ")[1])
+    command = shlex.split(trained.stdout.splitlines()[-1].split("generate images with: ")[1])
     process = musekit(place, *command[1:], "--out", "new/drawn.png", "--num-images", "2")
     assert (process.returncode, process.stderr, process.stdout) == (0, "", "new/drawn.png\n")
     assert Image.open(place / "new" / "drawn.png").width == 210
@@ -328,7 +328,7 @@ def test_two_processes_make_every_stage_once(place, trained):
     process = launch(place, "train", "data=photos", "experiment.output_dir=runs/two", *TINY)
     run = place / "runs" / "two"
     assert process.returncode == 0, process.stderr
-    assert process.stdout.count("transformer ...") == process.stdout.count("draw with it") == 1
+    assert process.stdout.count("transformer ...") == process.stdout.count("generate images with") == 1
     assert json.loads((run / "checkpoint-10" / "trainer_state.json").read_text())["num_processes"] == 2
     alone, together = ((place / "runs" / name / "vq_model" / "model.safetensors").read_bytes() for name in ("small", "two"))
     assert alone == together

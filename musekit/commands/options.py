@@ -123,7 +123,7 @@ def files_and_settings(
     settings = [argument for argument in arguments if "=" in argument]
     data = [setting for setting in settings if setting.startswith("data=")]
     if len(data) > 1:
-        raise ValueError(f"data= is given {len(data)} times; quote a pattern, so that the shell does not "
+        raise ValueError(f"data= appears {len(data)} times; quote a pattern, so that the shell does not "
                          f"expand it: musekit {command} 'data=shards/{{000..009}}.tar'")
     return paths or None, settings
 
@@ -152,7 +152,7 @@ def print_data_report(
         print(*(f"data {line}" for line in make_report()), sep="\n")
     except (ValueError, OSError) as error:
         kind = ValueError if isinstance(error, ValueError) else OSError
-        message = f"the settings can be used, the data cannot: {error} (--no-data skips the data)"
+        message = f"the settings can be used, but the data cannot: {error} (--no-data skips the data)"
         raise kind(message) from error
 
 # %% ../../nbs/10_commands/02_options.ipynb #84a078cd

@@ -43,7 +43,7 @@ data only the first batch is read. The same as musekit train --check."""
 _CHECK_EXAMPLES = """examples:
   musekit check data=photos/
   musekit check run.yaml batch_size=64
-  musekit check run.yaml --no-data          # where the data are not at hand"""
+  musekit check run.yaml --no-data          # if the data is not on this machine"""
 
 
 def add_check(commands):
@@ -83,7 +83,7 @@ def _print_next(recipe):
         return
     model = shlex.quote(str(folder))
     prompt = {"class": "0 ", "nothing": ""}.get(condition_of(recipe.config), '"a prompt" ')
-    print(f"model in {model}; draw with it: musekit generate {prompt}--model {model}")
+    print(f"model saved in {model}; generate images with: musekit generate {prompt}--model {model}")
 
 
 _TRAIN = """Trains a masked generative transformer, and the tokenizer and text encoder it needs

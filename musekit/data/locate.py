@@ -144,11 +144,11 @@ def _yaml_list(path):
 
 # %% ../../nbs/03_data/06_locate.ipynb #d7c53780
 _BEGINNINGS = {  # first bytes of files mistaken for shards: the kind of file, and what to do
-    b"version https://git-lfs": "a pointer to large storage; fetch the file itself: git lfs pull",
+    b"version https://git-lfs": "a Git LFS pointer; fetch the file itself: git lfs pull",
     b"<": "a web page; fetch the file itself",
     b"PK\x03\x04": "a zip archive; unpack it and name its folder",
     b"\x28\xb5\x2f\xfd": "compressed by zstd; decompress it: zstd -d",
-    b"PAR1": "a Parquet file; call it .parquet",
+    b"PAR1": "a Parquet file; rename it to .parquet",
 }
 
 

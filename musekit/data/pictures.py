@@ -51,7 +51,7 @@ def opened_picture(
     except FileNotFoundError:
         raise
     except UnidentifiedImageError as error:
-        raise ValueError(f"a file of none of the kinds {', '.join(readable)}") from error
+        raise ValueError(f"not a file of the kinds {', '.join(readable)}") from error
     except _BROKEN as error:
         raise ValueError(f"a picture that cannot be read: {one_line(error)}") from error
 

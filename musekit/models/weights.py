@@ -46,7 +46,7 @@ def read_tensors(path):
             return load_file(path)
         with open(path, "rb") as file:
             if file.read(2) not in (b"PK", b"\x80\x02", b"\x80\x04"):  # a zip archive or a bare pickle
-                raise ValueError("not a PyTorch file; it may be a web page or a pointer to large storage")
+                raise ValueError("not a PyTorch file; it may be a web page or a Git LFS pointer")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         kind = re.search(r"GLOBAL ([\w.]+)", str(error))
