@@ -23,7 +23,7 @@ from musekit.data.tokens import open_encoded
 from musekit.recipes.encode import EncodeOptions, configure_encoding, encode_shards
 from musekit.recipes.settings import image_text_config, packing_options
 from musekit.data.image_text import find_shards
-from musekit.recipes.text_to_image import train
+from musekit.recipes.text_to_image import make_pipeline, train
 from musekit.recipes.configure import configure
 from musekit.recipes.image_tokenizer import configure_tokenizer, train_tokenizer
 from test_cli import ENVIRONMENT, assert_refused, here, musekit  # noqa: F401 (a fixture)
@@ -232,7 +232,7 @@ def test_class_folders_by_command(zoo, place, tmp_path):  # noqa: F811
     assert drawn.returncode == 0 and (tmp_path / "generated.png").is_file()
     assert_refused(musekit(tmp_path, "train", f"data={zoo}/folders", *settings), "are splits of the data and no classes")
     assert_refused(musekit(tmp_path, "train", f"data={zoo}/folders/train", "experiment.output_dir=runs/two", *settings,
-                           "model.transformer.num_classes=2"), "tells 2 classes apart, and the data have 3")
+                           "model.transformer.num_classes=2"), "The model has 2 classes and the data 3")
 
 
 def test_named_columns_and_keys(place, tmp_path):  # noqa: F811
@@ -315,7 +315,7 @@ def test_a_dataset_of_the_hub(place, layouts, tmp_path):  # noqa: F811
 
 STRIP = """
 import resource, sys, time
-from musekit.recipes.text_to_image import train
+from musekit.recipes.text_to_image import make_pipeline, train
 from musekit.recipes.configure import configure
 start = time.perf_counter()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -364,7 +364,7 @@ def test_captions_that_are_cut(place, tmp_path, capsys):  # noqa: F811
     totals = encode_shards(config, EncodeOptions(tmp_path / "codes"), progress=False)
     assert 0 < totals.cut <= 40 and f"{totals.cut} captions are longer than the text encoder reads, and are cut" in str(totals)
     assert encode_shards(config, EncodeOptions(tmp_path / "codes"), progress=False).cut == totals.cut
-    pipeline = recipe.pipeline(recipe.trainer.network)
+    pipeline = make_pipeline(recipe, recipe.batches, recipe.trainer.network)
     with pytest.warns(UserWarning, match="1 of 2 prompts are longer than the 6 tokens"):
         pipeline(["one", "a very long prompt about nothing at all"], seed=0)
 
