@@ -27,7 +27,7 @@ from musekit.data.batch_encoder import BatchEncoder
 from musekit.data.image_text import ImageTextConfig, make_loader
 from musekit.data.packing import write_shards, write_tars
 from musekit.data.tokens import open_encoded
-from musekit.data.token_manifest import MANIFEST
+from musekit.data.token_manifest import TOKEN_MANIFEST
 from musekit.recipes.encode import EncodeOptions, Totals, configure_encoding, encode_shards, load_networks
 from musekit.recipes.settings import image_text_config
 from musekit.recipes.networks import VQ_MODELS
@@ -129,7 +129,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(place, whole, t
         killed(place, out, *moment)
         left = content(out)
         assert left != whole[moment[0]]
-        finished = {name: data for name, data in left.items() if not name.endswith(".part") and name != MANIFEST}
+        finished = {name: data for name, data in left.items() if not name.endswith(".part") and name != TOKEN_MANIFEST}
         assert all(whole[moment[0]][name] == data for name, data in finished.items()), "a half file under a finished name"
         encode(place, out, form=moment[0])
         assert content(out) == whole[moment[0]], moment
@@ -138,7 +138,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(place, whole, t
 def test_killed_again_and_again(place, whole, tmp_path):
     for number in (3, 2, 2, 3):  # of the renames of each life
         killed(place, tmp_path / "out", "parquet", "rename", number)
-    assert (tmp_path / "out" / MANIFEST).read_bytes() == whole["parquet"][MANIFEST]
+    assert (tmp_path / "out" / TOKEN_MANIFEST).read_bytes() == whole["parquet"][TOKEN_MANIFEST]
     encode(place, tmp_path / "out")
     assert content(tmp_path / "out") == whole["parquet"]
 
@@ -244,7 +244,7 @@ def test_counts_and_keys_are_kept(place, whole):
     record = json.loads(whole["parquet"]["shard-000002.json"])
     assert (record["samples"], record["skipped"]) == (8, 2) and record["last_problem"]
     assert pq.read_table(place / "parquet" / "shard-000002.parquet")["key"].to_pylist() == [f"{n:09d}" for n in range(10) if n not in (4, 6)]
-    manifest = json.loads(whole["parquet"][MANIFEST])
+    manifest = json.loads(whole["parquet"][TOKEN_MANIFEST])
     assert manifest["vq_model"]["codebook_size"] == 64 and manifest["resolution"] == 32 and manifest["filter"] is None
 
 

@@ -227,6 +227,6 @@ def _replace_rows(name: str, conditions: dict[str, Tensor], value: Tensor, dropp
         raise ValueError(f"unconditional value for {name!r}, but the conditions are {sorted(conditions)}")
     values = conditions[name]
     if values.shape[1:] != value.shape:
-        raise ValueError(f"unconditional {name!r} has the shape {tuple(value.shape)}, a given row "
+        raise ValueError(f"unconditional {name!r} has the shape {tuple(value.shape)}, the condition has "
                          f"{tuple(values.shape[1:])}; pad the empty prompt like any other")
     return torch.where(dropped.view(-1, *[1] * value.dim()), value.to(values), values)

@@ -151,7 +151,7 @@ def plot_schedules(schedules: list[Callable | str],  # names or callables
         ratios = schedule(torch.linspace(0, 1, 20001))
         density.stairs(torch.histc(ratios, 20, 0, 1) / 20001 * 20, torch.linspace(0, 1, 21), label=label)
         reveal.plot(range(1, steps + 1), -schedule(grid).diff() * num_tokens, marker=".", label=label)
-    curve.set(xlabel="time t", ylabel="share still hidden", title="the schedule")
+    curve.set(xlabel="time t", ylabel="share still masked", title="the schedule")
     density.set(xlabel="masking ratio", ylabel="density", title="ratios in training", ylim=(0, 4))
     reveal.set(xlabel="step", ylabel=f"of {num_tokens} tokens", title=f"revealed in {steps} steps")
     reveal.xaxis.get_major_locator().set_params(integer=True)

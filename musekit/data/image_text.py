@@ -249,7 +249,9 @@ def read_members(
             except OSError as error:
                 handler(error)
                 return
-            explain = lambda error: handler(_explain(error, url, stream))
+            def explain(error):
+                return handler(_explain(error, url, stream))
+
             files = tariterators.tar_file_expander([{"url": url, "stream": stream}], explain, is_data)
             yield from tariterators.group_by_keys(files, handler=handler)
     else:

@@ -20,7 +20,7 @@ from torch import nn
 from .image_text import ImageTextConfig, make_loader
 from .locate import locate
 from musekit.data.token_manifest import (
-    MANIFEST, SAME, network_digest, probe_distance, read_manifest, text_probe,
+    TOKEN_MANIFEST, SAME, network_digest, probe_distance, read_token_manifest, text_probe,
 )
 from .token_parquet import EncodedDataset, encoded_loader
 from .token_tars import TokenReader, member_name, read_unconditional
@@ -148,8 +148,8 @@ def open_encoded(
     "Opens encoded data; a FileNotFoundError or ValueError if it is missing or incomplete."
     located = locate(spec, base_dir)
     folder = located.folder
-    if folder and (folder / MANIFEST).is_file():
-        manifest, records = read_manifest(folder)
+    if folder and (folder / TOKEN_MANIFEST).is_file():
+        manifest, records = read_token_manifest(folder)
         if not records:
             raise ValueError(f"{folder} holds no sample: every one was left out when it was encoded")
         urls = [str(folder / record["file"]) for record in records]

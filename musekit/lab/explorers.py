@@ -129,7 +129,7 @@ def explore_masking(
         return plot_masking(pipeline, images[number - 1], prompts[number - 1], **options)
 
     return Panel(draw, {
-        "number": slider("picture", 1, 1, len(images)), "ratio": slider("share hidden", 0.6, 0.0, 1.0),
+        "number": slider("picture", 1, 1, len(images)), "ratio": slider("mask ratio", 0.6, 0.0, 1.0),
         "rectangle": choice("shape", [("scattered", False), ("one rectangle", True)], False),
         "noise_type": choice("noise", list(NOISE_TYPES)), "seed": slider("seed", 0, 0, 20),
     })
@@ -154,7 +154,7 @@ def plot_step(
     drawn = confidence.where(confidence <= 1, torch.nan)
     shown = heat.imshow(drawn, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
     figure.colorbar(shown, ax=heat, shrink=0.9)
-    heat.set_title("probability of the tokens drawn", fontsize=10)
+    heat.set_title("probability of the sampled tokens", fontsize=10)
     for axis in (guess, heat):
         axis.set(xticks=[], yticks=[])
     _plot_progress(progress, records, step, row)

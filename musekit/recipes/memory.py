@@ -30,7 +30,7 @@ from ..data.samples import is_image
 from ..data.tokens import first_batch
 from ..models.lora import add_lora
 from ..models.inspection import num_parameters
-from ..core.losses import _CrossEntropy, saved_bytes
+from ..core.losses import WeightedCrossEntropy, saved_bytes
 from .settings import image_text_config, open_codes, packing_options
 from musekit.recipes.networks import (
     PRECISIONS, TRANSFORMERS, build_transformer, describe_text_encoder, describe_vq_model,
@@ -41,7 +41,9 @@ from ..training.config import Config, condition_of
 from ..training.optim import block_matrices
 
 # %% ../../nbs/07_recipes/10_memory.ipynb #fc695c18
-OPTIMIZER_BYTES = {"adamw": 8, "fused_adamw": 8, "8bit_adamw": 2, "lion": 4, "muon": 8}  # for each trained parameter
+OPTIMIZER_BYTES = {  # for each trained parameter
+    "adamw": 8, "fused_adamw": 8, "8bit_adamw": 2, "lion": 4, "muon": 8,
+}
 
 
 def _bytes(tensors):
@@ -116,7 +118,7 @@ def activation_bytes(
             with nullcontext() if dtype is None else torch.autocast("cpu", dtype):
                 logits = model(ids, **conditions)
             rows = logits.flatten(0, -2)
-            return _CrossEntropy.apply(rows, ids.flatten(), torch.ones(len(rows)), 0.0)
+            return WeightedCrossEntropy.apply(rows, ids.flatten(), torch.ones(len(rows)), 0.0)
 
         return saved_bytes(loss, [*model.parameters(), *model.buffers(), ids, *_tensors(conditions)])
 

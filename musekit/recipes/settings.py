@@ -20,7 +20,7 @@ from ..data.samples import Fields, MetadataFilter
 from ..data.packing import file_facts, folder_classes
 from ..data.locate import locate
 from ..data.columns import is_parquet, parquet_classes
-from ..data.token_manifest import MANIFEST
+from ..data.token_manifest import TOKEN_MANIFEST
 from ..data.tokens import EncodedSource, open_encoded
 from ..core.guidance import GenerationConfig
 from ..inference.prompts import from_diffusers_names
@@ -94,7 +94,7 @@ def data_classes(
         located = locate(spec, base_dir)
     except FileNotFoundError:
         return None  # an error when the run reads them
-    if located.folder and (manifest := located.folder / MANIFEST).is_file():
+    if located.folder and (manifest := located.folder / TOKEN_MANIFEST).is_file():
         names = read_json(manifest).get("class_names")
         return list(names.values()) if names else None
     if located.forms == {"codes"}:

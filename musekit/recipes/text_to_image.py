@@ -642,7 +642,7 @@ def _save_pipeline(recipe, batches, trainer):
 def plot_stages(
     seconds: dict[str, float],  # by stage, in their order
 ):
-    "The stages of a run one after the other, as bars on the axis of time; gives the figure."
+    "The stages of a run one after the other, as bars on the axis of time, as a figure."
     import matplotlib.pyplot as plt
 
     figure, ax = plt.subplots(figsize=(6, 0.7 + 0.24 * len(seconds)), layout="constrained")

@@ -283,7 +283,7 @@ _EPILOG = f"""datasets:
   musekit-shards --mix fineweb-edu=0.7 mine=0.3 --datasets texts.yaml --shuffle 1
 
 Files are Parquet, Arrow (file or stream) or JSON Lines (also .gz, .zst), whatever they are called.
-A column of chat messages ({{role, content}} or {{from, value}}) becomes "role: content", an empty line between two.
+A column of chat messages ({{role, content}} or {{from, value}}) becomes "role: content" paragraphs.
 
 HF_ENDPOINT names another hub; HF_TOKEN, or the token of `hf auth login`, opens datasets that require a login.
 Stopped at any moment, the data in place are whole, and the same command resumes with what has arrived."""

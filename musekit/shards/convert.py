@@ -260,9 +260,9 @@ def _bytes_fetched(sources, before):
 
 # %% ../../nbs/08_shards/13_convert.ipynb #23dee25b
 def convert(dataset: str | Dataset, options: Options = Options(), layout: Layout = Layout()) -> dict:
-    """Replaces the cache's present set by shards of a dataset; returns their manifest.
+    """Replaces the cache's current set by shards of a dataset; returns their manifest.
 
-    Any failure (a ValueError or OSError of one line) leaves the present set as it was.
+    Any failure (a ValueError or OSError of one line) leaves the current set as it was.
     """
     dataset = find_dataset(dataset) if isinstance(dataset, str) else dataset
     cache = Cache(options.cache_dir, layout.trainer)

@@ -192,7 +192,7 @@ def _short(value, width=60):
 
 
 def refuse_changes(checkpoint: Path, config: Section):
-    "Raises ValueError for changes that forbid to resume: of the model, or with `latest` of the run."
+    "Raises ValueError for changes that prevent resuming: of the model, or with `latest` of the run."
     changes = changed_settings(checkpoint, config)
     elsewhere = "choose another folder (output=...)"
     model = {name: pair for name, pair in changes.items() if name.startswith(config.SAME_MODEL)}
@@ -206,7 +206,8 @@ def refuse_changes(checkpoint: Path, config: Section):
     if run and config.experiment.resume_from_checkpoint == "latest":
         raise ValueError(f"{checkpoint.parent} holds another run ({_listed(run)}). To resume from its last "
                          "step with the new settings, name it: "
-                         f"experiment.resume_from_checkpoint={checkpoint}. To start a new run, {elsewhere}, or delete that folder.")
+                         f"experiment.resume_from_checkpoint={checkpoint}. To start a new run, {elsewhere}, "
+                         "or delete that folder.")
 
 
 def refuse_other_run(config: Section):

@@ -170,8 +170,9 @@ def _set_up_fsdp(plugin, model, config):
 
 
 def _refuse_whole_matrices(config, *names):
-    if config.optimizer.name in names:
-        raise ValueError(f"optimizer.name={config.optimizer.name} cannot update shards of a model; use another optimizer.")
+    name = config.optimizer.name
+    if name in names:
+        raise ValueError(f"optimizer.name={name} cannot update shards of a model; use another optimizer.")
 
 
 def _set_up_deepspeed(accelerator, config):

@@ -53,11 +53,12 @@ def parameter_groups(
 # %% ../../nbs/04_training/03_optim.ipynb #a0000002
 def block_matrices(model: nn.Module) -> list[nn.Parameter]:
     "The trainable matrices inside the blocks, without those of adaptive norms."
-    modulations = {part for module in model.modules() if isinstance(module, AdaLNModulation) for part in module.modules()}
+    modulations = [module for module in model.modules() if isinstance(module, AdaLNModulation)]
+    excluded = {part for modulation in modulations for part in modulation.modules()}
     matrices = {}
     for block in blocks(model):
         for module in block.modules():
-            if module in modulations or isinstance(module, NO_DECAY):
+            if module in excluded or isinstance(module, NO_DECAY):
                 continue
             for parameter in module.parameters(recurse=False):
                 if parameter.ndim == 2 and parameter.requires_grad:
@@ -85,7 +86,8 @@ class MuonAdamW(Optimizer):
         chosen = set(matrices)
         rest = [group | {"params": [p for p in group["params"] if p not in chosen]} for group in groups]
         self.adamw = torch.optim.AdamW(rest, fused=True, **adamw)
-        self.muon = _library("torch.optim", "Muon", "torch>=2.9")(matrices, adjust_lr_fn="match_rms_adamw", **muon)
+        Muon = _library("torch.optim", "Muon", "torch>=2.9")
+        self.muon = Muon(matrices, adjust_lr_fn="match_rms_adamw", **muon)
         super().__init__([*self.adamw.param_groups, *self.muon.param_groups], {})
         self._share()
 
@@ -133,7 +135,8 @@ def make_optimizer(model: nn.Module, config: Config, num_processes: int = 1) -> 
 def _make_muon(model, groups, params, arguments):
     matrices = block_matrices(model)
     if not matrices:
-        raise ValueError(f"optimizer.name=muon: a {type(model).__name__} has no matrix inside of blocks; use adamw.")
+        kind = type(model).__name__
+        raise ValueError(f"optimizer.name=muon: {kind} has no matrix inside of blocks; use adamw.")
     muon = {"lr": arguments["lr"], "weight_decay": params.weight_decay}
     if params.muon_learning_rate is not None:
         muon["lr"] *= params.muon_learning_rate / params.learning_rate  # scaled as the other is

@@ -283,7 +283,7 @@ class OptimizerParams(Section):
     beta2: float = setting(0.999, "decay of the gradient's variance", low=0, below=1)
     weight_decay: float = setting(0.01, "weight decay of matrices", low=0)
     epsilon: float = setting(1e-8, "added to the denominator", low=0)
-    muon_learning_rate: Optional[float] = setting(None, "learning rate of muon's matrices; null: learning_rate", low=0)
+    muon_learning_rate: Optional[float] = setting(None, "of muon's matrices; null: learning_rate", low=0)
 
 
 @dataclass
@@ -298,8 +298,8 @@ class OptimizerSection(Section):
             raise ValueError(f"{path}.params.epsilon={self.params.epsilon}: lion has no epsilon; "
                              "leave it out.")
         if self.name != "muon" and self.params.muon_learning_rate is not None:
-            raise ValueError(f"{path}.params.muon_learning_rate={self.params.muon_learning_rate}: {self.name} "
-                             f"has none; leave it out, or set {path}.name=muon.")
+            rate = f"{path}.params.muon_learning_rate={self.params.muon_learning_rate}"
+            raise ValueError(f"{rate}: {self.name} has none; leave it out, or set {path}.name=muon.")
 
 
 SCHEDULERS = (

@@ -87,7 +87,8 @@ class VQConfig(Section):
     def check(self, path):
         super().check(path)
         if self.optimizer.name == "muon":
-            raise ValueError("optimizer.name=muon is for the blocks of a transformer; use adamw for an image tokenizer.")
+            raise ValueError("optimizer.name=muon is for the blocks of a transformer; use adamw for an image "
+                             "tokenizer.")
 
 # %% ../../nbs/04_training/12_tokenizer.ipynb #5a4646ea
 @dataclass
