@@ -315,7 +315,7 @@ def test_a_dataset_of_the_hub(place, layouts, tmp_path):  # noqa: F811
 
 STRIP = """
 import resource, sys, time
-from musekit.recipes.text_to_image import train
+from musekit.recipes.text_to_image import make_pipeline, train
 from musekit.recipes.configure import configure
 start = time.perf_counter()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

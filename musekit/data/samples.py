@@ -14,7 +14,6 @@ import json
 import math
 import random
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 

@@ -10,7 +10,7 @@ __all__ = ['make_extractor', 'on_device', 'choose_prompts', 'find_judge', 'Metri
 import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
 

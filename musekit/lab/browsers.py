@@ -21,13 +21,11 @@ import pyarrow.parquet as pq
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image
 from torch import Tensor, nn
 
 from ..data.samples import SAMPLE_LAYOUTS, read_sample
 from ..data.folders import is_data
-from ..data.pictures import open_picture, to_images
-from ..data.grids import image_grid
+from ..data.pictures import open_picture
 from .panel import Closing, Panel, slider
 
 # %% ../../nbs/09_lab/06_browsers.ipynb #4e5945a6

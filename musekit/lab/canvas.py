@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.pictures import read_picture
-from ..data.grids import image_grid
 from .panel import Closing, slider, to_png
 from ..inference.pipeline import ImagePipeline
 

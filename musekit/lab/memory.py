@@ -10,13 +10,11 @@ import re
 from types import SimpleNamespace
 
 import torch
-from PIL import Image
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 
-from ..data.digits import DIGIT_NAMES, INKS, PAPERS, draw, split_samples, train_samples
-from ..data.pictures import to_images, to_pixels
-from ..data.grids import image_grid
+from ..data.digits import DIGIT_NAMES, INKS, PAPERS, train_samples
+from ..data.pictures import to_pixels
 from ..core.guidance import GenerationConfig
 from ..inference.pipeline import ImagePipeline
 

@@ -7,7 +7,6 @@ __all__ = ['group_norm', 'ResidualBlock', 'SpatialAttention', 'Downsample', 'Ups
            'Encoder', 'Decoder', 'LevelTokenizer', 'VQGANModel']
 
 # %% ../../nbs/02_models/10_vqgan.ipynb #23ed35aa
-import torch
 import torch.nn.functional as F
 from torch import nn
 

@@ -15,7 +15,6 @@ from torch import nn
 from ..models.pipeline_folder import open_pipeline
 from ..models.lora import add_lora, lora_targets
 from ..models.pretrained import ModelConfig, read_config
-from ..models.weights import read_json
 from ..training.schema import Model
 
 # %% ../../nbs/07_recipes/02_finetune.ipynb #f03fcd41

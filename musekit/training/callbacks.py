@@ -30,7 +30,7 @@ from ..utils.files import PARTIAL, publish, sweep, write_aside
 from .distributed import whole_tensor
 from .config import Config, condition_of, num_classes, save_config
 from .ema import evaluating, save_model
-from .log import Callback, Log, read_log
+from .log import Callback, Log
 from musekit.training.checkpoint import (
     checkpoint_folders, failing_clearly, keep_newest, latest_checkpoint, save_run, step_of,
 )

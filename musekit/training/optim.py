@@ -108,11 +108,16 @@ class MuonAdamW(Optimizer):
         self.adamw.step()
 
 # %% ../../nbs/04_training/03_optim.ipynb #5f068cb0
+def _scale(config, num_processes):
+    "The factor of the learning rates: with `scale_lr`, the examples of an optimizer step over all processes."
+    training = config.training
+    examples = training.batch_size * num_processes * training.gradient_accumulation_steps
+    return examples if config.optimizer.params.scale_lr else 1
+
+
 def scaled_learning_rate(config: Config, num_processes: int = 1) -> float:
     "The learning rate; with `scale_lr`, times the examples of an optimizer step over all processes."
-    params, training = config.optimizer.params, config.training
-    examples = training.batch_size * num_processes * training.gradient_accumulation_steps
-    return params.learning_rate * (examples if params.scale_lr else 1)
+    return config.optimizer.params.learning_rate * _scale(config, num_processes)
 
 
 def make_optimizer(model: nn.Module, config: Config, num_processes: int = 1) -> Optimizer:
@@ -128,18 +133,18 @@ def make_optimizer(model: nn.Module, config: Config, num_processes: int = 1) -> 
     if name == "8bit_adamw":
         return _library("bitsandbytes.optim", "AdamW8bit", "bitsandbytes")(groups, **arguments)
     if name == "muon":
-        return _make_muon(model, groups, params, arguments)
+        return _make_muon(model, groups, params, arguments, _scale(config, num_processes))
     return torch.optim.AdamW(groups, fused=name == "fused_adamw", **arguments)
 
 
-def _make_muon(model, groups, params, arguments):
+def _make_muon(model, groups, params, arguments, scale):
     matrices = block_matrices(model)
     if not matrices:
         kind = type(model).__name__
         raise ValueError(f"optimizer.name=muon: {kind} has no matrix inside of blocks; use adamw.")
     muon = {"lr": arguments["lr"], "weight_decay": params.weight_decay}
     if params.muon_learning_rate is not None:
-        muon["lr"] *= params.muon_learning_rate / params.learning_rate  # scaled as the other is
+        muon["lr"] = params.muon_learning_rate * scale
     return MuonAdamW(groups, matrices, arguments, muon)
 
 # %% ../../nbs/04_training/03_optim.ipynb #7f13a8a7
