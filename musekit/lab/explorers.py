@@ -166,7 +166,7 @@ def _plot_progress(axis, records, step, row):
     drawn = [record["confidence"][row] for record in records]
     sure = [float(values[values <= 1].mean()) for values in drawn]
     steps = range(1, len(records) + 1)
-    axis.plot(steps, unmasked, "o-", ms=3, label="share of tokens known")
+    axis.plot(steps, unmasked, "o-", ms=3, label="share of tokens unmasked")
     axis.plot(steps, sure, "o-", ms=3, label="mean probability")
     axis.axvline(step, ymax=0.8, color="0.4", linestyle=":")
     axis.set(xlabel="step", ylim=(-0.03, 1.25), yticks=(0, 0.5, 1))

@@ -144,8 +144,12 @@ def find_dtype(name):
     return dtype
 
 # %% ../../nbs/02_models/06_pretrained.ipynb #37f506c9
-_CLASSES = {}  # name or alias -> subclass of `PretrainedModel`; of two with the same name, the later one
+_CLASSES = {}  # name or alias -> subclass of `PretrainedModel`; of two with the same name, the package's or the later
 _UNFIT = (ArithmeticError, LookupError, RuntimeError, TypeError)  # from invalid settings
+
+def _in_package(cls):
+    "Whether a class (or None) is defined in `musekit.models`."
+    return getattr(cls, "__module__", "").startswith(f"{models.__name__}.")
 
 def _build(cls, settings):
     "The model with these settings; ArithmeticError if one of its parameters is empty."
@@ -209,7 +213,9 @@ class PretrainedModel(nn.Module):
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
         own_aliases = vars(cls).get("class_aliases", ())  # inherited ones stay the base class's
-        _CLASSES.update(dict.fromkeys((cls.__name__, *own_aliases), cls))
+        for name in (cls.__name__, *own_aliases):
+            if _in_package(cls) or not _in_package(_CLASSES.get(name)):  # a copy in a notebook replaces none
+                _CLASSES[name] = cls
 
     def __new__(cls, *args, **settings):
         model = super().__new__(cls)

@@ -173,8 +173,9 @@ class Data:
 
     @cached_property
     def first(self) -> dict:
-        "The first training samples, with captions."
-        return first_samples(self.sources["train"], self.reading)
+        "The first training samples, with captions and without pixels, which would take memory for the whole run."
+        batch = first_samples(self.sources["train"], self.reading)
+        return {name: value for name, value in batch.items() if name != "pixel_values"}
 
     @cached_property
     def pool(self) -> SamplePool:

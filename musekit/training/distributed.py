@@ -158,7 +158,7 @@ def _set_up_fsdp(plugin, model, config):
 
     if plugin.fsdp_version != 2:
         raise ValueError("FSDP version 1 is not supported; launch with --fsdp_version 2.")
-    _refuse_whole_matrices(config, "8bit_adamw", "muon")
+    _refuse_optimizers(config, "8bit_adamw", "muon")
     if plugin.auto_wrap_policy in (None, transformer_auto_wrap_policy):
         block_names = sorted({type(block).__name__ for block in blocks(model)})
         plugin.auto_wrap_policy = transformer_auto_wrap_policy
@@ -169,14 +169,14 @@ def _set_up_fsdp(plugin, model, config):
     keep_whole_copy(model)
 
 
-def _refuse_whole_matrices(config, *names):
+def _refuse_optimizers(config, *names):
     name = config.optimizer.name
     if name in names:
         raise ValueError(f"optimizer.name={name} cannot update shards of a model; use another optimizer.")
 
 
 def _set_up_deepspeed(accelerator, config):
-    _refuse_whole_matrices(config, "muon")
+    _refuse_optimizers(config, "muon")
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
     training = config.training
     if settings["zero_optimization"]["stage"] == 3:

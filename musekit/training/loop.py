@@ -255,7 +255,7 @@ class Loop:
         raise ValueError(
             f"The {what} of step {self.step + 1} is not finite; the weights are those before the step. "
             f"Batch keys: {keys or 'in another process'}. Last good checkpoint: "
-            f"{latest_checkpoint(self.output_dir)}. Check these examples, or lower the learning rate (lr)."
+            f"{latest_checkpoint(self.output_dir)}. Check these examples, or lower the learning rate."
         )
 
     def _fire(self, event):

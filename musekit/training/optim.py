@@ -10,9 +10,10 @@ __all__ = ['NO_DECAY', 'decays', 'parameter_groups', 'block_matrices', 'MuonAdam
 # %% ../../nbs/04_training/03_optim.ipynb #fcd8b7c0
 import importlib
 import warnings
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -97,15 +98,19 @@ class MuonAdamW(Optimizer):
         *self.adamw.param_groups, muon_group = self.param_groups
         self.muon.param_groups = [muon_group]
 
-    def load_state_dict(self, state_dict: dict):
-        "Restores a `state_dict` of the same parameters."
-        super().load_state_dict(state_dict)
+    def __getstate__(self):
+        return super().__getstate__() | {"adamw": self.adamw, "muon": self.muon}
+
+    def __setstate__(self, state):  # of a copy, and after `load_state_dict`
+        super().__setstate__(state)
         self._share()
 
-    def step(self, closure=None):
-        "Updates all parameters."
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        "Updates all parameters; returns the loss of a closure, which is called first."
+        loss = None if closure is None else torch.enable_grad()(closure)()
         self.muon.step()
         self.adamw.step()
+        return loss
 
 # %% ../../nbs/04_training/03_optim.ipynb #5f068cb0
 def _scale(config, num_processes):
