@@ -173,7 +173,7 @@ class Data:
 
     @cached_property
     def first(self) -> dict:
-        "The first training samples, with captions and without pixels, which would take memory for the whole run."
+        "The first training samples, with captions and without pixels, whose memory would not be freed."
         batch = first_samples(self.sources["train"], self.reading)
         return {name: value for name, value in batch.items() if name != "pixel_values"}
 
