@@ -144,7 +144,7 @@ def find_dtype(name):
     return dtype
 
 # %% ../../nbs/02_models/06_pretrained.ipynb #37f506c9
-_CLASSES = {}  # name or alias -> subclass of `PretrainedModel`; of two with the same name, the package's or the later
+_CLASSES = {}  # name or alias -> subclass of `PretrainedModel`; of two, the package's or else the later
 _UNFIT = (ArithmeticError, LookupError, RuntimeError, TypeError)  # from invalid settings
 
 def _in_package(cls):
