@@ -131,7 +131,8 @@ def get_schedule(name: str | Callable,  # one of `schedule_names()`, or a callab
         function = _registered.get(name) or _BUILT_IN.get(name)
     if function is None:
         hint = did_you_mean(name, schedule_names(), 0.5)
-        raise ValueError(f"unknown mask schedule {name!r}{hint and ', '}{hint}; use one of {schedule_names()}")
+        names = schedule_names()
+        raise ValueError(f"unknown mask schedule {name!r}{hint and ', '}{hint}; use one of {names}")
     check_params(f"mask schedule {name!r}", function, params)
     return Schedule(name, function, params)
 
