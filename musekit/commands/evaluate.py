@@ -79,7 +79,7 @@ def add_evaluate(commands):
     for field in ("image", "caption", "class"):
         add(f"--{field}-field", metavar="NAME",
             help=f"column or JSON key of the data's {field} (default: the usual ones)")
-    add("--seed", type=number_between(0), default=0, help="the same seed gives the same numbers (default: %(default)s)")
+    add("--seed", type=number_between(0), default=0, help="seed of all randomness (default: %(default)s)")
     add("--batch-size", type=whole, metavar="N", help="images drawn at once (default: 64)")
     add_decoding_options(parser)
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting of decoding, "
