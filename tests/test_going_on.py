@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from musekit.recipes.image_tokenizer import find_images
-from musekit.training.callbacks import Checkpoint, Log, read_log
+from musekit.training.callbacks import Checkpoint, Log
 from musekit.training.checkpoint import STATE_FILE, checkpoints, load_run
+from musekit.training.log import read_log
 from musekit.training.tokenizer import VQTrainer
 from test_cli import TINY, assert_refused, here, make_photos  # noqa: F401, a fixture among them
 from test_tokenizer_training import EVERYTHING, batches, settings, tiny_vqgan

@@ -8,8 +8,9 @@ import torch
 from musekit.data.token_parquet import EncodedDataset, encoded_loader
 from musekit.core.diagnostics import bucket_sums, image_entropy, mask_bucket, token_probability_histogram
 from musekit.core.masking import MaskedTokens
-from musekit.training.callbacks import Callback, Checkpoint, Evaluate, Log, read_log, token_diagnostics
+from musekit.training.callbacks import Callback, Checkpoint, Evaluate, Log, token_diagnostics
 from musekit.training.checkpoint import checkpoints, latest_checkpoint
+from musekit.training.log import read_log
 from musekit.utils.seeds import step_seed
 from musekit.training.trainer import MicroBatch
 from toy_training import STEPS, all_weights, launch, tiny_trainer, write_data

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from children import CHILDREN
 from musekit.data.image_text import ImageTextConfig, make_loader
 from musekit.utils.files import PARTIAL
-from musekit.training.callbacks import Callback, Checkpoint, Log, read_log
+from musekit.training.callbacks import Callback, Checkpoint, Log
 from musekit.training.checkpoint import checkpoints
+from musekit.training.log import read_log
 from toy_training import SAVE_EVERY, STEPS, RandomEncoder, all_weights, die, tiny_trainer, write_data
 
 KILLS, LONG, SHORT = 20, 60, 18

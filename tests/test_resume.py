@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from children import CHILDREN
 import musekit.training.callbacks as callbacks_module
 import musekit.training.checkpoint as resume_module
-from musekit.training.callbacks import Callback, Checkpoint, Log, read_log
+from musekit.training.callbacks import Callback, Checkpoint, Log
+from musekit.training.log import read_log
 from musekit.utils.files import PARTIAL
 from musekit.training.checkpoint import checkpoints
 from toy_training import SAVE_EVERY, STEPS, DieAt, die, tiny_trainer, write_data

@@ -11,10 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from musekit.models.uvit import MaskGiTUViT
-from musekit.training.callbacks import Checkpoint, Evaluate, Log, SampleImages, gradient_norms, read_log, token_diagnostics
+from musekit.training.callbacks import Checkpoint, Evaluate, Log, SampleImages, gradient_norms, token_diagnostics
 from musekit.training.ema import evaluating
 from musekit.training.distributed import gathered
 from musekit.training.checkpoint import checkpoints
+from musekit.training.log import read_log
 from toy_training import STEPS, launch, tiny_trainer, write_data
 
 

@@ -13,9 +13,10 @@ from children import CHILDREN
 from musekit.data.digits import train_samples
 from musekit.models.vqgan import VQGANModel
 from musekit.recipes.image_tokenizer import VQ_MODELS
-from musekit.training.callbacks import Callback, Checkpoint, Evaluate, Log, read_log
+from musekit.training.callbacks import Callback, Checkpoint, Evaluate, Log
 from musekit.training.config import load_config
 from musekit.training.checkpoint import checkpoints
+from musekit.training.log import read_log
 from musekit.training.tokenizer import VQConfig, VQTrainer
 from test_cli import TINY, assert_refused, here, make_photos, musekit, some_digits  # noqa: F401, a fixture among them
 from test_cli import launch as launch_command
