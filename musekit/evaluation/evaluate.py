@@ -20,9 +20,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..data.digits import test_prompts
-from ..data.image_text import ImageTextConfig, make_loader
+from ..data.image_text import ImageTextConfig, find_shards, make_loader
 from ..data.samples import Fields, read_prompts
-from ..data.image_text import find_shards
 from musekit.evaluation.features import (
     ClipFeatures, FeatureTable, InceptionFeatures, collect_features, extractor_name,
 )

@@ -15,7 +15,7 @@ from torch import nn
 
 from .card import write_card
 from .diffusers import MODEL_INDEX, read_amused, save_amused
-from .pretrained import load_model
+from .pretrained import find_model_class
 from .text_encoders import TextEncoder, load_encoder
 from .weights import check_finite, find_folder, read_json, weight_variants
 from ..utils.files import folder_aside
@@ -124,8 +124,10 @@ def load_pipeline_networks(
     settings, folders = opened
     _check_complete(settings, folders)
     variants = _variants(folders, variant)
-    networks = {name: load_model(folders[name], torch_dtype=dtype, variant=variants[name])
-                for name in ("transformer", "vq_model")}
+    networks = {}
+    for name in ("transformer", "vq_model"):
+        cls = find_model_class(settings[name])
+        networks[name] = cls.from_pretrained(folders[name], torch_dtype=dtype, variant=variants[name])
     text_settings = settings["text_encoder"]
     text_folder = folders["text_encoder"]
     text_encoder = None

@@ -26,7 +26,7 @@ from transformers.utils import logging
 from ..models.text_encoders import TextEncoder
 from ..data.token_parquet import encode_dataset
 from ..data.batch_encoder import BatchEncoder
-from ..data.image_text import ImageTextConfig, ShardReader
+from ..data.image_text import ImageTextConfig, ShardReader, find_shards
 from ..data.packing import left_out, write_tar
 from ..data.locate import Located, locate_pictures
 from ..data.samples import Fields
@@ -38,7 +38,6 @@ from ..data.token_tars import member_name, token_members, write_unconditional
 from ..utils.files import write_aside
 from ..utils.progress import watched
 from ..utils.workers import map_ahead, worker_pool
-from ..data.image_text import find_shards
 from .settings import image_text_config, packing_options
 from .networks import MOST_CODES, load_text_encoder, load_vq_model
 from .configure import configure, validate_encoding
