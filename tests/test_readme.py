@@ -199,6 +199,9 @@ def test_the_readme(room):
 
 
 def test_the_examples_of_every_help(room):
+    free = shutil.disk_usage(room.folder).free / 1e9
+    if free < 8:
+        pytest.skip(f"an example fetches from FineWeb-Edu, whose three files need 6.45 GB of free space before anything is fetched; {free:.1f} GB are free")
     block, = (text for _, text in readme_blocks() if "cat > run.yaml" in text)
     room(block[: block.index("END\n", block.index("<<'END'") + 8) + 4])
     typed = ""
