@@ -33,10 +33,19 @@ PAPERS = {
 COMBINATIONS = list(itertools.product(range(10), INKS, PAPERS))
 
 
-def enlarge(coverage: np.ndarray, size: int = 32) -> np.ndarray:
-    "An 8 x 8 digit of values 0 .. 16 as ink coverage (size, size) float32 in [0, 1], resized bicubically."
-    pixels = Image.fromarray((np.asarray(coverage) / 16 * 255).astype(np.uint8))
-    return np.asarray(pixels.resize((size, size), Image.BICUBIC), np.float32) / 255
+def enlarge(
+    coverage: np.ndarray,  # (8, 8), 0 to 16
+    size: int = 32,  # in pixels, a multiple of 32
+) -> np.ndarray:  # float32 (size, size) in [0, 1]
+    "The ink coverage of a stored digit with crisp edges and margins of an eighth."
+    if size < 32 or size % 32:
+        raise ValueError(f"size={size} must be a multiple of 32")
+    cell = size * 3 // 32  # pixels that a stored value becomes wide
+    padded = np.pad(np.asarray(coverage, np.float32) / 16, 1)
+    wide = Image.fromarray(padded).resize((40 * cell, 40 * cell), Image.BICUBIC)
+    ink = 1 / (1 + np.exp(-18 * (np.asarray(wide) - 0.42)))
+    averaged = ink.reshape(10 * cell, 4, 10 * cell, 4).mean((1, 3))
+    return np.pad(averaged, (size - 10 * cell) // 2)
 
 # %% ../../nbs/03_data/07_digits.ipynb #6b5a1fac
 def draw(coverage: np.ndarray, ink: str, paper: str, size: int = 32) -> Image.Image:
