@@ -278,7 +278,7 @@ class ImagePipeline(TokenPipeline):
         barred = {"image", "mask", "ratio", "start", "output_type", "postprocess", "return_steps"}
         barred = {name for name in barred if options.get(name) is not None}
         if names := ", ".join(sorted(barred)):
-            raise ValueError(f"{names} cannot be set in an animation, which shows images generated from prompts")
+            raise ValueError(f"{names} cannot be set: an animation shows images generated from prompts")
         images, steps = self(prompts, return_steps=True, **options)
         captions = [""] if prompts is None else prompt_list(prompts)
         captions = captions if len(images) % len(captions) == 0 else [""] * len(images)

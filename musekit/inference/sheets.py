@@ -134,7 +134,7 @@ def animate_task(
     "Draws a task without an image to edit, and writes the sheet before and after each step as a GIF."
     check_gif(path)
     if task.image is not None:
-        raise ValueError("only images generated from prompts are animated, not edits; leave the animation out")
+        raise ValueError("an animation shows images generated from prompts, not edits; leave it out")
     images, steps = draw_task(pipeline, task, return_steps=True, **options)
     write_gif([lay_out(pipeline, task, step) for step in with_masked_start(steps)], path)
     return images

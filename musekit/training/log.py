@@ -199,7 +199,7 @@ def smooth(
 
 
 def plot_mean_ratio(axis, folder: str | Path):
-    "Marks the mean mask ratio of a run's schedule by a dashed line, if the run's folder has its configuration."
+    "A dashed line at the mean mask ratio of a run's schedule, if the run's folder has its configuration."
     path = Path(folder) / "config.yaml"
     saved = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
     name = OmegaConf.select(saved, "mask_schedule.schedule")
