@@ -64,8 +64,8 @@ def describe_bf16(
         return (f"bf16 pays on this processor: a training step is about {speedup:.1f} times as fast with "
                 "training.mixed_precision=bf16")
     if speedup <= 0.9:
-        return (f"bf16 does not pay on this processor: a training step takes about {1 / speedup:.1f} times as "
-                "long; leave training.mixed_precision=no")
+        return (f"bf16 does not pay on this processor: a training step takes about {1 / speedup:.1f} times "
+                "as long; leave training.mixed_precision=no")
     return "bf16 makes little difference on this processor: a training step takes about as long"
 
 

@@ -18,7 +18,7 @@ from ..data.packing import REPORT, left_out, pack_folder
 from ..data.samples import is_image
 from ..data.sources import ImageSource, first_samples
 from musekit.recipes.image_tokenizer import (
-    PictureReader, TokenizerConfig, find_images, group_images, tokenizer_reading,
+    UnlabelledReader, TokenizerConfig, find_images, group_images, tokenizer_reading,
 )
 from .memory import format_bytes
 from .settings import image_text_config, open_codes, packing_options
@@ -96,7 +96,7 @@ def _report_unlabelled(spec, config, base_dir):
         return _DIGITS
     names = find_images(spec, "", base_dir=base_dir)
     content = _count(names, "image" if is_image(names[0]) else "shard")
-    source = ImageSource(group_images(names), PictureReader)
+    source = ImageSource(group_images(names), UnlabelledReader)
     return DataReport(str(spec), content, _describe_first(source, tokenizer_reading(config)))
 
 

@@ -335,7 +335,7 @@ def _check_encoded(source, networks):
     else:
         pixels = source.grid and model and [tokens * model.downsample_factor for tokens in source.grid]
     if pixels and pixels != [side, side]:
-        raise ValueError(f"the data holds pictures of {pixels[0]} x {pixels[1]} pixels, and "
+        raise ValueError(f"the data holds images of {pixels[0]} x {pixels[1]} pixels, and "
                          f"dataset.preprocessing.resolution is {side}; set it to that.")
     if source.manifest is not None and draws(config):
         source.check(networks.vq_model, networks.text_encoder if condition_of(config) == "text" else None)
@@ -564,14 +564,14 @@ def show_inputs(config: Config, batches: Batches, trainer: Trainer) -> Image.Ima
     mask = tokens.mask[:SHOWN]
     count = len(mask)
     if "pixel_values" in batch:
-        pictures = to_images(batch["pixel_values"][:count])
+        images = to_images(batch["pixel_values"][:count])
     elif config.training.pre_encode and not draws(config):  # without the tokenizer: squares
-        pictures = [Image.new("RGB", (96, 96), "white")] * count
+        images = [Image.new("RGB", (96, 96), "white")] * count
     else:
         ids = torch.where(tokens.labels == IGNORE_INDEX, tokens.input_ids, tokens.labels)[:count]
         with torch.no_grad():
-            pictures = to_images(batches.networks.vq_model.decode_code(ids, batches.grid))
-    return input_sheet(pictures, mask, batches.grid, _captions(batches, batch)[:count])
+            images = to_images(batches.networks.vq_model.decode_code(ids, batches.grid))
+    return input_sheet(images, mask, batches.grid, _captions(batches, batch)[:count])
 
 
 def _captions(batches, batch):
