@@ -117,7 +117,7 @@ def _describe_first(source, reading: ImageTextConfig):
     else:
         height, width = batch["pixel_values"].shape[-2:]
         parts = [f"a batch of {len(batch['keys'])} at {height}x{width} pixels"]
-    if "class_ids" in batch:
+    if reading.layout == "classification" and "class_ids" in batch:
         parts.append(f"classes {int(batch['class_ids'].min())} to {int(batch['class_ids'].max())}")
     elif reading.captions:
         parts.append(f"captions such as {batch['text'][0]!r}")
