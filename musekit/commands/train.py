@@ -79,11 +79,11 @@ def _run_train(options):
 
 
 def _print_next(recipe):
-    "Prints the command that draws with a trained model."
+    "Prints the command that generates with a trained model."
     from musekit.training.config import condition_of
 
     folder = recipe.folder / "pipeline"
-    if not folder.is_dir():  # trained on encoded data, without the networks that draw
+    if not folder.is_dir():  # trained on encoded data, without the networks that decode
         return
     model = shlex.quote(str(folder))
     prompt = {"class": "0 ", "nothing": ""}.get(condition_of(recipe.config), '"a prompt" ')
