@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OLD_KEYS', 'REHEARSED', 'LAYOUT_KEYS', 'Unused', 'all_keys', 'load_config', 'condition_of', 'reads_pooled',
            'class_names', 'class_count', 'num_classes', 'layout_of', 'save_config', 'flatten', 'describe',
-           'unused_steps', 'unused_settings', 'warn_unused']
+           'unused_steps', 'unused_settings', 'warn_unused', 'plot_sections']
 
 # %% ../../nbs/04_training/02_config.ipynb #d192f6f2
 import dataclasses
@@ -478,3 +478,18 @@ def warn_unused(
     if keys_of:
         listed = "; ".join(f"{', '.join(keys)} ({reason})" for reason, keys in keys_of.items())
         warnings.warn(f"Settings without effect: {listed}.")
+
+# %% ../../nbs/04_training/02_config.ipynb #eed2393f
+def plot_sections(config: Section, ax=None):
+    "A bar plot of the number of keys by section, and of those that differ from the default."
+    import matplotlib.pyplot as plt
+
+    ax = ax or plt.subplots(figsize=(6, 2.6), layout="constrained")[1]
+    rows = list(_rows(config, type(config)()))
+    names = [key.name for key in dataclasses.fields(config)][::-1]
+    for label, color, marks in (("all keys", "0.85", "* "), ("changed here", "C0", "*")):
+        counts = [sum(r[0] in marks and r[1].startswith(n + ".") for r in rows) for n in names]
+        ax.barh(names, counts, color=color, label=label)
+    ax.set(xlabel="keys", title="Settings by section")
+    ax.legend(frameon=False)
+    return ax
