@@ -211,6 +211,15 @@ def _generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
+def _rows_to_compute(batch, hidden):
+    "The conditions of the rows with masked tokens, and which rows these are."
+    incomplete = hidden.any(1)
+    if incomplete.all():
+        return batch, incomplete
+    return {name: value[incomplete.repeat(len(value) // len(incomplete))]
+            for name, value in batch.items()}, incomplete
+
+
 def generate_guided(
     forward: Callable[[Tensor, dict, Tensor], Tensor],  # (ids, conditions, hidden) -> logits (M, V)
     input_ids: Tensor,  # (B, N) int64, the mask id where masked
@@ -252,10 +261,7 @@ def generate_guided(
         split = zip(ids.split(batch_size), hidden.split(batch_size), batches, cached)
         for batch_ids, batch_hidden, rows, batch in split:
             batch = batch or prepared(rows)
-            incomplete = batch_hidden.any(1)
-            if not incomplete.all():
-                batch = {name: value[incomplete.repeat(len(value) // len(incomplete))]
-                         for name, value in batch.items()}
+            batch, incomplete = _rows_to_compute(batch, batch_hidden)
             if incomplete.any():
                 logits.append(guided_logits(image_logits, batch_ids[incomplete], batch_hidden[incomplete],
                                             batch, weight, min_p))
@@ -270,12 +276,13 @@ def generate_guided(
         callback=callback, return_steps=True, unknown=unknown, sampler=config.token_sampler(), grid=grid,
         **shared,
     )
-    for sweep in range(config.corrections):
-        ids = correct_ids(
-            lambda ids, hidden: logits_of(ids, hidden, min(1.0, config.guidance_scale), 0.0),
-            ids, unknown, mask_token_id, min_p=config.min_p, **shared,
-        )
-        records.append({**records[-1], "sampled": ids, "ids": ids} if records else None)
-        if callback and records:
+
+    def unguided(ids, hidden):
+        return logits_of(ids, hidden, min(1.0, config.guidance_scale), 0.0)
+
+    for sweep in range(config.corrections if records else 0):
+        ids = correct_ids(unguided, ids, unknown, mask_token_id, min_p=config.min_p, **shared)
+        records.append({**records[-1], "sampled": ids, "ids": ids})
+        if callback:
             callback(config.steps + sweep, records[-1])
     return (ids, records) if return_steps else ids
