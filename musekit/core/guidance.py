@@ -220,6 +220,22 @@ def _rows_to_compute(batch, hidden):
             for name, value in batch.items()}, incomplete
 
 
+def _prompt_of_row(input_ids, conditions):
+    "The number of each row's prompt (B,)."
+    rows = len(input_ids)
+    num_prompts = max((len(value) for value in conditions.values()), default=rows)
+    if rows % num_prompts:
+        raise ValueError(f"{rows} rows must be a multiple of {num_prompts} prompts")
+    return torch.arange(rows, device=input_ids.device) // (rows // num_prompts)
+
+
+def _record(records, ids, step, callback):
+    "Adds the record of a correction."
+    records.append({**records[-1], "sampled": ids, "ids": ids})
+    if callback:
+        callback(step, records[-1])
+
+
 def generate_guided(
     forward: Callable[[Tensor, dict, Tensor], Tensor],  # (ids, conditions, hidden) -> logits (M, V)
     input_ids: Tensor,  # (B, N) int64, the mask id where masked
@@ -239,10 +255,6 @@ def generate_guided(
     "Image ids by parallel decoding with guidance (Chang et al. 2023, section 2.7)."
     batch_size = whole_numbers("batch_size", batch_size, 1)
     seed = resolve_seed(seed, len(input_ids))
-    num_prompts = max((len(value) for value in conditions.values()), default=len(input_ids))
-    if len(input_ids) % num_prompts:
-        raise ValueError(f"{len(input_ids)} rows must be a multiple of {num_prompts} prompts")
-    prompt_of_row = torch.arange(len(input_ids), device=input_ids.device) // (len(input_ids) // num_prompts)
     weights = config.guidance_weights()
     is_guided = any(weight != 1 for weight in weights)
 
@@ -250,11 +262,11 @@ def generate_guided(
         batch = take_rows(conditions, rows)
         return prepare(join_conditions(batch, take_rows(unconditional, rows)) if is_guided else batch)
 
-    batches = prompt_of_row.split(batch_size)
+    batches = _prompt_of_row(input_ids, conditions).split(batch_size)
     cached = _prepare_once(prepared, batches)
 
-    def image_logits(ids, conditions, hidden):
-        return forward(ids, conditions, hidden)[..., :codebook_size]
+    def image_logits(*inputs):
+        return forward(*inputs)[..., :codebook_size]
 
     def logits_of(ids, hidden, weight, min_p):
         logits = []
@@ -263,8 +275,8 @@ def generate_guided(
             batch = batch or prepared(rows)
             batch, incomplete = _rows_to_compute(batch, batch_hidden)
             if incomplete.any():
-                logits.append(guided_logits(image_logits, batch_ids[incomplete], batch_hidden[incomplete],
-                                            batch, weight, min_p))
+                rows = batch_ids[incomplete], batch_hidden[incomplete]
+                logits.append(guided_logits(image_logits, *rows, batch, weight, min_p))
         return torch.cat(logits)
 
     unknown = input_ids == mask_token_id
@@ -282,7 +294,5 @@ def generate_guided(
 
     for sweep in range(config.corrections if records else 0):
         ids = correct_ids(unguided, ids, unknown, mask_token_id, min_p=config.min_p, **shared)
-        records.append({**records[-1], "sampled": ids, "ids": ids})
-        if callback:
-            callback(config.steps + sweep, records[-1])
+        _record(records, ids, config.steps + sweep, callback)
     return (ids, records) if return_steps else ids
