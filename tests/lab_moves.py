@@ -34,7 +34,7 @@ return canvas.toDataURL();
 class Panel:
     "The widget in the output of the cell whose source holds a text."
 
-    def __init__(self, chromium, source: str, folder: Path, seconds: float = 30):
+    def __init__(self, chromium, source: str, folder: Path, seconds: float = 90):
         self.chromium, self.folder, self.seconds, self.shots = chromium, folder, seconds, 0
         self.name = re.sub(r"\W+", "-", source).strip("-")
         self.output = chromium.execute_async_script(FIND_CELL, source)
