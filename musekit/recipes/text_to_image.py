@@ -646,13 +646,14 @@ def plot_stages(
     "The stages of a run one after the other, as bars on the axis of time, as a figure."
     import matplotlib.pyplot as plt
 
-    figure, ax = plt.subplots(figsize=(6, 0.7 + 0.24 * len(seconds)), layout="constrained")
+    figure, ax = plt.subplots(figsize=(6.4, 1 + 0.24 * len(seconds)), layout="constrained")
     ends = torch.tensor(list(seconds.values())).cumsum(0).tolist()
     starts = [0.0, *ends[:-1]]
     ax.barh(list(seconds), list(seconds.values()), left=starts, color=[f"C{n}" for n in range(len(seconds))])
     for row, (end, spent) in enumerate(zip(ends, seconds.values())):
-        ax.text(end, row, f" {spent:.2f} s", va="center")
-    ax.set(xlabel="seconds since the start", xlim=(0, 1.12 * max(ends[-1], 1e-3)))
+        ax.text(end, row, f" {spent:.0f} s" if spent >= 1 else " < 1 s", va="center")
+    ax.set(xlabel="seconds", title=f"{ends[-1]:.0f} s in {len(seconds)} stages")
+    ax.set_xlim(0, 1.12 * max(ends[-1], 1e-3))
     ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)
     plt.close(figure)
