@@ -25,6 +25,7 @@ sys.exit(int(server.recv(16) or b"1"))
 """
 PRELOADED = [
     "musekit.recipes.memory",
+    "musekit.recipes.survey",
     "musekit.recipes.demo",
     "musekit.recipes.encode",
     "musekit.evaluation.evaluate",
