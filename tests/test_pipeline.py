@@ -221,7 +221,7 @@ def test_generate_inpaint_and_again_on_the_command_line(tasks, folder, tmp_path,
 
 
 @pytest.mark.parametrize("words, told", (
-    (["inpaint", "missing.png", "mask.png", "two"], "no picture missing.png"), (["inpaint", "here.png"], "MASK"),
+    (["inpaint", "missing.png", "mask.png", "two"], "no image missing.png"), (["inpaint", "here.png"], "MASK"),
     (["generate"], "is no pipeline"), (["generate", "--again", "here.png"], "holds no task"), (["generate", "two", "--set", "steps"], "KEY=VALUE"),
 ))
 def test_what_cannot_be_done_is_told_in_a_line(tmp_path, capsys, monkeypatch, words, told):

@@ -8,7 +8,6 @@ __all__ = ['wrap_text', 'caption_font', 'image_grid', 'plot_decoding']
 # %% ../../nbs/03_data/08_grids.ipynb #26375ef3
 from pathlib import Path
 
-import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 # %% ../../nbs/03_data/08_grids.ipynb #57cad4d5
@@ -31,6 +30,8 @@ def wrap_text(
 
 def caption_font(size: int = 11) -> ImageFont.FreeTypeFont:
     "Matplotlib's font, the same on every machine."
+    import matplotlib  # slow to import, and needed by captions alone
+
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
 
 # %% ../../nbs/03_data/08_grids.ipynb #d0bd9140
