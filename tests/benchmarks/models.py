@@ -312,8 +312,8 @@ def main():
                 row(f"{STEPS} guided steps, batch {rows}" + ", compiled" * (who - 1), times, load, who)
 
     print(f"\n{'memory of a training step, MB':34s}{'diffusers':>11s}{'musekit':>11s}   musekit / diffusers")
-    known = [list(model.parameters()) for model in (theirs, ours)]
-    kept = [saved_bytes(step.forward, known=own) for step, own in zip(steps, known)]
+    parameters = [list(model.parameters()) for model in (theirs, ours)]
+    kept = [saved_bytes(step.forward, exclude=own) for step, own in zip(steps, parameters)]
     for step in steps[:2]:
         step.optimizer.zero_grad()
     peaks = [peak_bytes(lambda: step.forward().backward(), device) for step in steps[:2]]
@@ -321,7 +321,7 @@ def main():
     lines = {"kept for the backward pass": kept, "peak of both passes": peaks,
              "peak without the gradients": [peak - grads for peak in peaks]}
     ours.gradient_checkpointing = True
-    checkpointed = saved_bytes(steps[1].forward, known=known[1])
+    checkpointed = saved_bytes(steps[1].forward, exclude=parameters[1])
     ours.gradient_checkpointing = False
     lines["kept, ours with checkpointing"] = [kept[0], checkpointed]
     for name, (their, our) in lines.items():
