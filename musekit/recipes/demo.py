@@ -184,9 +184,11 @@ def export_demo(
     run, folder = Path(run), Path(folder)
     results = json.loads((run / "results.json").read_text())
     Pipeline.from_pretrained(run / "pipeline", dtype=torch.float16).save_pretrained(folder)
-    scores = judge_prompts(Pipeline.from_pretrained(folder), DigitJudge(), test_prompts(prompts), results["seed"])
+    copy = Pipeline.from_pretrained(folder)
+    scores = judge_prompts(copy, DigitJudge(), test_prompts(prompts), results["seed"])
     results |= {"prompts": prompts, **scores}
     write_results(results, folder / "results.json")
-    facts = {"command": f"`{command or 'musekit demo --seed ' + str(results['seed'])}`", "weights": "float16"}
+    command = command or f"musekit demo --seed {results['seed']}"
+    facts = {"command": f"`{command}`", "weights": "float16"}
     write_card(folder, facts | run_facts(run, results), name=folder.name)
     return results
