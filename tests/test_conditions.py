@@ -182,7 +182,7 @@ def test_classes_with_names(place, capsys):
     assert set(recipe.batches.networks.text_encoder.names) == set(range(10))
     draw = lambda *prompts: main(["generate", *prompts, "--model", str(recipe.folder), "--out", str(place / "named.png"), "--num-images", "1"])
     assert draw("the digit 4", "7") == 0
-    assert draw() == 2 and "name a class to draw: a number, 0 to 9, or the name of one, such as the digit 0" in capsys.readouterr().err
+    assert draw() == 2 and "name a class to generate: a number, 0 to 9, or the name of one, such as the digit 0" in capsys.readouterr().err
 
 
 def test_dropped_classes_are_the_mask_token(place):

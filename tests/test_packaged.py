@@ -54,6 +54,6 @@ def test_it_draws_from_a_wheel_outside_the_checkout(tmp_path):
     assert Path(python("-c", "import musekit; print(musekit.__file__)").stdout.strip()).parent == site / "musekit"
     drawn = python("-m", "musekit", "generate", PROMPT, "--num-images", "2")
     assert (drawn.returncode, drawn.stdout) == (0, "generated.png\n"), drawn.stderr
-    assert drawn.stderr == "musekit: drawing with digits, the model in the package\n"
+    assert drawn.stderr == "musekit: model: digits, the one in the package\n"
     again = python("-m", "musekit", "generate", "--again", "generated.png", "--out", "again.png")
     assert again.returncode == 0 and Image.open(place / "again.png").tobytes() == Image.open(place / "generated.png").tobytes()

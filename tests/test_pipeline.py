@@ -260,7 +260,7 @@ def test_a_picture_that_cannot_be_made_again_is_named(pipeline, folder, tmp_path
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     said = told(capsys, "generate", "--again", "../moved.png")
-    assert "../moved.png was drawn with runs/of/mine" in said and "--model" in said
+    assert "../moved.png was generated with runs/of/mine" in said and "--model" in said
     assert main(["generate", "--again", "../moved.png", "--model", "../runs/of/mine"]) == 0
 
 

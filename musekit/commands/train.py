@@ -36,7 +36,7 @@ def _run_check(options):
 _CHECK = """Checks a configuration of musekit train and its data.
 
 Prints the settings that differ from the default or have a short name, with their meanings, the
-parameters of the networks, and the memory of training and of drawing; then finds the data, counts
+parameters of the networks, and the memory of training and of generation; then finds the data, counts
 them and decodes a first batch. Nothing is trained or written, nothing large is built, and of remote
 data only the first batch is read. The same as musekit train --check."""
 
@@ -75,11 +75,11 @@ def _run_train(options):
 
 
 def _print_next(recipe):
-    "Prints the command that draws with a trained model."
+    "Prints the command that generates with a trained model."
     from musekit.training.config import condition_of
 
     folder = recipe.folder / "pipeline"
-    if not folder.is_dir():  # trained on encoded data, without the networks that draw
+    if not folder.is_dir():  # trained on encoded data, without the networks that decode
         return
     model = shlex.quote(str(folder))
     prompt = {"class": "0 ", "nothing": ""}.get(condition_of(recipe.config), '"a prompt" ')

@@ -34,7 +34,7 @@ def _run_train_tokenizer(options):
     if trainer.accelerator.is_main_process:
         folder = trainer.output_dir
         print(describe_report(final_report(folder)))
-        print(f"model in {folder}, pictures in {folder}/reconstructions.png; train with it, on pictures with "
+        print(f"model in {folder}, images in {folder}/reconstructions.png; train with it, on images with "
               f"captions: {_train_with_tokenizer(config, folder)}")
 
 

@@ -50,7 +50,7 @@ def _mask_values(mask):
         raise ValueError(f"{expected}; got {value}. Open a file with PIL.Image.open")
     if values.ndim != 2:
         alone = values.ndim == 3 and len(values) == 1
-        single = "; take mask[0]" if alone else "; it may be a picture, or a batch"
+        single = "; take mask[0]" if alone else "; it may be an image, or a batch"
         raise ValueError(f"{expected}; got {type(mask).__name__} {values.shape}{single}")
     if values.size and not -0.01 <= values.min() <= values.max() <= 65536:
         raise ValueError(f"{expected}; got values from {values.min():g} to {values.max():g}")
@@ -133,16 +133,16 @@ def read_inpainting(
         if not is_unicode(place.name):
             raise ValueError(f"the folder {str(place)!r} is a prompt, and its name is not UTF-8; rename it")
         if None in paths:
-            raise FileNotFoundError(f"{place} needs a picture image.* and its mask.*")
+            raise FileNotFoundError(f"{place} needs a file image.* and its mask.*")
         try:
             image, mask = open_picture(paths[0], background), open_mask(paths[1])
             mask = _square_mask(mask, image.size, side)
             image = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
             examples.append((place.name, image, read_mask(mask, image.size)))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{place} cannot be filled in: {error}") from error
+            raise ValueError(f"{place} cannot be inpainted: {error}") from error
     if not examples:
-        raise FileNotFoundError(f"{folder} holds nothing to fill in: PROMPT/image.png and PROMPT/mask.png")
+        raise FileNotFoundError(f"{folder} holds nothing to inpaint: PROMPT/image.png and PROMPT/mask.png")
     return examples
 
 
@@ -155,4 +155,4 @@ def inpainting_grid(
     for (_, image, mask), result in zip(examples, filled, strict=True):
         hidden = Image.composite(Image.new("RGB", image.size, (128, 128, 128)), image, Image.fromarray(mask))
         rows += [image, hidden, result]
-    return image_grid(rows, [text for prompt, *_ in examples for text in (prompt, "hidden", "filled")], 3)
+    return image_grid(rows, [text for prompt, *_ in examples for text in (prompt, "masked", "inpainted")], 3)

@@ -245,7 +245,7 @@ class LiveTraining(Closing):
             words.append(f"loss {self.live.curve.smoothed()[-1]:.3f}")
         if state == "running" and steps > 1:
             remaining = (total - step) * seconds / steps
-            words += [f"{steps / seconds:.1f} steps a second", f"{remaining:,.0f} s to go"]
+            words += [f"{steps / seconds:.1f} steps a second", f"{remaining:,.0f} s left"]
         self.bar.value = step
         self.status.value = html.escape(" · ".join(words))
         self.resume_button.disabled = state == "running"
