@@ -387,7 +387,7 @@ def test_pre_encoded_refusals(place):
     with pytest.raises(ValueError, match="needs the images in every step"):
         configure(None, [*settings_of(place, "bad", clip(place)), *ready, "dataset.preprocessing.random_flip=true"])
     larger = configure(None, [*settings_of(place, "bad", clip(place)), *ready, "dataset.preprocessing.resolution=64"])
-    with pytest.raises(ValueError, match="holds pictures of 32 x 32 pixels, and dataset.preprocessing.resolution is 64"):
+    with pytest.raises(ValueError, match="holds images of 32 x 32 pixels, and dataset.preprocessing.resolution is 64"):
         train(larger, progress=False)
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from hub_server import Hub
-from musekit.recipes.memory import data_report
+from musekit.recipes.survey import data_report
 from musekit.data.image_text import make_loader
 from musekit.data.packing import left_out
 from musekit.data.tokens import open_encoded

@@ -202,6 +202,28 @@ def test_single_pictures_are_made_again_from_themselves(tasks, folder, tmp_path,
     assert "--singles taken/inside cannot be written" in capsys.readouterr().err
 
 
+def test_animate_writes_the_decoding_beside_the_sheet(tasks, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    how = ["--model", str(folder), "--num-images", "2", "--seed", "4", "--steps", "3"]
+    assert main(["generate", *PROMPTS[:2], *how, "--out", "alone.png"]) == 0
+    assert main(["generate", *PROMPTS[:2], *how, "--animate", "gifs/two.gif"]) == 0
+    assert capsys.readouterr().out.split() == ["alone.png", "generated.png", "gifs/two.gif"]
+    sheet = np.asarray(Image.open("generated.png").convert("RGB"), dtype=float)
+    assert np.array_equal(sheet, Image.open("alone.png").convert("RGB"))
+    with Image.open("gifs/two.gif") as gif:
+        assert gif.n_frames == 3 + 1
+        start = np.asarray(gif.convert("RGB"), dtype=float)
+        gif.seek(3)
+        assert np.abs(np.asarray(gif.convert("RGB"), dtype=float) - sheet).mean() < 6 < np.abs(start - sheet).mean()
+    assert main(["generate", PROMPTS[0], *how, "--animate", "two.mp4"]) == 2
+    assert "--animate two.mp4 is no GIF; give a name that ends in .gif" in capsys.readouterr().err
+    tasks["inpaint"].image.save("image.png")
+    tasks["inpaint"].mask.save("mask.png")
+    assert main(["inpaint", "image.png", "mask.png", PROMPTS[0], *how, "--out", "edited.png"]) == 0
+    assert main(["generate", "--again", "edited.png", "--animate", "edit.gif"]) == 2
+    assert "edited.png is an edit" in capsys.readouterr().err and not Path("edit.gif").exists()
+
+
 def test_generate_inpaint_and_again_on_the_command_line(tasks, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     drawn = lambda *words: main([str(word) for word in words]) == 0 and capsys.readouterr().out

@@ -30,6 +30,15 @@ def check_image_file(path: str):
     check_writable(os.path.dirname(os.path.abspath(path)), f"--out {path}")
 
 
+def _check_animation(path):
+    "Creates the folder of the GIF that `--animate` names; raises if it could not be written."
+    if os.path.splitext(path)[1].lower() != ".gif":
+        raise ValueError(f"--animate {path} is no GIF; give a name that ends in .gif")
+    if os.path.isdir(path):
+        raise ValueError(f"--animate {path} is a folder; name a file in it")
+    check_writable(os.path.dirname(os.path.abspath(path)), f"--animate {path}")
+
+
 def _input_files(options):
     "The paths of the images that a command reads."
     paths = [vars(options).get(name) for name in ("again", "image", "mask")]
@@ -155,7 +164,9 @@ def _warn(out, pipeline, image):
 
 def _generate(options, task):
     "Generates the images of a task, writes them and prints their paths."
-    from musekit.inference.sheets import complete, draw_task, lay_out, write_sheet, write_singles
+    from musekit.inference.sheets import (
+        animate_task, complete, draw_task, lay_out, write_sheet, write_singles,
+    )
     from musekit.utils.progress import watched
 
     if options.singles:
@@ -169,14 +180,23 @@ def _generate(options, task):
     task = complete(pipeline, task)
     _warn(options.out, pipeline, task.image)
     with watched(total=task.generation["steps"], unit="step") as bar:
-        images = draw_task(pipeline, task, batch_size=options.batch_size, callback=lambda *step: bar.update())
+        how = dict(batch_size=options.batch_size, callback=lambda *step: bar.update())
+        if animation := vars(options).get("animate"):
+            images = animate_task(pipeline, task, animation, **how)
+        else:
+            images = draw_task(pipeline, task, **how)
     out = options.out if options.named else _free_name()  # another process may have written the first choice
     write_sheet(lay_out(pipeline, task, images), task, out)
-    print(out, *(write_singles(images, task, options.singles) if options.singles else ()), sep="\n")
+    written = [out, *([animation] if animation else [])]
+    if options.singles:
+        written += write_singles(images, task, options.singles)
+    print(*written, sep="\n")
 
 # %% ../../nbs/10_commands/07_generate.ipynb #158b8127
 def _run_generate(options):
     _check_inputs(options)
+    if options.animate:
+        _check_animation(options.animate)
     _choose_out(options)
     if options.model or not options.again:
         model = _choose_model(options.model)  # before PyTorch is imported
@@ -186,6 +206,9 @@ def _run_generate(options):
         task = read_task(options.again)
     else:
         task = GenerationTask(options.prompts, num_images_per_prompt=4, model=model)
+    if options.animate and task.image is not None:
+        problem = f"--animate shows how images are generated from prompts, and {options.again} is an edit"
+        raise ValueError(f"{problem}; leave --animate out")
     _generate(options, task.change(**_changes(options, task.prompts)))
 
 
@@ -222,6 +245,7 @@ def add_generate(commands):
     add("prompts", nargs="*", metavar="PROMPT", help='such as "a blue three on yellow paper"; class '
         "numbers or names for a class-conditional model; none for an unconditional one")
     add("--again", metavar="IMAGE", help="a PNG that musekit wrote, to start from its settings")
+    add("--animate", metavar="FILE", help="also write the decoding, step by step, as this GIF")
     _add_generation_options(parser)
     parser.set_defaults(run=_run_generate, words="prompts")
     return parser

@@ -18,14 +18,17 @@ from musekit.commands.options import (
 def _run_check(options):
     paths, settings = files_and_settings("check", options.arguments)  # before PyTorch is imported
     from musekit.recipes.configure import configure
-    from musekit.recipes.memory import data_report, memory_report
+    from musekit.recipes.memory import memory_report
+    from musekit.recipes.precision import bf16_report
+    from musekit.recipes.survey import data_report
     from musekit.training.config import describe
     from musekit.training.optim import check_library
 
     disable_progress_bars()
     config = configure(paths, settings)
     most = None if vars(options).get("all") else 60
-    print(describe(config, most=most), memory_report(config), sep="\n\n", end="\n\n")
+    parts = [describe(config, most=most), memory_report(config), bf16_report(config)]
+    print(*filter(None, parts), sep="\n\n", end="\n\n")
     try:
         check_library(config)
     except ValueError as error:
@@ -36,9 +39,10 @@ def _run_check(options):
 _CHECK = """Checks a configuration of musekit train and its data.
 
 Prints the settings that differ from the default or have a short name, with their meanings, the
-parameters of the networks, and the memory of training and of generation; then finds the data, counts
-them and decodes a first batch. Nothing is trained or written, nothing large is built, and of remote
-data only the first batch is read. The same as musekit train --check."""
+parameters of the networks, and the memory of training and of sampling; without a GPU, measures in
+half a second whether mixed_precision=bf16 is faster; then finds the data, counts them and decodes a
+first batch. Nothing is trained or written, nothing large is built, and of remote data only the first
+batch is read. The same as musekit train --check."""
 
 _CHECK_EXAMPLES = """examples:
   musekit check data=photos/

@@ -24,7 +24,7 @@ def _run_train_tokenizer(options):
     disable_progress_bars()
     config = configure_tokenizer(paths, settings)
     if options.check:
-        from musekit.recipes.memory import tokenizer_data_report
+        from musekit.recipes.survey import tokenizer_data_report
 
         print(describe_tokenizer(config), end="\n\n")
         return print_data_report(options, lambda: tokenizer_data_report(config, folder_of(paths)))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALLEST_RATIO', 'cosine', 'arccos', 'linear', 'power', 'sigmoid', 'schedule_names', 'register_schedule', 'Schedule',
-           'check_params', 'get_schedule', 'plot_schedules']
+           'check_params', 'get_schedule', 'plot_schedules', 'mean_ratio']
 
 # %% ../../nbs/01_core/01_schedules.ipynb #12e5fd11
 import inspect
@@ -160,3 +160,12 @@ def plot_schedules(schedules: list[Callable | str],  # names or callables
     curve.legend(fontsize="small")
     plt.close(figure)
     return figure
+
+# %% ../../nbs/01_core/01_schedules.ipynb #9c1f7a20
+def mean_ratio(schedule: str | Callable,  # a mask schedule or its name
+               floor: float = 0.0,  # lower bound of the ratios
+               points: int = 1000
+              ) -> float:
+    "The mean mask ratio over uniformly distributed times, numerically."
+    times = (torch.arange(points) + 0.5) / points
+    return float(get_schedule(schedule)(times).clamp(min=floor).mean())
