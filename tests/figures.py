@@ -9,7 +9,7 @@ not count. A figure whose digest no longer fits is stale, and its notebook is to
     python tests/figures.py --write nbs/09_lab/05_live.ipynb ...   executes these notebooks
     python tests/figures.py --stamp nbs/00_start/02_classes.ipynb  only writes the digests: you have just executed it
 
-Both leave images in place of widgets and give PNGs a palette of 256 colours, since notebooks are kept small.
+Both leave images in place of widgets and PNGs of at most 256 colours, since notebooks are kept small.
 """
 import argparse
 import ast
@@ -199,6 +199,7 @@ def stamp(path: Path):
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = with_palette(output.data["image/png"])
+                output.data.pop("image/jpeg", None)  # the same image again
     nbformat.write(notebook, path)
     subprocess.run([BIN / "nbdev_clean", "--fname", path], check=True, cwd=ROOT)
 
