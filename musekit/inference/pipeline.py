@@ -462,7 +462,7 @@ class Pipeline(ImagePipeline):
         variant: str | None = None,  # of the weights, such as "fp16", where a network has it
         torch_dtype: torch.dtype | str | None = None,  # diffusers' name of dtype
     ) -> "Pipeline":
-        "The pipeline that `save_pretrained` or `save_diffusers` wrote; of no path, the small one in the package."
+        "The pipeline that `save_pretrained` or `save_diffusers` wrote; by default the one in the package."
         if None not in (dtype, torch_dtype) and find_dtype(dtype) != find_dtype(torch_dtype):
             raise ValueError(f"torch_dtype={torch_dtype} and dtype={dtype} are two values of one setting; "
                              "give one of them")
