@@ -1,4 +1,5 @@
-"""Shards: the same rows and the same bytes by every way, from sources of every kind, near and far, whole and damaged."""
+"""Shards: the same rows and the same bytes by every way, from sources of every kind, near and far, whole
+and damaged."""
 import itertools
 import subprocess
 import sys
@@ -28,15 +29,20 @@ SMALL = Layout(rows_per_shard=700, rows_per_group=128, num_shards=4)
 
 
 def make_table(rows: int, seed: int = 0) -> pa.Table:
-    """Texts of log-normal length in several alphabets, some missing, some short, with scores, some missing."""
+    """Texts of log-normal length in several alphabets, some missing, some short, with scores, some
+    missing."""
     random = np.random.default_rng(seed)
     alphabets = ["etaoin shrdlu", "äöü éè", "漢字 かな", "🎼🎻 a"]
     lengths = np.minimum(random.lognormal(4.6, 1.2, rows).astype(int), 4000)
     texts = ["".join(random.choice(list(alphabets[random.integers(4)]), length)) for length in lengths]
     texts = [None if drawn < 0.03 else text for text, drawn in zip(texts, random.random(rows))]
     scores = [None if drawn < 0.03 else int(drawn * 6) for drawn in random.random(rows)]
-    return pa.table({"id": pa.array(range(rows)), "text": texts, "url": [f"http://example.org/{row}" for row in range(rows)],
-                     "int_score": pa.array(scores, pa.int64())})
+    return pa.table({
+        "id": pa.array(range(rows)),
+        "text": texts,
+        "url": [f"http://example.org/{row}" for row in range(rows)],
+        "int_score": pa.array(scores, pa.int64()),
+    })
 
 
 def obvious(sources, selection=GOOD, layout=SMALL) -> dict[str, list[str]]:
@@ -74,14 +80,28 @@ def sources(table, tmp_path):
 
 # ---- the rows, whatever the way ----
 
-@pytest.mark.parametrize("layout", [
-    SMALL, Layout(700, 128, "snappy", 4), Layout(700, 128, num_shards=4, validation="first"), Layout(500, 500, num_shards=1),
-    Layout(1000, 300, num_shards=100), Layout(86_016, 1024), Layout(86_016, 1024, validation="first"), Layout(7, 3, num_shards=20),
-])
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        SMALL,
+        Layout(700, 128, "snappy", 4),
+        Layout(700, 128, num_shards=4, validation="first"),
+        Layout(500, 500, num_shards=1),
+        Layout(1000, 300, num_shards=100),
+        Layout(86_016, 1024),
+        Layout(86_016, 1024, validation="first"),
+        Layout(7, 3, num_shards=20),
+    ],
+)
 def test_rows_are_those_of_the_loop_over_rows(sources, tmp_path, layout):
     report = rechunk(sources, tmp_path / "out", GOOD, layout)
     assert contents(tmp_path / "out") == obvious(sources, GOOD, layout)
-    assert report.kept == sum(shard.rows for shard in report.shards) == report.rows - sum(report.dropped.values())
+    assert (
+        report.kept
+        == sum(shard.rows for shard in report.shards)
+        == report.rows - sum(report.dropped.values())
+    )
     for shard in report.shards:
         metadata = pq.read_metadata(tmp_path / "out" / shard.name)
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
@@ -89,7 +109,10 @@ def test_rows_are_those_of_the_loop_over_rows(sources, tmp_path, layout):
         chunk = metadata.row_group(0).column(0)
         assert chunk.compression == layout.codec.upper() and "RLE_DICTIONARY" not in chunk.encodings
         assert metadata.schema.to_arrow_schema().equals(pa.schema([("text", pa.string())]))
-        assert (shard.rows, shard.bytes) == (metadata.num_rows, (tmp_path / "out" / shard.name).stat().st_size)
+        assert (shard.rows, shard.bytes) == (
+            metadata.num_rows,
+            (tmp_path / "out" / shard.name).stat().st_size,
+        )
         assert shard.sha256 == file_hash(tmp_path / "out" / shard.name)
     assert run_plan(make_plan(sources, GOOD, layout), tmp_path / "planned") == report
 
@@ -99,7 +122,9 @@ def test_reasons_are_counted(tmp_path):
     scores = [5.0, 5.0, None, float("nan"), 2.9, 3.0, 3.0, None]
     pq.write_table(pa.table({"text": texts * 2, "int_score": scores * 2}), tmp_path / "a.parquet")
     report = rechunk([tmp_path / "a.parquet"], tmp_path / "out", GOOD, Layout(1000))
-    assert report.dropped == {"no text": 4, "no score": 4, "low score": 2, "too short": 4} and report.kept == 2
+    assert (
+        report.dropped == {"no text": 4, "no score": 4, "low score": 2, "too short": 4} and report.kept == 2
+    )
 
 
 def test_engines_change_no_byte(sources, tmp_path):
@@ -116,22 +141,40 @@ def test_engines_change_no_byte(sources, tmp_path):
 def test_a_dask_cluster_changes_no_byte(sources, tmp_path):
     distributed = pytest.importorskip("distributed")
     streamed = rechunk(sources, tmp_path / "streamed", GOOD, SMALL)
-    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None, "local_directory": str(tmp_path / "dask")}
+    options = {
+        "n_workers": 2,
+        "threads_per_worker": 1,
+        "dashboard_address": None,
+        "local_directory": str(tmp_path / "dask"),
+    }
     with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
         executor = client.get_executor()
-        assert run_plan(make_plan(sources, GOOD, SMALL, executor, groups_per_task=2), tmp_path / "dasked", executor) == streamed
+        assert (
+            run_plan(
+                make_plan(sources, GOOD, SMALL, executor, groups_per_task=2), tmp_path / "dasked", executor
+            )
+            == streamed
+        )
     assert contents(tmp_path / "dasked") == obvious(sources)
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())],
+    ids=str,
+)
 @pytest.mark.parametrize("group", [13, 57, 10**6])
 def test_the_layout_of_the_source_changes_no_byte(table, tmp_path, kind, group):
     part = table[:600]
     pq.write_table(part, tmp_path / "plain.parquet")
     other = part.set_column(1, "text", part["text"].combine_chunks().cast(kind))
-    pq.write_table(other, tmp_path / "other.parquet", row_group_size=group, compression="zstd", data_page_size=2000)
+    pq.write_table(
+        other, tmp_path / "other.parquet", row_group_size=group, compression="zstd", data_page_size=2000
+    )
     layout = Layout(100, 30, num_shards=2)
-    reports = [rechunk([tmp_path / f"{name}.parquet"], tmp_path / name, GOOD, layout) for name in ("plain", "other")]
+    reports = [
+        rechunk([tmp_path / f"{name}.parquet"], tmp_path / name, GOOD, layout) for name in ("plain", "other")
+    ]
     assert reports[0] == reports[1] and len(reports[0].shards) == 3
 
 
@@ -139,10 +182,14 @@ def test_the_layout_of_the_source_changes_no_byte(table, tmp_path, kind, group):
 def test_scores_of_every_number_type(table, tmp_path, score):
     pq.write_table(table, tmp_path / "a.parquet")
     pq.write_table(table.set_column(3, "int_score", table["int_score"].cast(score)), tmp_path / "b.parquet")
-    assert rechunk([tmp_path / "a.parquet"], tmp_path / "a", GOOD, SMALL) == rechunk([tmp_path / "b.parquet"], tmp_path / "b", GOOD, SMALL)
+    assert rechunk([tmp_path / "a.parquet"], tmp_path / "a", GOOD, SMALL) == rechunk(
+        [tmp_path / "b.parquet"], tmp_path / "b", GOOD, SMALL
+    )
 
 
-@pytest.mark.parametrize("kind", [pa.float32(), pa.float64(), pa.decimal128(12, 3), pa.int64(), pa.uint64(), pa.int8()], ids=str)
+@pytest.mark.parametrize(
+    "kind", [pa.float32(), pa.float64(), pa.decimal128(12, 3), pa.int64(), pa.uint64(), pa.int8()], ids=str
+)
 def test_a_score_is_compared_as_polars_and_duckdb_compare_it(tmp_path, kind):
     """Thresholds as a person writes them, against columns of every type, around the number itself."""
     if pa.types.is_integer(kind):
@@ -152,19 +199,32 @@ def test_a_score_is_compared_as_polars_and_duckdb_compare_it(tmp_path, kind):
         scores = [0.0, 0.1, 0.3, 0.69, 0.7, 0.701, 1.1, 2.5, None]
         thresholds = ["0.1", "0.3", "0.7", "1.1", "2.5"]
     scores = pa.array(scores, kind) if pa.types.is_integer(kind) else pa.array(scores).cast(kind)
-    pq.write_table(pa.table({"text": [f"{row:060}" for row in range(len(scores))], "score": scores}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"text": [f"{row:060}" for row in range(len(scores))], "score": scores}),
+        tmp_path / "a.parquet",
+    )
     for text in thresholds:
         selection = Selection(score_column="score", min_score=read_number(text))
-        kept = [int(text) for texts, *_ in read_texts(tmp_path / "a.parquet", selection) for text in texts.to_pylist()]
+        kept = [
+            int(text)
+            for texts, *_ in read_texts(tmp_path / "a.parquet", selection)
+            for text in texts.to_pylist()
+        ]
         by_duckdb = duckdb.sql(f"select text from '{tmp_path}/a.parquet' where score >= {text}").fetchall()
-        by_polars = polars.read_parquet(tmp_path / "a.parquet").filter(polars.col("score") >= read_number(text))["text"]
+        by_polars = polars.read_parquet(tmp_path / "a.parquet").filter(
+            polars.col("score") >= read_number(text)
+        )["text"]
         assert kept == [int(text) for text, in by_duckdb] == [int(text) for text in by_polars], text
 
 
 def test_scores_of_sixteen_bits(tmp_path):
     scores = np.array([0.5, 0.69, 0.7, 0.71, np.nan], np.float16)
-    pq.write_table(pa.table({"text": [f"{row:060}" for row in range(5)], "score": scores}), tmp_path / "a.parquet")
-    report = rechunk([tmp_path / "a.parquet"], tmp_path / "out", Selection(score_column="score", min_score=0.7), SMALL)
+    pq.write_table(
+        pa.table({"text": [f"{row:060}" for row in range(5)], "score": scores}), tmp_path / "a.parquet"
+    )
+    report = rechunk(
+        [tmp_path / "a.parquet"], tmp_path / "out", Selection(score_column="score", min_score=0.7), SMALL
+    )
     assert (report.kept, report.dropped) == (2, {"no score": 1, "low score": 2})
 
 
@@ -177,12 +237,18 @@ def test_text_that_duckdb_wrote_under_another_name(tmp_path, text):
 @pytest.mark.parametrize("rows", [2, 3, 99, 100, 101, 199, 200, 201, 300, 301])
 @pytest.mark.parametrize("validation", ["last", "first"])
 def test_there_is_always_a_training_and_a_validation_shard(tmp_path, rows, validation):
-    pq.write_table(pa.table({"text": [f"row {row} " * 20 for row in range(rows)]}), tmp_path / "a.parquet", row_group_size=13)
+    pq.write_table(
+        pa.table({"text": [f"row {row} " * 20 for row in range(rows)]}),
+        tmp_path / "a.parquet",
+        row_group_size=13,
+    )
     layout = Layout(100, 30, num_shards=2, validation=validation)
     report = rechunk([tmp_path / "a.parquet"], tmp_path / "out", Selection(), layout)
     assert contents(tmp_path / "out") == obvious([tmp_path / "a.parquet"], Selection(), layout)
     names = [shard.name for shard in report.shards]
-    assert len(names) >= 2 and names.index(VALIDATION_SHARD) == (0 if validation == "first" else len(names) - 1)
+    assert len(names) >= 2 and names.index(VALIDATION_SHARD) == (
+        0 if validation == "first" else len(names) - 1
+    )
     assert sum(shard.rows for shard in report.shards) == min(rows, 300)
     assert run_plan(make_plan([tmp_path / "a.parquet"], Selection(), layout), tmp_path / "planned") == report
 
@@ -192,7 +258,9 @@ def test_too_few_rows_is_an_error(tmp_path, rows):
     pq.write_table(pa.table({"text": ["x" * 60] * rows + ["short", None]}), tmp_path / "a.parquet")
     for way in (lambda: rechunk([tmp_path / "a.parquet"], tmp_path / "out"),
                 lambda: run_plan(make_plan([tmp_path / "a.parquet"]), tmp_path / "out")):
-        with pytest.raises(ValueError, match=f"{rows} kept.*1 no text, 1 too short|{rows} kept.*1 too short, 1 no text"):
+        with pytest.raises(
+            ValueError, match=f"{rows} kept.*1 no text, 1 too short|{rows} kept.*1 too short, 1 no text"
+        ):
             way()
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -210,7 +278,10 @@ def damage(path, group, column="text"):
 @pytest.mark.parametrize("group", [0, 7, 15])
 def test_a_damaged_page_is_told_with_file_and_row_group(sources, tmp_path, group):
     damage(sources[1], group)
-    for way in (lambda: rechunk(sources, tmp_path / "out", GOOD, Layout(1000)), lambda: make_plan(sources, GOOD, Layout(1000))):
+    for way in (
+        lambda: rechunk(sources, tmp_path / "out", GOOD, Layout(1000)),
+        lambda: make_plan(sources, GOOD, Layout(1000)),
+    ):
         with pytest.raises(ValueError, match=f"b.parquet, row group {group} "):
             way()
     assert list((tmp_path / "out").iterdir()) == []
@@ -219,7 +290,11 @@ def test_a_damaged_page_is_told_with_file_and_row_group(sources, tmp_path, group
 def test_bytes_that_are_no_text_are_told_with_file_and_row_group(tmp_path):
     texts = [b"a text that is long enough to be kept, as all the others are"] * 300
     texts[250] = b"\xff\xfe" * 100
-    pq.write_table(pa.table({"text": pa.array(texts, pa.binary()).view(pa.string())}), tmp_path / "a.parquet", row_group_size=100)
+    pq.write_table(
+        pa.table({"text": pa.array(texts, pa.binary()).view(pa.string())}),
+        tmp_path / "a.parquet",
+        row_group_size=100,
+    )
     with pytest.raises(ValueError, match="a.parquet, row group 2 .*UTF8"):
         rechunk([tmp_path / "a.parquet"], tmp_path / "out")
 
@@ -244,7 +319,9 @@ def test_columns_are_checked_before_anything_is_read(sources, tmp_path, columns,
 def test_what_is_no_parquet_is_told(sources, tmp_path, content):
     path = tmp_path / "c.parquet"
     path.write_bytes(sources[0].read_bytes()[:-1000] if content is None else content)
-    with pytest.raises(ValueError, match="c.parquet is not a whole Parquet file|c.parquet: it is (empty|not Parquet)"):
+    with pytest.raises(
+        ValueError, match="c.parquet is not a whole Parquet file|c.parquet: it is (empty|not Parquet)"
+    ):
         check_source(path, GOOD)
     with pytest.raises(FileNotFoundError):
         check_source(tmp_path / "absent.parquet", GOOD)
@@ -297,13 +374,19 @@ from musekit.shards.selection import Selection
 rechunk(sys.argv[1:2], sys.argv[2], Selection(), Layout(2000, 1024, num_shards=100))
 print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) // 1024)
 """
-    return int(subprocess.run([sys.executable, "-c", code, path, folder], capture_output=True, text=True, check=True).stdout)
+    return int(
+        subprocess.run(
+            [sys.executable, "-c", code, path, folder], capture_output=True, text=True, check=True
+        ).stdout
+    )
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_grows_neither_with_the_source_nor_with_its_row_groups(tmp_path):
     random = np.random.default_rng(0)
-    words = np.array(["".join(random.choice(list("etaoinshrdlu"), random.integers(2, 9))) for _ in range(2000)], object)
+    words = np.array(
+        ["".join(random.choice(list("etaoinshrdlu"), random.integers(2, 9))) for _ in range(2000)], object
+    )
     part = pa.table({"text": [" ".join(random.choice(words, 500)) for _ in range(2000)]})
     sizes = {"small": (6, 1000), "large": (24, 1000), "giant": (24, 10**9)}
     for name, (times, group) in sizes.items():
@@ -315,14 +398,21 @@ def test_memory_grows_neither_with_the_source_nor_with_its_row_groups(tmp_path):
 
 def test_no_torch_is_imported():
     code = "import sys, musekit.shards.plan; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False False\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "False False\n"
+    )
 
 
 # ---- far away ----
 
 def test_from_a_web_server_only_what_the_rows_need_travels(tmp_path):
     random = np.random.default_rng(0)
-    rows, selection, layout = 12_000, Selection(score_column="int_score", min_score=3), Layout(2000, 1000, num_shards=2)
+    rows, selection, layout = (
+        12_000,
+        Selection(score_column="int_score", min_score=3),
+        Layout(2000, 1000, num_shards=2),
+    )
     noise = {name: random.bytes(rows * 500).hex() for name in ("text", "other")}
     pq.write_table(pa.table({
         "text": [noise["text"][row * 1000 : row * 1000 + 1000] for row in range(rows)],
@@ -333,7 +423,9 @@ def test_from_a_web_server_only_what_the_rows_need_travels(tmp_path):
     with MoodyServer({"a.parquet": (tmp_path / "a.parquet").read_bytes()}) as server:
         assert rechunk([f"{server.url}/a.parquet"], tmp_path / "far", selection, layout) == near
         fetched = server.sent
-        assert run_plan(make_plan([f"{server.url}/a.parquet"], selection, layout), tmp_path / "planned") == near
+        assert (
+            run_plan(make_plan([f"{server.url}/a.parquet"], selection, layout), tmp_path / "planned") == near
+        )
     metadata = pq.read_metadata(tmp_path / "a.parquet")
     groups = range(-(-near.rows // 100))
     needed = sum(stop - start for start, stop in chunk_ranges(metadata, ["text", "int_score"], groups))
@@ -347,10 +439,17 @@ def test_a_tokenizer_is_trained_on_the_shards(tmp_path):
     rustbpe, tiktoken = pytest.importorskip("rustbpe"), pytest.importorskip("tiktoken")
     library = Path(sysconfig.get_paths()["stdlib"])
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(library.glob("*.py"))]
-    pq.write_table(pa.table({"text": [part for text in texts for part in text.split("\n\n")]}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"text": [part for text in texts for part in text.split("\n\n")]}), tmp_path / "a.parquet"
+    )
     report = rechunk([tmp_path / "a.parquet"], tmp_path / "data", layout=Layout(1000, 128, num_shards=3))
     shards = sorted(path for path in (tmp_path / "data").iterdir() if path.suffix == ".parquet")
-    assert [path.name for path in shards] == ["shard_00000.parquet", "shard_00001.parquet", "shard_00002.parquet", VALIDATION_SHARD]
+    assert [path.name for path in shards] == [
+        "shard_00000.parquet",
+        "shard_00001.parquet",
+        "shard_00002.parquet",
+        VALIDATION_SHARD,
+    ]
 
     def training_texts():
         for path in shards:
@@ -360,10 +459,15 @@ def test_a_tokenizer_is_trained_on_the_shards(tmp_path):
                     yield from parquet.read_row_group(group).column("text").to_pylist()
 
     tokenizer = rustbpe.Tokenizer()
-    pattern = r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
+    pattern = (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+        r"|\s*[\r\n]|\s+(?!\S)|\s+"
+    )
     tokenizer.train_from_iterator(training_texts(), 512, pattern=pattern)
     ranks = {bytes(token): rank for token, rank in tokenizer.get_mergeable_ranks()}
-    encoding = tiktoken.Encoding("shards", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|bos|>": len(ranks)})
+    encoding = tiktoken.Encoding(
+        "shards", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|bos|>": len(ranks)}
+    )
     held_out = pq.read_table(tmp_path / "data" / VALIDATION_SHARD)["text"].to_pylist()
     tokens = [encoding.encode_ordinary(text) for text in held_out]
     assert len(ranks) == 512 and [encoding.decode(ids) for ids in tokens] == held_out
