@@ -207,8 +207,10 @@ def test_a_pipeline_is_imported_with_torch_alone():
 
 
 @pytest.mark.parametrize("arguments", [
-    ["generate", "--mistyped"], ["genrate"], ["generate", "a three", "--model", "nofolder"], ["generate", "--again", "no.png"],
-    ["train", "nofile.yaml"], ["check", "nofile.yaml"], ["train-tokenizer", "nofile.yaml"], ["encode", "nofile.yaml", "--out", "codes"],
+    ["generate", "--mistyped"], ["genrate"],
+    ["generate", "a three", "--model", "nofolder"], ["generate", "--again", "no.png"],
+    ["train", "nofile.yaml"], ["check", "nofile.yaml"],
+    ["train-tokenizer", "nofile.yaml"], ["encode", "nofile.yaml", "--out", "codes"],
     ["evaluate", "nofolder", "data=digits"], ["plot", "nofolder"], ["push", "nofolder", "a/b"],
 ], ids=" ".join)
 def test_a_mistyped_name_is_refused_at_once(arguments):
@@ -219,7 +221,8 @@ try:
 except SystemExit as end:
     status = end.code
 print(status, *(name for name in sys.modules if '.' not in name))"""
-    status, *loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    status, *loaded = process.stdout.split()
     assert status == "2" and not HEAVY & set(loaded)
 
 
