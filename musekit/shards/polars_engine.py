@@ -118,7 +118,7 @@ def can_scan(source: str | Path, contents: SourceContents, selection: Selection)
 
 
 def _with_reasons(source, first_row, selection):
-    "A scan of a source: row number, text and reason, 0 for a kept row, else 1 more than its place in REASONS."
+    "A scan of a source: row number, text, and reason: 0 if kept, else 1 more than its place in REASONS."
     polars = import_polars()
     scan = polars.scan_parquet(source, row_index_name=_ROW, row_index_offset=first_row, glob=False,
                                hive_partitioning=False)
@@ -151,7 +151,8 @@ class _PartCounts:
     def __init__(self, contents, progress, limit):
         import numpy as np
 
-        self.parts = [(source, part) for source, each in enumerate(contents) for part in range(len(each.rows))]
+        self.parts = [(source, part) for source, each in enumerate(contents)
+                      for part in range(len(each.rows))]
         self.starts = [0, *accumulate(rows for each in contents for rows in each.rows)]
         self.numbers = np.zeros((len(self.parts), 1 + len(REASONS)), int)  # kept, then each reason
         self.progress = progress
@@ -214,13 +215,14 @@ def scan_blocks(
                 raise InterruptedError("the query has failed")
             return open(folder / name_block(block.index_in_partition), "wb")
 
-    blocks = polars.PartitionBy(folder, file_path_provider=open_block, max_rows_per_file=layout.rows_per_shard,
-                                approximate_bytes_per_file=2**62)
+    blocks = polars.PartitionBy(folder, file_path_provider=open_block,
+                                max_rows_per_file=layout.rows_per_shard, approximate_bytes_per_file=2**62)
     try:
         with _disk_errors(folder):
             kept.sink_parquet(blocks, **_sink_options(layout, schema))
     except (polars.exceptions.PolarsError, polars.exceptions.PanicException) as error:
-        logging.getLogger(__name__).warning("Polars cannot read the sources (%s); Arrow does.", one_line(error))
+        message = "Polars cannot read the sources (%s); Arrow does."
+        logging.getLogger(__name__).warning(message, one_line(error))
         return None
     finally:
         with counts.lock:
