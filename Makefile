@@ -31,7 +31,7 @@ readme: $(STAMP) ## make README.md from nbs/index.ipynb
 
 test: $(STAMP) ## notebooks clean, package and README in sync, notebooks and tests pass
 	$(BIN)/python tests/in_sync.py
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS) --timing
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python tests/notebooks.py --workers $(WORKERS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests
 
 test-lab: $(STAMP) ## run every notebook in JupyterLab in a browser and move its widgets (installs Debian's Chromium)

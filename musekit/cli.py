@@ -49,7 +49,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _make_parser():
     parser = _Parser(
-        prog="musekit", description="Train masked generative transformers and draw images with them.",
+        prog="musekit", description="Train masked generative transformers and generate images with them.",
         epilog=_FIRST_STEPS, formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")

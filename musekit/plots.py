@@ -18,7 +18,7 @@ from torch import Tensor
 from .data.grids import caption_font
 from .core.diagnostics import NUM_BUCKETS, plot_by_bucket, plot_token_probabilities
 from .utils.files import write_aside
-from .training.log import read_log, smooth
+from .training.log import plot_mean_ratio, read_log, smooth
 
 # %% ../nbs/10_commands/01_plots.ipynb #c9705aa3
 class RunLog:
@@ -59,18 +59,13 @@ _TITLES = {
 }
 
 
-def _decay(count: int) -> float:  # in [0, 0.99]
-    "The decay for `smooth` of a series of `count` values: the longer the run, the smoother its line."
-    return 1 - 1 / min(100, max(1, count / 15))
-
-
 def _plot_series(
     axis,
     run: RunLog,
     name: str,
     colour: str = "C0",
     raw: bool = True,  # also the logged values, in grey
-    keep: float | None = None,  # decay of `smooth`; None: by the length
+    window: float | None = None,  # of `smooth`, in steps
 ):
     "One series of a run; a smoothed line where it is noisy."
     steps, values = run.series(name)
@@ -81,8 +76,7 @@ def _plot_series(
     else:
         if raw:
             axis.plot(steps, values, color="0.8", lw=1)
-        keep = _decay(len(values)) if keep is None else keep
-        axis.plot(steps, smooth(values, keep), color=colour, label=run.name)
+        axis.plot(steps, smooth(steps, values, window), color=colour, label=run.name)
 
 
 def _plot_panels(runs: list[RunLog], names: list[str]) -> Figure | None:
@@ -108,13 +102,16 @@ def _plot_panels(runs: list[RunLog], names: list[str]) -> Figure | None:
 def _fill_panel(axis, runs, name):
     "One series of all runs."
     is_single = len(runs) == 1
-    keep = _decay(min(filter(None, (len(run.series(name)[0]) for run in runs))))  # equal, to be comparable
+    lengths = [steps[-1] - steps[0] for steps in (run.series(name)[0] for run in runs) if steps]
+    window = min(lengths) / 10  # equal, to be comparable
     for number, run in enumerate(runs):
-        _plot_series(axis, run, name, f"C{number}", raw=is_single, keep=keep)
+        _plot_series(axis, run, name, f"C{number}", raw=is_single, window=window)
         if name == "loss" and is_single and run.series("eval_loss")[0]:
             _plot_series(axis, run, "eval_loss", "C1")
             labels = ["training, smoothed", "evaluation"]
             axis.legend(axis.lines[-2:], labels, frameon=False, fontsize="small")
+    if name == "masking_rate":
+        plot_mean_ratio(axis, runs[0].folder)
     axis.set_title(_TITLES.get(name, name.removeprefix("eval_").replace("_", " ")), fontsize="medium")
     axis.set_xlabel("step")
     axis.spines[["top", "right"]].set_visible(False)

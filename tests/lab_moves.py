@@ -129,10 +129,10 @@ def explorers(open_panel):
     panel.shot("refused")
     panel = open_panel("masks = explore_masking")
     panel.shot("first")
-    panel.changes(lambda: panel.drag("share hidden", -30), "dragging the share")
+    panel.changes(lambda: panel.drag("mask ratio", -30), "dragging the mask ratio")
     panel.changes(lambda: panel.choose("shape", "one rectangle"), "choosing one rectangle")
     panel.changes(lambda: panel.choose("noise", "random_replace"), "choosing the noise")
-    panel.changes(lambda: panel.key("picture"), "a key on picture")
+    panel.changes(lambda: panel.key("image"), "a key on image")
     panel.shot("moved")
 
 
@@ -169,7 +169,7 @@ def live(panel):
     stopped = step()
     panel.press("Resume")
     panel.until(lambda: step() > stopped + 50, "fifty more steps")
-    panel.until(lambda: "running" in panel.text() and "to go" in panel.text(), "the state")
+    panel.until(lambda: "running" in panel.text() and "s left" in panel.text(), "the state")
     panel.changes(lambda: None, "some time", panel.pixels)
     panel.shot("running")
     panel.press("Stop")

@@ -11,8 +11,9 @@ from PIL import Image
 from conftest import ROOT
 from musekit import cli
 from musekit.recipes.memory import (
-    Batch, activation_bytes, data_report, find_networks, peak_bytes, tokenizer_data_report, training_memory, weight_memory, without_memory,
+    Batch, activation_bytes, find_networks, peak_bytes, training_memory, weight_memory, without_memory,
 )
+from musekit.recipes.survey import data_report, tokenizer_data_report
 from musekit.models.lora import add_lora
 from musekit.models.inspection import num_parameters
 from musekit.core.losses import masked_cross_entropy, saved_bytes
@@ -92,7 +93,7 @@ def test_drawing_peak_is_that_of_the_real_model():
 
 def test_updates_take_gradients_and_optimizer_for_themselves_alone():
     whole, adapted = weight_memory(on_meta(BUILD["uvit"]), use_ema=True), weight_memory(on_meta(BUILD["updates"]), use_ema=True)
-    for part in ("gradients", "optimizer", "average"):
+    for part in ("gradients", "optimizer", "EMA weights"):
         assert adapted[part] < 0.2 * whole[part]
     assert whole["weights"] < adapted["weights"] < 1.2 * whole["weights"]
 
@@ -193,9 +194,11 @@ def test_train_with_check_prints_the_same(tmp_path, monkeypatch, capfd):
     outputs = []
     for command in (["check", "data=photos/"], ["train", "data=photos/", "--check"]):
         assert cli.main(command) == 0
-        outputs.append(capfd.readouterr().out)
+        lines = capfd.readouterr().out.splitlines()
+        assert any(line.startswith("bf16 ") for line in lines) != torch.accelerator.is_available()
+        outputs.append("\n".join(line for line in lines if not line.startswith("bf16 ")))  # measured anew
     assert outputs[0] == outputs[1] and "together, about" in outputs[0]
-    assert "data photos/: 5 pictures, 0.0 MB; a batch of 5 at 32x32 pixels, captions such as 'a picture of number 0'" in outputs[0]
+    assert "data photos/: 5 images, 0.0 MB; a batch of 5 at 32x32 pixels, captions such as 'a picture of number 0'" in outputs[0]
     assert [path.name for path in tmp_path.iterdir()] == ["photos"], "nothing was written"
 
 
@@ -255,7 +258,7 @@ def test_of_many_pictures_a_few_are_read(tmp_path, monkeypatch, capfd):
         if number % 35 == 0:
             Image.new("RGB", (40, 30)).save(path)
     assert cli.main(["check", "data=photos/"]) == 0
-    assert "1,100 pictures" in capfd.readouterr().out
+    assert "1,100 images" in capfd.readouterr().out
 
 
 def test_old_keys_are_told_once():

@@ -229,7 +229,7 @@ def test_a_model_of_texts_says_what_to_give(place, trained, here):
     model = "--model", "runs/small"
     assert_refused(here(place, "generate", *model), "at least one PROMPT", "a blue three")
     process = here(place, "inpaint", "photos/00.png", "photos/01.png", *model)
-    assert_refused(process, "at least one PROMPT", "for the whole picture")
+    assert_refused(process, "at least one PROMPT", "for the whole image")
     assert "--again" not in process.stderr
 
 
@@ -247,7 +247,7 @@ def test_a_log_gets_lines(place, trained, here, monkeypatch):
     assert process.returncode == 0 and "\r" not in process.stderr
     for steps in (10, 5, 10):  # of tokenizer, text encoder, transformer
         last = [line for line in lines if line.startswith(f"step {steps} of {steps}, loss=")]
-        assert last and all(re.search(r", 00:\d\d gone, 00:\d\d to go$", line) for line in last), lines
+        assert last and all(re.search(r", 00:\d\d elapsed, 00:\d\d left$", line) for line in last), lines
     assert "step 3 of 10" in process.stderr and any(line.startswith("train: batch 1, ") for line in lines)
     networks = "model.vq_model.pretrained=runs/small/vq_model", "model.text_encoder.pretrained=runs/small/clip"
     process = here(place, "encode", "small", f"data={place}/runs/small/data/train", *networks, "--out", "codes")

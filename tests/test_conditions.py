@@ -182,7 +182,7 @@ def test_classes_with_names(place, capsys):
     assert set(recipe.batches.networks.text_encoder.names) == set(range(10))
     draw = lambda *prompts: main(["generate", *prompts, "--model", str(recipe.folder), "--out", str(place / "named.png"), "--num-images", "1"])
     assert draw("the digit 4", "7") == 0
-    assert draw() == 2 and "name a class to draw: a number, 0 to 9, or the name of one, such as the digit 0" in capsys.readouterr().err
+    assert draw() == 2 and "name a class to generate: a number, 0 to 9, or the name of one, such as the digit 0" in capsys.readouterr().err
 
 
 def test_dropped_classes_are_the_mask_token(place):
@@ -387,7 +387,7 @@ def test_pre_encoded_refusals(place):
     with pytest.raises(ValueError, match="needs the images in every step"):
         configure(None, [*settings_of(place, "bad", clip(place)), *ready, "dataset.preprocessing.random_flip=true"])
     larger = configure(None, [*settings_of(place, "bad", clip(place)), *ready, "dataset.preprocessing.resolution=64"])
-    with pytest.raises(ValueError, match="holds pictures of 32 x 32 pixels, and dataset.preprocessing.resolution is 64"):
+    with pytest.raises(ValueError, match="holds images of 32 x 32 pixels, and dataset.preprocessing.resolution is 64"):
         train(larger, progress=False)
 
 

@@ -183,7 +183,7 @@ def test_a_folder_of_pictures_is_packed_by_one_process_alone(place, tmp_path, mo
     monkeypatch.setenv("WORLD_SIZE", "2")
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "photos" / "a.png")
-    with pytest.raises(ValueError, match="there are no shards in .*photos, and pictures in a folder are packed by one process"):
+    with pytest.raises(ValueError, match="there are no shards in .*photos, and images in a folder are packed by one process"):
         encode(place, tmp_path / "out", f"data={tmp_path}/photos")
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from hub_server import Hub
-from musekit.recipes.memory import data_report
+from musekit.recipes.survey import data_report
 from musekit.data.image_text import make_loader
 from musekit.data.packing import left_out
 from musekit.data.tokens import open_encoded
@@ -334,7 +334,7 @@ def test_strips_and_bombs(place, tmp_path):  # noqa: F811
     settings = [*settings_of(place, "strips", clip(place)), f"data={tmp_path}", "dataset.params.eval_shards_path_or_url=null",
                 f"experiment.output_dir={tmp_path}/run"]
     done = subprocess.run([sys.executable, "-c", STRIP, *settings], env=ENVIRONMENT, capture_output=True, text=True)
-    assert "1 unreadable: bomb.png (a picture that cannot be read: Image size (400000000 pixels) exceeds limit" in done.stderr
+    assert "1 unreadable: bomb.png (an image that cannot be read: Image size (400000000 pixels) exceeds limit" in done.stderr
     done = subprocess.run([sys.executable, "-c", STRIP, *settings, "dataset.params.skip_bad=true"], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     steps, kilobytes, seconds = done.stdout.splitlines()[-1].split()

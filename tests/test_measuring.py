@@ -80,7 +80,7 @@ SHARDS = "data={place}/train", "dataset.params.eval_shards_path_or_url={place}/t
     ([*SHARDS, "experiment.measure_features=digits"], "is for digits only"),
     ([*SHARDS, "experiment.measure_features=inception=nowhere.pth"], "no file nowhere.pth"),
     ([*SHARDS, "experiment.measure_features=dino=x"], "must be digits, inception=FILE or clip=FOLDER"),
-    ([SHARDS[0], "experiment.measure_features=clip=x"], "needs real pictures that are not trained on"),
+    ([SHARDS[0], "experiment.measure_features=clip=x"], "needs real images that are not trained on"),
     ([*DIGITS, "experiment.measure_samples=5"], "at least 20"),
 ])
 def test_what_cannot_be_measured(changes, told, place):

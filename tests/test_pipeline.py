@@ -202,6 +202,28 @@ def test_single_pictures_are_made_again_from_themselves(tasks, folder, tmp_path,
     assert "--singles taken/inside cannot be written" in capsys.readouterr().err
 
 
+def test_animate_writes_the_decoding_beside_the_sheet(tasks, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    how = ["--model", str(folder), "--num-images", "2", "--seed", "4", "--steps", "3"]
+    assert main(["generate", *PROMPTS[:2], *how, "--out", "alone.png"]) == 0
+    assert main(["generate", *PROMPTS[:2], *how, "--animate", "gifs/two.gif"]) == 0
+    assert capsys.readouterr().out.split() == ["alone.png", "generated.png", "gifs/two.gif"]
+    sheet = np.asarray(Image.open("generated.png").convert("RGB"), dtype=float)
+    assert np.array_equal(sheet, Image.open("alone.png").convert("RGB"))
+    with Image.open("gifs/two.gif") as gif:
+        assert gif.n_frames == 3 + 1
+        start = np.asarray(gif.convert("RGB"), dtype=float)
+        gif.seek(3)
+        assert np.abs(np.asarray(gif.convert("RGB"), dtype=float) - sheet).mean() < 6 < np.abs(start - sheet).mean()
+    assert main(["generate", PROMPTS[0], *how, "--animate", "two.mp4"]) == 2
+    assert "--animate two.mp4 is no GIF; give a name that ends in .gif" in capsys.readouterr().err
+    tasks["inpaint"].image.save("image.png")
+    tasks["inpaint"].mask.save("mask.png")
+    assert main(["inpaint", "image.png", "mask.png", PROMPTS[0], *how, "--out", "edited.png"]) == 0
+    assert main(["generate", "--again", "edited.png", "--animate", "edit.gif"]) == 2
+    assert "edited.png is an edit" in capsys.readouterr().err and not Path("edit.gif").exists()
+
+
 def test_generate_inpaint_and_again_on_the_command_line(tasks, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     drawn = lambda *words: main([str(word) for word in words]) == 0 and capsys.readouterr().out
@@ -221,7 +243,7 @@ def test_generate_inpaint_and_again_on_the_command_line(tasks, folder, tmp_path,
 
 
 @pytest.mark.parametrize("words, told", (
-    (["inpaint", "missing.png", "mask.png", "two"], "no picture missing.png"), (["inpaint", "here.png"], "MASK"),
+    (["inpaint", "missing.png", "mask.png", "two"], "no image missing.png"), (["inpaint", "here.png"], "MASK"),
     (["generate"], "is no pipeline"), (["generate", "--again", "here.png"], "holds no task"), (["generate", "two", "--set", "steps"], "KEY=VALUE"),
 ))
 def test_what_cannot_be_done_is_told_in_a_line(tmp_path, capsys, monkeypatch, words, told):
@@ -260,7 +282,7 @@ def test_a_picture_that_cannot_be_made_again_is_named(pipeline, folder, tmp_path
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     said = told(capsys, "generate", "--again", "../moved.png")
-    assert "../moved.png was drawn with runs/of/mine" in said and "--model" in said
+    assert "../moved.png was generated with runs/of/mine" in said and "--model" in said
     assert main(["generate", "--again", "../moved.png", "--model", "../runs/of/mine"]) == 0
 
 

@@ -226,7 +226,7 @@ def test_a_folder_from_end_to_end(place, here):
     assert read_log(folder)[-2]["skipped"] >= 1, "the broken file was counted, not hidden"
     assert VQ_MODELS["vqgan"].from_pretrained(folder).codebook_size == 32
 
-    hint = process.stdout.splitlines()[-1].split("train with it, on pictures with captions: ")[1]
+    hint = process.stdout.splitlines()[-1].split("train with it, on images with captions: ")[1]
     words = ["data=photos" if word.startswith("data=") else word for word in shlex.split(hint)]  # those have captions
     tiny = [word for word in TINY if "vq_model" not in word]
     trained = here(place, *words[1:], *tiny, "output=runs/whole")

@@ -21,7 +21,7 @@ socket.send_fds(server, [json.dumps(asked).encode()], [0, 1, 2])
 sys.exit(int(server.recv(16) or b"1"))
 """
 PRELOADED = [
-    "musekit.recipes.memory", "musekit.recipes.demo", "musekit.recipes.encode", "musekit.evaluation.evaluate", "musekit.plots", "musekit.inference.sheets", "musekit.cli",
+    "musekit.recipes.memory", "musekit.recipes.survey", "musekit.recipes.demo", "musekit.recipes.encode", "musekit.evaluation.evaluate", "musekit.plots", "musekit.inference.sheets", "musekit.cli",
     "musekit.shards.command", "musekit.models.uvit", "sklearn.datasets", "sklearn.linear_model", "transformers.optimization",
     "torch._dynamo", "accelerate.commands.launch", "torch.distributed.launcher.api",
 ]

@@ -22,10 +22,11 @@ def _run_demo(options):
 def add_demo(commands):
     "Adds the parser of `musekit demo` and returns it."
     parser = commands.add_parser(
-        "demo", help="train on real handwriting, draw unseen prompts, score the result",
+        "demo", help="train on real handwriting, generate unseen prompts, score the result",
         description="Trains an image tokenizer, a text encoder and a masked generative transformer on 1,797 "
-        "real handwritten digits in many colours, draws held-out prompts, and scores them with a classifier "
-        "of real digits. About ten minutes on two cores; no network. The same command resumes a stopped run.",
+        "real handwritten digits in many colours, generates held-out prompts, and scores the images with a "
+        "classifier of real digits. About ten minutes on two cores; no network. The same command resumes a "
+        "stopped run.",
         epilog="Writes samples.png, decoding.png, training.png, stages.png, confusion.png, results.json and "
         "pipeline/ (for musekit generate) into the folder.",
     )
@@ -34,6 +35,6 @@ def add_demo(commands):
     add("--out", default="runs/demo", metavar="FOLDER", help="folder of the run (default: %(default)s)")
     add("--seed", type=number_between(0), default=0, help="seed of all random numbers (default: %(default)s)")
     add("--prompts", type=number_between(1, 400), default=400, metavar="N",
-        help="held-out prompts to draw and score, 1 to 400 (default: %(default)s)")
+        help="held-out prompts to generate and score, 1 to 400 (default: %(default)s)")
     parser.set_defaults(run=_run_demo, words="overrides", resumes=True)
     return parser

@@ -49,7 +49,7 @@ def _quality_config(options):
     )
 
 
-_DESCRIPTION = """Draws images for the captions of real images, or for the prompts of a file, and computes
+_DESCRIPTION = """Generates images for the captions of real images, or for the prompts of a file, and computes
 Fréchet and kernel distance, precision, recall, prompt alignment, and the Inception score."""
 
 _EXAMPLES = """examples:
@@ -68,7 +68,7 @@ def add_evaluate(commands):
     add, whole = parser.add_argument, number_between(1)
     add("model", metavar="MODEL", help="folder of a run or a pipeline, or hub id")
     add("data", nargs="+", metavar="data=...", help="held-out data: digits, images with captions, or shards")
-    add("--samples", type=whole, default=1000, metavar="N", help="images to draw (default: %(default)s)")
+    add("--samples", type=whole, default=1000, metavar="N", help="images to generate (default: %(default)s)")
     add("--real", type=whole, metavar="N", help="real images to take (default: all)")
     add("--features", metavar="WHAT", help="digits, inception=FILE or clip=FOLDER (default: digits)")
     add("--judge", metavar="WHAT", help="for prompt alignment: digits or clip=FOLDER (default: the features)")
@@ -80,7 +80,7 @@ def add_evaluate(commands):
         add(f"--{field}-field", metavar="NAME",
             help=f"column or JSON key of the data's {field} (default: the usual ones)")
     add("--seed", type=number_between(0), default=0, help="seed of all randomness (default: %(default)s)")
-    add("--batch-size", type=whole, metavar="N", help="images drawn at once (default: 64)")
+    add("--batch-size", type=whole, metavar="N", help="images generated at once (default: 64)")
     add_decoding_options(parser)
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting of decoding, "
         "such as sampler=halton or guidance_schedule=linear")

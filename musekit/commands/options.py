@@ -78,7 +78,7 @@ def add_decoding_options(parser):
 # %% ../../nbs/10_commands/02_options.ipynb #0560ff9e
 def check_writable(
     folder: str,  # created if it does not exist
-    option: str,  # for the message, with its value: --out pictures
+    option: str,  # for the message, with its value: --out images
 ):
     "Raises OSError if no file can be written into a folder."
     try:

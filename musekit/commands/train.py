@@ -17,7 +17,9 @@ from musekit.commands.options import (
 # %% ../../nbs/10_commands/04_train.ipynb #4c4ed268
 def _run_check(options):
     from musekit.recipes.configure import configure
-    from musekit.recipes.memory import data_report, memory_report
+    from musekit.recipes.memory import memory_report
+    from musekit.recipes.precision import bf16_report
+    from musekit.recipes.survey import data_report
     from musekit.training.config import describe
     from musekit.training.optim import check_library
 
@@ -25,7 +27,8 @@ def _run_check(options):
     paths, settings = files_and_settings("check", options.arguments)
     config = configure(paths, settings)
     most = None if vars(options).get("all") else 60
-    print(describe(config, most=most), memory_report(config), sep="\n\n", end="\n\n")
+    parts = [describe(config, most=most), memory_report(config), bf16_report(config)]
+    print(*filter(None, parts), sep="\n\n", end="\n\n")
     try:
         check_library(config)
     except ValueError as error:
@@ -36,9 +39,10 @@ def _run_check(options):
 _CHECK = """Checks a configuration of musekit train and its data.
 
 Prints the settings that differ from the default or have a short name, with their meanings, the
-parameters of the networks, and the memory of training and of drawing; then finds the data, counts
-them and decodes a first batch. Nothing is trained or written, nothing large is built, and of remote
-data only the first batch is read. The same as musekit train --check."""
+parameters of the networks, and the memory of training and of sampling; without a GPU, measures in
+half a second whether mixed_precision=bf16 is faster; then finds the data, counts them and decodes a
+first batch. Nothing is trained or written, nothing large is built, and of remote data only the first
+batch is read. The same as musekit train --check."""
 
 _CHECK_EXAMPLES = """examples:
   musekit check data=photos/
@@ -75,11 +79,11 @@ def _run_train(options):
 
 
 def _print_next(recipe):
-    "Prints the command that draws with a trained model."
+    "Prints the command that generates with a trained model."
     from musekit.training.config import condition_of
 
     folder = recipe.folder / "pipeline"
-    if not folder.is_dir():  # trained on encoded data, without the networks that draw
+    if not folder.is_dir():  # trained on encoded data, without the networks that decode
         return
     model = shlex.quote(str(folder))
     prompt = {"class": "0 ", "nothing": ""}.get(condition_of(recipe.config), '"a prompt" ')

@@ -24,7 +24,7 @@ def _run_train_tokenizer(options):
     paths, settings = files_and_settings("train-tokenizer", options.arguments)
     config = configure_tokenizer(paths, settings)
     if options.check:
-        from musekit.recipes.memory import tokenizer_data_report
+        from musekit.recipes.survey import tokenizer_data_report
 
         print(describe_tokenizer(config), end="\n\n")
         return print_data_report(options, lambda: tokenizer_data_report(config, folder_of(paths)))
@@ -34,7 +34,7 @@ def _run_train_tokenizer(options):
     if trainer.accelerator.is_main_process:
         folder = trainer.output_dir
         print(describe_report(final_report(folder)))
-        print(f"model in {folder}, pictures in {folder}/reconstructions.png; train with it, on pictures with "
+        print(f"model in {folder}, images in {folder}/reconstructions.png; train with it, on images with "
               f"captions: {_train_with_tokenizer(config, folder)}")
 
 

@@ -67,7 +67,8 @@ def generate_ids(logits_fn: Callable[[Tensor, Tensor, int], Tensor],  # (ids, hi
         hidden = _remask(sampler, state)
         ids = hide_tokens(sampled, hidden, noise, generator)
         record = {"sampled": sampled, "ids": ids, "confidence": confidence, "hidden": hidden}
-        records += [record] * (return_steps and any_hidden)
+        if return_steps and any_hidden:
+            records.append(record)
         if callback and any_hidden:
             callback(step, record)
     return (ids, records) if return_steps else ids
@@ -138,10 +139,10 @@ def plot_ids(rows: list[Tensor],  # each (B, N) or (N,) int64: one line of image
     colours = plt.get_cmap("Greys").with_extremes(over="tomato")
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[], frame_on=False)
-    for index, (line, pictures) in enumerate(zip(lines, axes)):
-        for ids, axis in zip(line, pictures):
+    for index, (line, row_axes) in enumerate(zip(lines, axes)):
+        for ids, axis in zip(line, row_axes):
             axis.imshow(ids, cmap=colours, vmin=0, vmax=mask_token_id - 1, interpolation="nearest")
         if names:
-            pictures[0].set_ylabel(names[index], rotation=0, ha="right", va="center", fontsize=8)
+            row_axes[0].set_ylabel(names[index], rotation=0, ha="right", va="center", fontsize=8)
     plt.close(figure)
     return figure

@@ -39,12 +39,12 @@ def mean_by_bucket(values: Tensor,  # (B,) one number per image
     return sums / counts
 
 # %% ../../nbs/01_core/08_diagnostics.ipynb #bf83e8ca
-def _hidden_rows(logits: Tensor, mask: Tensor) -> Tensor:
+def _masked_rows(logits: Tensor, mask: Tensor) -> Tensor:
     "Logits of the masked tokens, (M, V) float32, in row-major order."
     rows = logits[mask] if logits.dim() == 3 else logits
     if len(rows) != int(mask.sum()):
-        raise ValueError(f"{len(rows)} rows of logits for {int(mask.sum())} hidden tokens; "
-                         "pass (B, N, V), or the hidden rows (M, V)")
+        raise ValueError(f"{len(rows)} rows of logits for {int(mask.sum())} masked tokens; "
+                         "pass (B, N, V), or the masked rows (M, V)")
     return rows.float()
 
 
@@ -59,14 +59,14 @@ def token_entropy(logits: Tensor,  # (B, N, V), or the masked rows (M, V)
                   mask: Tensor  # (B, N) bool, True where masked
                  ) -> Tensor:  # (B,) in nats, 0 .. ln V
     "Mean entropy of the predictions for each image's masked tokens."
-    return _mean_per_image(torch.special.entr(_hidden_rows(logits, mask).softmax(-1)).sum(-1), mask)
+    return _mean_per_image(torch.special.entr(_masked_rows(logits, mask).softmax(-1)).sum(-1), mask)
 
 
 def image_entropy(logits: Tensor,  # (B, N, V), or the masked rows (M, V)
                   mask: Tensor  # (B, N) bool, True where masked
                  ) -> Tensor:  # (B,) in nats, 0 .. ln V
     "Entropy of the mean prediction over each image's masked tokens."
-    mean = _mean_per_image(_hidden_rows(logits, mask).softmax(-1), mask)
+    mean = _mean_per_image(_masked_rows(logits, mask).softmax(-1), mask)
     return torch.special.entr(mean).sum(-1)
 
 # %% ../../nbs/01_core/08_diagnostics.ipynb #06dede06
@@ -76,7 +76,7 @@ def image_cross_entropy(logits: Tensor,  # (B, N, V), or the masked rows (M, V)
                         label_smoothing: float = 0.0  # as in training
                        ) -> Tensor:  # (B,) in nats
     "Mean cross-entropy over each image's masked tokens."
-    rows = _hidden_rows(logits, mask)
+    rows = _masked_rows(logits, mask)
     losses = F.cross_entropy(rows, labels[mask], label_smoothing=label_smoothing, reduction="none")
     return _mean_per_image(losses, mask)
 
@@ -87,7 +87,7 @@ def token_probability_histogram(logits: Tensor,  # (B, N, V), or the masked rows
                                 lowest: float = -8.0  # log10, the first bin's edge
                                ) -> Tensor:  # (10, bins) float32, rows sum to 1, nan where empty
     "Histogram of log10 of the predicted probabilities of all ids, per tenth of the mask ratio."
-    log_probs = _hidden_rows(logits, mask).log_softmax(-1) / math.log(10)
+    log_probs = _masked_rows(logits, mask).log_softmax(-1) / math.log(10)
     index = ((log_probs / -lowest + 1) * bins).long().clamp(0, bins - 1)
     bucket = mask_bucket(mask)[mask.nonzero()[:, 0]]
     flat = (bucket[:, None] * bins + index).flatten()
@@ -127,7 +127,7 @@ def plot_by_bucket(curves: dict[str, Tensor],  # names to (10,) values, from `di
         axis.plot(centres[present], values.cpu()[present], marker="o", markersize=3, label=name)
     if reference is not None:
         axis.axhline(reference, color="grey", linestyle=":")
-    axis.set(xlabel="masking ratio", ylabel="nats", xlim=(0, 1))
+    axis.set(xlabel="mask ratio", ylabel="nats", xlim=(0, 1))
     axis.legend(fontsize="small")
     return axis.figure
 
@@ -141,7 +141,7 @@ def plot_token_probabilities(histogram: Tensor,  # (10, bins), from `token_proba
     figure, axis = plt.subplots(figsize=(5.5, 2.8), layout="constrained")
     style = dict(aspect="auto", origin="lower", cmap="Greys", extent=(lowest, 0, 0, 1), vmin=0)
     image = axis.imshow(histogram.cpu().numpy(), **style)
-    axis.set(xlabel="log10 of the probability", ylabel="masking ratio")
+    axis.set(xlabel="log10 of the probability", ylabel="mask ratio")
     figure.colorbar(image, label="share of the ids")
     plt.close(figure)
     return figure

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOISE_TYPES', 'IGNORE_INDEX', 'uniform_noise', 'sample_ratios', 'num_masked_tokens', 'random_mask', 'contiguous_mask',
-           'plot_masks', 'MaskingConfig', 'hide_tokens', 'loss_weights', 'MaskedTokens', 'mask_tokens',
-           'drop_conditions']
+           'MaskingConfig', 'hide_tokens', 'loss_weights', 'MaskedTokens', 'mask_tokens', 'drop_conditions']
 
 # %% ../../nbs/01_core/02_masking.ipynb #828710c6
 from dataclasses import dataclass
@@ -83,29 +82,6 @@ def contiguous_mask(ratios: Tensor,  # (B,) in [0, 1]
     x = torch.arange(columns, device=ratios.device).repeat(rows)
     inside_rows = (y >= top) & (y < top + height[:, None])
     return inside_rows & (x >= left) & (x < left + width[:, None])
-
-# %% ../../nbs/01_core/02_masking.ipynb #f12d0532
-def plot_masks(mask: Tensor,  # (B, N) bool
-               grid: tuple[int, int],  # (height, width), their product N
-               columns: int = 8,  # pictures per line
-               titles: list[str] | None = None  # one per row; None: the fraction masked
-              ):  # the matplotlib figure
-    "The masks of a batch as small pictures; dark is masked."
-    import matplotlib.pyplot as plt
-
-    lines = -(-len(mask) // columns)
-    size = (1.25 * columns, 1.45 * lines)
-    figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for i, (row, axis) in enumerate(zip(mask.cpu(), axes.flat)):
-        shade = row.view(grid) * 0.75 + 0.1
-        axis.pcolormesh(shade, cmap="Greys", vmin=0, vmax=1, edgecolors="white", linewidth=0.3)
-        axis.invert_yaxis()
-        axis.set_aspect("equal")
-        axis.set_title(titles[i] if titles else f"{float(row.float().mean()):.0%}", fontsize=8)
-    plt.close(figure)
-    return figure
 
 # %% ../../nbs/01_core/02_masking.ipynb #b42736f6
 NOISE_TYPES = ("mask", "random_replace")

@@ -82,7 +82,12 @@ _samplers: dict[str, Callable] = {}
 
 def register_sampler(name: str) -> Callable:  # a decorator that returns the function unchanged
     "Register a sampler `f(state, **options) -> (B, N) bool` by name; a later one replaces it."
-    return lambda function: _samplers.update({name: function}) or function
+
+    def decorate(function: Callable) -> Callable:
+        _samplers[name] = function
+        return function
+
+    return decorate
 
 
 def sampler_names() -> list[str]:  # sorted

@@ -53,7 +53,7 @@ def opened_picture(
     except UnidentifiedImageError as error:
         raise ValueError(f"not a file of the kinds {', '.join(readable)}") from error
     except _BROKEN as error:
-        raise ValueError(f"a picture that cannot be read: {one_line(error)}") from error
+        raise ValueError(f"an image that cannot be read: {one_line(error)}") from error
 
 
 def upright_size(
@@ -140,8 +140,8 @@ def as_array(values):
     return (values.float() if values.is_floating_point() else values).detach().cpu().numpy()
 
 
-def _no_picture(image):
-    allowed = ("a picture is a PIL image, an array (height, width, 3) of bytes or of floats in [0, 1], or a "
+def _unusable(image):
+    allowed = ("an image is a PIL image, an array (height, width, 3) of bytes or of floats in [0, 1], or a "
                "tensor (3, height, width)")
     kind = type(image).__name__
     if not hasattr(image, "shape"):
@@ -162,10 +162,10 @@ def read_picture(
     usable = isinstance(pixels, np.ndarray) and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size
     floats = usable and np.issubdtype(pixels.dtype, np.floating)
     if not usable or not (floats or pixels.dtype == np.uint8):
-        raise _no_picture(image)
+        raise _unusable(image)
     if floats and not (-0.01 <= pixels.min() and pixels.max() <= 1.01):
         span = f"{pixels.min():g} to {pixels.max():g}"
-        raise ValueError(f"a picture's floats are in [0, 1], these from {span}; scale them")
+        raise ValueError(f"an image's floats are in [0, 1], these from {span}; scale them")
     return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8) if floats else pixels)
 
 

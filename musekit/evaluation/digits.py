@@ -57,7 +57,8 @@ class DigitJudge:
     "Reads digit, ink and paper of an image; trained on real handwriting alone."
 
     def __init__(self):
-        data, (train, test) = load_digits(), split_samples()
+        data = load_digits()
+        train, test = split_samples()
         coverage = np.stack([enlarge(image).ravel() for image in data.images])
         self.train_coverage, self.train_digits = coverage[train], data.target[train]
         self.test_coverage = coverage[test]
@@ -115,7 +116,8 @@ def format_score(score: dict) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [" " * width + "  images  digit    ink  paper  all three"]
     for name, shares in rows:
-        joint, count = shares["joint"], shares["count"]
+        joint = shares["joint"]
+        count = shares["count"]
         error = 100 * (joint * (1 - joint) / count) ** 0.5
         claims = "".join(f"{100 * shares[claim]:7.1f}" for claim in CLAIMS)
         lines.append(f"{name:<{width}}{count:8d}{claims}{100 * joint:7.1f} ± {error:.1f}")

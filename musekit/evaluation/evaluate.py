@@ -133,7 +133,8 @@ def draw_images(
 
 def _doubts(real, fake):
     "Reasons not to trust the numbers."
-    width, fewest = len(real.mean), min(real.count, fake.count)
+    width = len(real.mean)
+    fewest = min(real.count, fake.count)
     doubts = []
     if fewest < 2 * width:
         doubts.append(f"{fewest} images for {width} features: the Fréchet distance is biased far upwards")
@@ -166,7 +167,8 @@ def evaluate(
     if not isinstance(real, FeatureTable):
         real = collect_features(real, extractor, keep=config.keep, seed=config.seed)
     classifier = classifier or _own_classifier(extractor)
-    alignments, probabilities = [], []
+    alignments = []
+    probabilities = []
 
     def batches():
         for batch, pixels in draw_images(pipeline, prompts, config, progress):

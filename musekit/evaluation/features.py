@@ -99,7 +99,8 @@ class FeatureTable:
             table.mean, table.scatter, table.kept = (tensors[n] for n in ("mean", "scatter", "features"))
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path} holds no table of features ({error!r}); write it again") from error
-        table.kept, table.rng = list(table.kept), np.random.default_rng(table.count)
+        table.kept = list(table.kept)
+        table.rng = np.random.default_rng(table.count)
         return table
 
 # %% ../../nbs/06_evaluation/01_features.ipynb #c0c1a013
@@ -120,7 +121,8 @@ def collect_features(
     "The feature table of a set of images."
     if getattr(extractor, "training", False):
         raise ValueError(f"{extractor_name(extractor)} is in training mode; call its .eval() first")
-    table, device = FeatureTable(extractor_name(extractor), keep, seed), None
+    table = FeatureTable(extractor_name(extractor), keep, seed)
+    device = None
     if isinstance(extractor, nn.Module):
         device = next((weight.device for weight in extractor.parameters()), None)
     for batch in batches:
@@ -187,10 +189,13 @@ class _Block(nn.Module):
 
     def __init__(self, inputs, chains, pool):
         super().__init__()
-        self.pool, self.halves, self.chains = pool, "_pool" not in chains, {}
+        self.pool = pool
+        self.halves = "_pool" not in chains
+        self.chains = {}
         self.width = inputs * self.halves
         for chain, steps in chains.items():
-            names, width = [], inputs
+            names = []
+            width = inputs
             for number, step in enumerate(steps, 1):
                 step = step if isinstance(step, list) else [step]
                 stem = f"branch{chain}_{number}" if len(steps) > 1 else f"branch{chain}"
@@ -199,7 +204,8 @@ class _Block(nn.Module):
                 for name, (outputs, kernel) in zip(names[-1], step):
                     self.add_module(name, _Convolution(width, outputs, kernel, 1 + halve, not halve))
                 width = sum(outputs for outputs, _ in step)
-            self.chains[chain], self.width = names, self.width + width
+            self.chains[chain] = names
+            self.width += width
 
     def forward(self, x):
         results = []
@@ -243,7 +249,8 @@ class InceptionFeatures(nn.Module):
         if classes != 1008:
             raise ValueError(f"{path} is an Inception of {classes} classes; the one whose distances are "
                              "published has 1008: pt_inception-2015-12-05-6726825d.pth")
-        network, batches = cls(), "num_batches_tracked"  # an unused count
+        network = cls()
+        batches = "num_batches_tracked"  # an unused count
         class_weights = weights.get("fc.weight")
         weights = {name: value for name, value in weights.items()
                    if not name.startswith(("fc.", "AuxLogits.")) and not name.endswith(batches)}
@@ -275,7 +282,8 @@ class ClipFeatures(nn.Module):
 
     def __init__(self, model: CLIPModel, tokenizer, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
         super().__init__()
-        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
         self.register_buffer("centre", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("spread", torch.tensor(std).view(3, 1, 1))
         self.name = f"clip-{model.config.vision_config.image_size}-{model.config.projection_dim}"

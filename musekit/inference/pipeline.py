@@ -20,9 +20,12 @@ from torch import Tensor, nn
 
 from ..core.guidance import GenerationConfig, generate_guided, start_ids
 from ..core.masking import random_mask
-from ..data.masks import fade_tokens, read_mask, token_mask
+from ..data.grids import check_gif, prompt_grid, write_gif
+from ..data.masks import fade_tokens, read_mask, token_mask, with_masked_start
 from ..data.pictures import read_picture, to_images, to_pixels
-from .prompts import DIFFUSERS_NAMES, from_diffusers_names, negative_conditions, prompt_conditions
+from musekit.inference.prompts import (
+    DIFFUSERS_NAMES, from_diffusers_names, negative_conditions, prompt_conditions, prompt_list,
+)
 from musekit.models.pipeline_folder import (
     load_pipeline_networks, save_amused_networks, save_pipeline_networks,
 )
@@ -257,6 +260,32 @@ class ImagePipeline(TokenPipeline):
         images = finish(ids, torch.zeros_like(ids, dtype=torch.bool))
         steps = [finish(record["sampled"], record["hidden"]) for record in records]
         return (images, steps) if return_steps else images
+
+    def animate(
+        self,
+        prompts: str | int | list[str] | list[int] | None = None,  # numbers are class labels
+        path: str | Path | None = None,  # of a GIF to write; None: only return the frames
+        *,
+        seconds: float = 0.15,  # that each step is shown
+        scale: float | None = None,  # of the images, see `image_grid`
+        **options,  # of `__call__`, but for those of edits and outputs
+    ) -> list[Image.Image]:
+        "The decoding of all images: a grid in which all is masked, and one after each step."
+        options = from_diffusers_names(options, prompts=prompts)
+        prompts = options.pop("prompts")
+        if path is not None:
+            check_gif(path)
+        barred = {"image", "mask", "ratio", "start", "output_type", "postprocess", "return_steps"}
+        barred = {name for name in barred if options.get(name) is not None}
+        if names := ", ".join(sorted(barred)):
+            raise ValueError(f"{names} cannot be set: an animation shows images generated from prompts")
+        images, steps = self(prompts, return_steps=True, **options)
+        captions = [""] if prompts is None else prompt_list(prompts)
+        captions = captions if len(images) % len(captions) == 0 else [""] * len(images)
+        frames = [prompt_grid(step, captions, scale=scale) for step in with_masked_start(steps)]
+        if path is not None:
+            write_gif(frames, path, seconds)
+        return frames
 
     def _with_grid(self, options):
         "The options with height and width, in pixels, replaced by a grid."

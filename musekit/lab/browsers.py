@@ -147,7 +147,7 @@ class TarShard:
     def __len__(self):
         return len(self.keys)
 
-    def __getitem__(self, number: int) -> dict:  # key, picture (encoded bytes or None), text, facts
+    def __getitem__(self, number: int) -> dict:  # key, image (encoded bytes or None), text, facts
         "A sample; the text of an invalid one is the error."
         key = self.keys[number]
         members = {}
@@ -158,8 +158,8 @@ class TarShard:
         try:
             sample = read_sample(members, self.layout)
         except ValueError as error:
-            return {"key": key, "picture": None, "text": f"unusable: {error}", "facts": {}}
-        return {"key": key, "picture": sample.image, "text": sample.text, "facts": sample.metadata}
+            return {"key": key, "image": None, "text": f"unusable: {error}", "facts": {}}
+        return {"key": key, "image": sample.image, "text": sample.text, "facts": sample.metadata}
 
 # %% ../../nbs/09_lab/06_browsers.ipynb #0980d2e2
 class ParquetShard:
@@ -193,9 +193,9 @@ class ParquetShard:
         row = {name: column[0] for name, column in cells.items()}
         facts = {name: _short(row[name]) for name in row if name not in (self.text, *self.image_columns)}
         images = (_bytes(row[name]) for name in self.image_columns)
-        picture = next((data for data in images if data is not None), None)
+        image = next((data for data in images if data is not None), None)
         text = "" if row.get(self.text) is None else str(row[self.text])
-        return {"key": f"row {number}", "picture": picture, "text": text, "facts": facts}
+        return {"key": f"row {number}", "image": image, "text": text, "facts": facts}
 
 
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*",
@@ -251,12 +251,12 @@ def _decode(data):
     if data is None:
         return None, ""
     try:
-        picture = open_picture(data)
+        image = open_picture(data)
     except ValueError as error:
         return None, f"unreadable image of {len(data):,} bytes: {error}"
-    width, height = picture.size
+    width, height = image.size
     box = 0, 0, min(width, 16 * height), min(height, 16 * width)  # the beginning of a long strip
-    return picture.crop(box), ""
+    return image.crop(box), ""
 
 # %% ../../nbs/09_lab/06_browsers.ipynb #c459052d
 _STYLE = """<style>
@@ -281,12 +281,12 @@ def _error_html(error):
 
 
 def _card(sample):
-    decoded, error = _decode(sample["picture"])
+    decoded, error = _decode(sample["image"])
     image = _error_html(error)
     wide = "" if decoded or error else " class='wide'"
     if decoded:
         size = "small" if max(decoded.size) <= 80 else "large"
-        data = base64.b64encode(sample["picture"]).decode()
+        data = base64.b64encode(sample["image"]).decode()
         image = f"<img class='{size}' src='data:image/*;base64,{data}'>"
     text = html.escape(sample["text"][:600] + ("..." if len(sample["text"]) > 600 else ""))
     facts = html.escape(json.dumps(sample["facts"], default=str, ensure_ascii=False)[:1500])

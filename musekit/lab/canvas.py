@@ -153,7 +153,7 @@ class PaintCanvas(anywidget.AnyWidget):
         "Replaces the image by one of the same size; the paint stays."
         if image.size != (self.width, self.height):
             raise ValueError(f"the canvas is {self.width} x {self.height}, "
-                             f"the picture {image.width} x {image.height}")
+                             f"the image {image.width} x {image.height}")
         self.picture = to_png(image.convert("RGB"))[0]
 
     def clear(self):
@@ -177,12 +177,13 @@ class InpaintingCanvas(Closing):
         self.brush = slider("brush", self.canvas.brush, 1, max(self.image.size) // 2)
         self.steps = slider("steps", settings.steps, 1, 64)
         self.guidance = slider("guidance", float(settings.guidance_scale), 0.0, 10.0)
-        self.said = widgets.HTML("Paint on the picture, with Shift to take paint off.")
+        self.status = widgets.HTML("Paint on the image; with Shift, erase.")
         widgets.link((self.brush, "value"), (self.canvas, "brush"))
-        self.canvas.observe(self._tell_paint, "mask")
+        self.canvas.observe(self._report_paint, "mask")
         acts = {"Fill": self.fill, "Back": self.back, "Wipe": self.wipe}
         self.buttons = [self._button(name, act) for name, act in acts.items()]
-        controls = [self.prompt, self.brush, self.steps, self.guidance, widgets.HBox(self.buttons), self.said]
+        buttons = widgets.HBox(self.buttons)
+        controls = [self.prompt, self.brush, self.steps, self.guidance, buttons, self.status]
         wrap = {"flex_flow": "row wrap"}
         super().__init__([widgets.HBox([self.canvas, widgets.VBox(controls)], layout=wrap)])
 
@@ -190,7 +191,7 @@ class InpaintingCanvas(Closing):
         "Inpaints the painted region."
         mask, steps = self.canvas.painted, self.steps.value
         if not mask.any():
-            raise ValueError("there is no paint: paint over what should be filled")
+            raise ValueError("there is no paint: paint over what is to be inpainted")
         filled, = self.pipeline.inpaint(
             self.image, mask, self.prompt.value,
             steps=steps, guidance_scale=self.guidance.value, seed=self.seed,
@@ -203,19 +204,19 @@ class InpaintingCanvas(Closing):
     def back(self):
         "Undoes the last inpainting."
         if not self.earlier:
-            raise ValueError("this is the first picture")
-        self._show(self.earlier.pop(), "Back at the picture before.")
+            raise ValueError("this is the first image")
+        self._show(self.earlier.pop(), "Back at the image before.")
 
     def wipe(self):
         "Removes the paint."
         self.canvas.clear()
         self._say("No paint.")
 
-    def _tell_paint(self, change):
+    def _report_paint(self, change):
         self._say("Press Fill." if self.canvas.painted.any() else "No paint.")
 
     def _say(self, text):
-        self.said.value = text
+        self.status.value = text
 
     def _show(self, image, text):
         self.image = image

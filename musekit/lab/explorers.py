@@ -108,7 +108,7 @@ def plot_masking(
     shown = fade_tokens(shown, masked.mask[0], grid, 1.0) if noise_type == "mask" else shown
     hidden, total = int(masked.mask.sum()), masked.mask.numel()
     seen = [picture.crop((0, 0, *image.size)) for picture in (whole, shown, guess)]
-    captions = ["picture", f"{total} tokens", f"{hidden} hidden, {hidden / total:.0%}", "guessed at once"]
+    captions = ["image", f"{total} tokens", f"{hidden} masked, {hidden / total:.0%}", "predicted in one step"]
     scale = max(1, round(192 / max(image.size)))
     return image_grid([image, *seen], captions, 4, scale, Image.Resampling.NEAREST)
 
@@ -129,7 +129,7 @@ def explore_masking(
         return plot_masking(pipeline, images[number - 1], prompts[number - 1], **options)
 
     return Panel(draw, {
-        "number": slider("picture", 1, 1, len(images)), "ratio": slider("mask ratio", 0.6, 0.0, 1.0),
+        "number": slider("image", 1, 1, len(images)), "ratio": slider("mask ratio", 0.6, 0.0, 1.0),
         "rectangle": choice("shape", [("scattered", False), ("one rectangle", True)], False),
         "noise_type": choice("noise", list(NOISE_TYPES)), "seed": slider("seed", 0, 0, 20),
     })
@@ -278,5 +278,5 @@ def compare_settings(
     names = [(name.replace("_", " "), name) for name in values]
     return Panel(draw, {
         "prompt": words, "rows": choice("down", names, rows), "columns": choice("across", names, columns),
-        "seed": slider("seed", 0, 0, 50), "count": slider("pictures", count, 1, 4),
+        "seed": slider("seed", 0, 0, 50), "count": slider("images", count, 1, 4),
     }, button="Draw")

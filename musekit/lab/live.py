@@ -9,6 +9,7 @@ __all__ = ['LossCurve', 'Live', 'LiveTraining']
 import ctypes
 import html
 import os
+import statistics
 import threading
 import time
 import traceback
@@ -52,24 +53,27 @@ class LossCurve:
             self.means = [(one + other) / 2 for one, other in zip(self.means[::2], self.means[1::2])]
             self.stride *= 2
 
-    def smoothed(self, keep: float = 0.95) -> list[float]:
-        "The exponential moving average with the decay `keep` per step."
-        return smooth(self.means, keep**self.stride)
+    @property
+    def steps(self) -> list[float]:
+        "The middle of the steps of each mean."
+        return [(place + 0.5) * self.stride + 0.5 for place in range(len(self.means))]
+
+    def latest(self, steps: int = 20) -> float:
+        "The mean of the last losses, of about that many steps."
+        return statistics.fmean(self.means[-max(1, steps // self.stride) :])
 
 # %% ../../nbs/09_lab/05_live.ipynb #a8654f8d
 def _plot_losses(
     curve: LossCurve,
     evaluations: list[tuple[int, float]] = (),  # (step, loss)
-    keep: float = 0.95,  # decay of the moving average, per step
     figure: Figure | None = None,  # to plot into; None: a new one
 ) -> Figure:
-    "Losses, their moving average and the evaluations."
+    "Losses, as they are and smoothed, and the evaluations."
     figure = figure or Figure(figsize=(6.4, 2.6))
     figure.clear()
     axis = figure.add_axes((0.09, 0.18, 0.89, 0.74))
-    steps = [(place + 0.5) * curve.stride + 0.5 for place in range(len(curve.means))]
-    axis.plot(steps, curve.means, color="0.75", lw=1, label="loss")
-    axis.plot(steps, curve.smoothed(keep), color="tab:blue", lw=2, label="moving average")
+    axis.plot(curve.steps, curve.means, color="0.75", lw=1, label="loss")
+    axis.plot(curve.steps, smooth(curve.steps, curve.means), color="tab:blue", lw=2, label="smoothed")
     if evaluations:
         axis.plot(*zip(*evaluations), "o-", color="tab:orange", ms=4, label="evaluation")
     axis.set_xlabel("step", fontsize=9)
@@ -242,10 +246,10 @@ class LiveTraining(Closing):
         seconds, steps = time.perf_counter() - self.start_time, step - self.start_step
         words = [state or ("stopping" if self.running else "ready"), f"step {step:,} of {total:,}"]
         if self.live.curve.means:
-            words.append(f"loss {self.live.curve.smoothed()[-1]:.3f}")
+            words.append(f"loss {self.live.curve.latest():.3f}")
         if state == "running" and steps > 1:
             remaining = (total - step) * seconds / steps
-            words += [f"{steps / seconds:.1f} steps a second", f"{remaining:,.0f} s to go"]
+            words += [f"{steps / seconds:.1f} steps a second", f"{remaining:,.0f} s left"]
         self.bar.value = step
         self.status.value = html.escape(" · ".join(words))
         self.resume_button.disabled = state == "running"

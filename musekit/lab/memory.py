@@ -54,7 +54,7 @@ def learn_squares(pixels: Tensor,  # (B, 3, height, width) in [0, 1]
     some = squares[order[: 60 * codebook_size]].numpy()
     if len(some) < codebook_size:
         raise ValueError(f"{len(some)} squares make no {codebook_size} clusters; "
-                         "give more pictures or ask for fewer")
+                         "give more images, or a smaller codebook_size")
     clusters = MiniBatchKMeans(codebook_size, n_init=1, max_iter=20, random_state=seed).fit(some)
     return MosaicTokenizer(torch.tensor(clusters.cluster_centers_, dtype=torch.float32).clamp(0, 1))
 

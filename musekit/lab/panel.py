@@ -26,7 +26,7 @@ def to_png(picture: Figure | Image.Image,
         picture.savefig(file, format="png", dpi=96 * density)
         return file.getvalue(), round(picture.get_size_inches()[0] * 96)
     if not isinstance(picture, Image.Image):
-        raise ValueError(f"a picture is a matplotlib figure or a PIL image, not a {type(picture).__name__}")
+        raise ValueError(f"a panel shows a matplotlib figure or a PIL image, not a {type(picture).__name__}")
     picture.save(file, format="PNG")
     return file.getvalue(), picture.width
 

@@ -110,8 +110,8 @@ def draw_architecture(
         top = -0.7 - 0.4 * row
         middle = (min(conditioned) + max(conditioned)) / 2 + 0.4
         width = max(max(conditioned) - min(conditioned) + 0.8, 0.07 * len(text))
-        corner, color = (middle - width / 2, top - 0.26), _COLORS["condition"]
-        ax.add_patch(plt.Rectangle(corner, width, 0.26, fc=color, ec="0.3"))
+        corner = middle - width / 2, top - 0.26
+        ax.add_patch(plt.Rectangle(corner, width, 0.26, fc=_COLORS["condition"], ec="0.3"))
         ax.text(middle, top - 0.13, text, ha="center", va="center", fontsize=8)
         for i in conditioned:
             x = i + 0.4 + 0.2 * (row - (len(conditions) - 1) / 2)

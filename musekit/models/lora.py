@@ -38,7 +38,8 @@ def lora_targets(
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if target is None:
         inner = [name for name in names if "transformer_layers." in name]
-        target, names = TARGETS, inner or names
+        target = TARGETS
+        names = inner or names
     ends = sorted({name.rpartition(".")[2] for name in names})
     for end in target:
         if not any(f".{name}".endswith(f".{end}") for name in names):
@@ -179,7 +180,8 @@ def _find_updates(path):
 
 def _read_updates(path):
     "Layer -> role -> tensor, under the file's layer names."
-    layers, problems = {}, []
+    layers = {}
+    problems = []
     tensors = read_tensors(path)
     check_finite(tensors, path)
     for name, tensor in tensors.items():
@@ -217,7 +219,8 @@ def _layer_names(model):
 def _fit_updates(model, updates, path):
     "The updates by the model's layer names; those of a text encoder are skipped with a warning."
     names = _layer_names(model)
-    fitting, unmatched = {}, []
+    fitting = {}
+    unmatched = []
     plain = {re.sub(r"^lora_(unet|transformer)_", "", layer): parts for layer, parts in updates.items()}
     prefix = common_prefix(names, plain)
     for layer, parts in plain.items():
@@ -259,7 +262,8 @@ def _of_pattern(pattern, layer, default):
 def _lora_config(fitting, settings, scale):
     "peft's configuration of these updates: the commonest rank and alpha, and the exceptions."
     ranks = {layer: len(parts["A"]) for layer, parts in fitting.items()}
-    pattern, default = settings.get("alpha_pattern"), settings.get("lora_alpha")
+    pattern = settings.get("alpha_pattern")
+    default = settings.get("lora_alpha")
     alphas = {layer: _of_pattern(pattern, layer, default) for layer in fitting}
     alphas |= {layer: parts["alpha"].item() for layer, parts in fitting.items() if "alpha" in parts}
     alphas = {layer: scale * (ranks[layer] if alpha is None else alpha) for layer, alpha in alphas.items()}

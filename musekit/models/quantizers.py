@@ -151,7 +151,8 @@ class FiniteScalarQuantizer(Quantizer):
         if not levels or min(levels) < 2 or any(int(level) != level for level in levels):
             raise ValueError(f"levels {levels} must be one or more whole numbers of at least 2; "
                              "(8, 5, 5, 5) makes 1000 codes.")
-        self.num_embeddings, self.dim = math.prod(levels), len(levels)
+        self.num_embeddings = math.prod(levels)
+        self.dim = len(levels)
         places = [math.prod(levels[:i]) for i in range(len(levels))]
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         self.register_buffer("places", torch.tensor(places), persistent=False)
@@ -169,7 +170,8 @@ class FiniteScalarQuantizer(Quantizer):
 
     def forward(self, z):
         "(Codes of the shape of z (B, C, H, W), with gradient, ids (B, H*W) int64, a loss of 0)."
-        bounded, middle = self.project(self.flatten(z)), self.levels // 2
+        bounded = self.project(self.flatten(z))
+        middle = self.levels // 2
         digits = (bounded * middle).round().detach().long() + middle
         ids = (digits * self.places).sum(1).view(len(z), -1)
         through = bounded - bounded.detach()  # 0, with the gradient of the bounded vectors
@@ -244,7 +246,8 @@ def make_quantizer(
     "The quantizer of a configuration; ValueError for unknown parameters and contradictory sizes."
     if kind not in QUANTIZERS:
         raise ValueError(f"quantizer {kind!r} is unknown; choose one of {', '.join(map(repr, QUANTIZERS))}.")
-    params, sizes = dict(params or {}), {"num_embeddings": num_embeddings, "dim": dim}
+    params = dict(params or {})
+    sizes = {"num_embeddings": num_embeddings, "dim": dim}
     sizes = {name: size for name, size in sizes.items() if size is not None}
     if kind == "vq":
         params = {"num_embeddings": 1024, "dim": 256} | sizes | params

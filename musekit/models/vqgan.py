@@ -207,7 +207,8 @@ class Decoder(nn.Module):
         super().__init__()
         make = blocks(config)
         widths = [config.hidden_channels * factor for factor in config.channel_mult]
-        width, num_blocks = widths[-1], config.num_res_blocks + blocks.extra_blocks
+        width = widths[-1]
+        num_blocks = config.num_res_blocks + blocks.extra_blocks
         self.conv_in = nn.Conv2d(config.z_channels, width, 3, padding=1)
         self.mid = make.middle(width)
         self.up = nn.ModuleList()

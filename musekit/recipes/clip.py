@@ -196,9 +196,9 @@ def plot_similarity(embeddings: Tensor, labels: list[str]):
 
     rows = nn.functional.normalize(embeddings.float(), dim=-1)
     figure, axes = plt.subplots(figsize=(0.34 * len(labels) + 2.4, 0.34 * len(labels) + 0.6))
-    picture = axes.imshow(rows @ rows.T, cmap="viridis", vmin=-1, vmax=1)
+    drawn = axes.imshow(rows @ rows.T, cmap="viridis", vmin=-1, vmax=1)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_xticks([])
-    figure.colorbar(picture, shrink=0.8)
+    figure.colorbar(drawn, shrink=0.8)
     figure.tight_layout()
     return figure

@@ -90,7 +90,7 @@ def _check_measuring(config: Config):
     digits = params.train_shards_path_or_url == "digits" and held_out in (None, "digits")
     stored = run.measure_statistics and Path(run.measure_statistics).is_file()
     if not stored and (config.training.pre_encode or not (digits or held_out)):
-        raise ValueError(f"experiment.measure_every={run.measure_every} needs real pictures that are not "
+        raise ValueError(f"experiment.measure_every={run.measure_every} needs real images that are not "
                          "trained on: set dataset.params.eval_shards_path_or_url to some, or "
                          "experiment.measure_statistics to a file of their features (musekit evaluate "
                          "--statistics FILE writes one).")
@@ -148,7 +148,7 @@ def validate_encoding(config: Config):
         raise ValueError("encoding keeps one code a token; training.use_soft_code_target and "
                          "training.use_stochastic_code must be false")
     if config.dataset.preprocessing.random_flip:
-        raise ValueError("dataset.preprocessing.random_flip must be false: codes are of one view a picture")
+        raise ValueError("dataset.preprocessing.random_flip must be false: codes are of one view of an image")
     image_text_config(config)
 
 # %% ../../nbs/07_recipes/05_configure.ipynb #ee77b54d

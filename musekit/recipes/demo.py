@@ -53,15 +53,14 @@ def show_samples(
 ) -> Image.Image:
     "A grid with a row of `samples` images for each prompt."
     images = pipeline(prompts, num_images_per_prompt=samples, seed=seed)
-    captions = [prompt for prompt in prompts for _ in range(samples)]
-    return image_grid(images, captions, columns=samples)
+    return image_grid(images, prompts, columns=samples, title="Generated from prompts not seen in training")
 
 
 def save_pictures(pipeline: Pipeline, prompts: list[str], folder: str | Path, seed: int = 0):
     "Saves `samples.png` and `decoding.png`."
     show_samples(pipeline, prompts, seed=seed).save(Path(folder) / "samples.png")
     _, steps = pipeline(prompts[0], seed=seed, return_steps=True)
-    plot_decoding(steps).save(Path(folder) / "decoding.png")
+    plot_decoding(steps, title=prompts[0]).save(Path(folder) / "decoding.png")
 
 # %% ../../nbs/07_recipes/08_demo.ipynb #b309e492
 def peak_memory_gb() -> float:
@@ -147,16 +146,16 @@ def demo(
         return recipe
     folder = recipe.folder
     held_out = test_prompts(prompts)
-    plot_run(folder).savefig(folder / "training.png", dpi=150)
     pipeline = Pipeline.from_pretrained(folder / "pipeline", recipe.accelerator.device)
     with recipe.stage("judging"):
         results = measure(recipe, pipeline, held_out)
     with recipe.stage("pictures"):
         texts = [prompt["text"] for prompt in held_out[:: max(1, len(held_out) // 8)]][:8]
         save_pictures(pipeline, texts, folder, config.training.seed)
+        plot_run(folder).savefig(folder / "training.png", dpi=150)
         plot_confusion(results).savefig(folder / "confusion.png", dpi=150)
-        if not finished or not (folder / "stages.png").is_file():
-            plot_stages(recipe.seconds).savefig(folder / "stages.png", dpi=150)
+    if not finished or not (folder / "stages.png").is_file():
+        plot_stages(recipe.seconds).savefig(folder / "stages.png", dpi=150)
     seconds = {**recipe.seconds, "all": time.perf_counter() - start}
     costs = {"seconds": seconds, "peak_memory_gb": peak_memory_gb()}
     recipe.results = results | (_first_costs(folder, costs) if finished else costs)

@@ -76,7 +76,7 @@ def load_networks(config: Config) -> tuple[nn.Module, TextEncoder | None]:
     model = load_vq_model(config)
     if model.codebook_size > MOST_CODES:
         raise ValueError(f"{config.model.vq_model.pretrained} has {model.codebook_size:,} codes, and 16 bits "
-                         f"hold {MOST_CODES:,}; train on the pictures instead")
+                         f"hold {MOST_CODES:,}; train on the images instead")
     return model, load_text_encoder(config) if condition_of(config) == "text" else None
 
 # %% ../../nbs/07_recipes/06_encode.ipynb #a529dc7a
@@ -323,7 +323,7 @@ def _find_shards(config, options, base_dir, world_size):
                          "another folder")
     if world_size > 1:
         if located.pictures or not located.shards:
-            raise ValueError(f"there are no shards in {spec}, and pictures in a folder are packed by one "
+            raise ValueError(f"there are no shards in {spec}, and images in a folder are packed by one "
                              "process alone; encode them without a launcher, with --workers for more "
                              "processes")
         return located.shards

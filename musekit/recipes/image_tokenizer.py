@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'SMALL', 'TokenizerModel', 'ImageData', 'TokenizerConfig', 'hold_out', 'find_images', 'group_images',
-           'PictureReader', 'configure_tokenizer', 'unused_of_tokenizer', 'check_tokenizer', 'describe_tokenizer',
-           'make_tokenizer', 'train_tokenizer', 'final_report', 'describe_report']
+           'UnlabelledReader', 'configure_tokenizer', 'unused_of_tokenizer', 'check_tokenizer', 'describe_tokenizer',
+           'make_tokenizer', 'train_tokenizer', 'tokenizer_reading', 'final_report', 'describe_report']
 
 # %% ../../nbs/07_recipes/09_image_tokenizer.ipynb #4b0e47fa
 import json
@@ -129,7 +129,7 @@ def group_images(names: list[str]) -> list:
     return [tuple(shuffled[start::count]) for start in range(count)]
 
 
-class PictureReader(ShardReader):
+class UnlabelledReader(ShardReader):
     "Reads images without captions, from shards or groups of files."
 
     def samples(self, shard: str | tuple[str, ...]) -> Iterator[tuple[str, Sample]]:
@@ -279,7 +279,7 @@ def _train(config, accelerator, progress, base_dir):
     folder = Path(config.experiment.output_dir)
     train, held_out = on_main_process(lambda: _find_splits(config.dataset, folder, base_dir))
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    read = partial(make_loader, config=_reading(config), make_reader=PictureReader)
+    read = partial(make_loader, config=tokenizer_reading(config), make_reader=UnlabelledReader)
     examples = next(iter(read(held_out, training=False)))["pixel_values"][:8] if held_out else None
     trainer = VQTrainer(
         make_tokenizer(config), lambda start: read(train, training=True, start_batch=start, **place), config,
@@ -303,7 +303,8 @@ def _find_splits(data, folder, base_dir):
     return [group_images(part) for part in parts]
 
 
-def _reading(config):
+def tokenizer_reading(config: TokenizerConfig) -> ImageTextConfig:
+    "The settings of the image loader."
     data = config.dataset
     return ImageTextConfig(
         resolution=data.resolution, center_crop=data.center_crop, random_flip=data.random_flip,

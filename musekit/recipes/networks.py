@@ -59,12 +59,10 @@ def describe_vq_model(config: Config) -> nn.Module | None:
 
 
 def describe_text_encoder(config: Config) -> nn.Module | None:
-    "The text model of a configuration on the meta device; None if there is none on this machine."
+    "The text model of a configuration on the meta device; None where its config.json is not on this machine."
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5EncoderModel
 
     section = config.model.text_encoder
-    if condition_of(config) != "text":
-        return None
     cls = CLIPTextModelWithProjection if section.type == "clip" else T5EncoderModel
     with torch.device("meta"):
         if not section.pretrained:

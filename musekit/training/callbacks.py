@@ -195,15 +195,15 @@ def inpainting_sheet(make_pipeline: Callable, config: Config) -> Callable | None
 
 # %% ../../nbs/04_training/10_callbacks.ipynb #3ae107da
 def input_sheet(
-    pictures: list[Image.Image],  # the training images
+    images: list[Image.Image],  # the training images
     masks: Tensor,  # (B, N) bool
     grid: tuple[int, int],  # (height, width) in tokens
     captions: list[str],
 ) -> Image.Image:
     "A grid of images with captions, above the same images with their masks and mask ratios."
-    faded = [fade_tokens(picture, mask, grid) for picture, mask in zip(pictures, masks)]
+    faded = [fade_tokens(image, mask, grid) for image, mask in zip(images, masks)]
     ratios = [f"{ratio:.0%} masked" for ratio in masks.float().mean(1).tolist()]
-    return image_grid([*pictures, *faded], [*captions, *ratios], len(pictures))
+    return image_grid([*images, *faded], [*captions, *ratios], len(images))
 
 
 class FirstInputs(Callback):

@@ -45,8 +45,8 @@ def watched(work=None, show=None, **options):
         name = options.get("desc", "").replace("{", "{{").replace("}", "}}")
         name = name and f"{name}: "
         amount = "{n_fmt}{unit}" if options.get("unit_scale") else "{unit} {n_fmt}"
-        of, to_go = (" of {total_fmt}", ", {remaining} to go") if total else ("", "")
-        line_format = f"{name}{amount}{of}{{postfix}}, {{elapsed}} gone{to_go}"
+        of, left = (" of {total_fmt}", ", {remaining} left") if total else ("", "")
+        line_format = f"{name}{amount}{of}{{postfix}}, {{elapsed}} elapsed{left}"
         seldom = {"mininterval": LINE_EVERY, "delay": LINE_EVERY, "miniters": 1, "position": 0}
         options = {"file": _Lines(sys.stderr), "bar_format": line_format, **seldom, **options, "total": total}
     return tqdm(work, disable=hidden, **options)

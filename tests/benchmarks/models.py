@@ -3,12 +3,12 @@
     python tests/benchmarks/models.py                  # the CPU, hidden 384, 6 layers, 256 tokens, batch 8
     python tests/benchmarks/models.py --quick          # a small model, few repetitions: does everything run?
     python tests/benchmarks/models.py --compile        # ours through torch.compile as well
-    python tests/benchmarks/models.py --device cuda --bf16 --size amused --batch 32
+    python tests/benchmarks/models.py --device cuda --bf16 --size amused --batch 32   # bfloat16 alone
     python tests/benchmarks/models.py --profile        # and where the time goes, operator by operator
     python tests/benchmarks/models.py --threads 1 --cpu-time   # on a machine that is busy with other things
 
 Both models have the same weights, are checked to give the same logits, and run in turn in one process, so that whatever
-else the machine is doing meets both. A ratio is theirs / ours of one pair; median and 10-90 % of the pairs are printed. The
+else the machine is doing meets both; in float32, and again under bfloat16 autocast. A ratio is theirs / ours of one pair; median and 10-90 % of the pairs are printed. The
 peer's step is what its users write: logits for all tokens, F.cross_entropy with ignore_index, clipping, AdamW with its defaults. Ours is
 the trainer's: logits of masked tokens, masked_cross_entropy, the same clipping, AdamW with fused=True (optimizer.name: fused_adamw). Generation is 12
 guided steps from given text states to tokens; no image is decoded on either side.
@@ -265,7 +265,7 @@ def main():
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="of the CPU; all by default")
     parser.add_argument("--repeats", type=int, default=9, help="pairs of every measurement")
-    parser.add_argument("--bf16", action="store_true", help="train and draw under bfloat16 autocast, both")
+    parser.add_argument("--bf16", action="store_true", help="under bfloat16 autocast alone, without float32")
     parser.add_argument("--cpu-time", action="store_true", help="count processor seconds of this process, of all "
                         "its threads, not the clock's: with --threads 1 the load of others hardly shows")
     parser.add_argument("--compile", action="store_true", help="ours through torch.compile too")
@@ -277,9 +277,10 @@ def main():
     if options.threads:
         torch.set_num_threads(options.threads)
     clock = time.process_time if options.cpu_time else time.perf_counter
-    precision = contextlib.nullcontext
+    precisions = {"": contextlib.nullcontext, ", bf16": lambda: torch.autocast(device, torch.bfloat16)}
     if options.bf16:
-        precision = lambda: torch.autocast(device, torch.bfloat16)
+        del precisions[""]
+    precision = next(iter(precisions.values()))  # of the memory and the matrix products
 
     theirs, ours = make_pair(size, device)
     batches = [make_batch(ours, options.batch, device, seed) for seed in range(4)]
@@ -296,24 +297,32 @@ def main():
     flops = matrix_flops(steps[1])
 
     print(f"\n{'':34s}{'diffusers':>11s}{'musekit':>11s}{'ratio':>8s}   10 - 90 %     others' load")
-    times, load = race(steps, repeats, device, clock)
-    for who in range(1, len(steps)):
-        row("training step" + ", compiled" * (who - 1), times, load, who)
-    seconds = [min(of) for of in times[:2]]
-    with torch.no_grad(), precision():
-        forwards = [lambda: their_logits(theirs, batches[0]), lambda: our_logits(ours, batches[0])]
-        times, load = race(forwards, repeats, device, clock)
-        row("forward pass, all logits", times, load)
-        for rows in (1, 4):
-            contenders = [*generators(theirs, ours, rows, device)]
-            contenders += [generators(theirs, model, rows, device)[1] for model in models[1:]]
-            times, load = race(contenders, max(3, repeats // 2), device, clock)
-            for who in range(1, len(contenders)):
-                row(f"{STEPS} guided steps, batch {rows}" + ", compiled" * (who - 1), times, load, who)
+    seconds = []
+    for label, context in precisions.items():
+        for step in steps:
+            step.precision = context
+        times, load = race(steps, repeats, device, clock)
+        for who in range(1, len(steps)):
+            row("training step" + label + ", compiled" * (who - 1), times, load, who)
+        seconds = seconds or [min(of) for of in times[:2]]
+    for label, context in precisions.items():
+        with torch.no_grad(), context():
+            forwards = [lambda: their_logits(theirs, batches[0]), lambda: our_logits(ours, batches[0])]
+            times, load = race(forwards, repeats, device, clock)
+            row("forward pass, all logits" + label, times, load)
+            for rows in (1, 4):
+                contenders = [*generators(theirs, ours, rows, device)]
+                contenders += [generators(theirs, model, rows, device)[1] for model in models[1:]]
+                times, load = race(contenders, max(3, repeats // 2), device, clock)
+                for who in range(1, len(contenders)):
+                    name = f"{STEPS} guided steps, batch {rows}{label}" + ", compiled" * (who - 1)
+                    row(name, times, load, who)
 
+    for step in steps:
+        step.precision = precision
     print(f"\n{'memory of a training step, MB':34s}{'diffusers':>11s}{'musekit':>11s}   musekit / diffusers")
-    known = [list(model.parameters()) for model in (theirs, ours)]
-    kept = [saved_bytes(step.forward, known=own) for step, own in zip(steps, known)]
+    parameters = [list(model.parameters()) for model in (theirs, ours)]
+    kept = [saved_bytes(step.forward, exclude=own) for step, own in zip(steps, parameters)]
     for step in steps[:2]:
         step.optimizer.zero_grad()
     peaks = [peak_bytes(lambda: step.forward().backward(), device) for step in steps[:2]]
@@ -321,7 +330,7 @@ def main():
     lines = {"kept for the backward pass": kept, "peak of both passes": peaks,
              "peak without the gradients": [peak - grads for peak in peaks]}
     ours.gradient_checkpointing = True
-    checkpointed = saved_bytes(steps[1].forward, known=known[1])
+    checkpointed = saved_bytes(steps[1].forward, exclude=parameters[1])
     ours.gradient_checkpointing = False
     lines["kept, ours with checkpointing"] = [kept[0], checkpointed]
     for name, (their, our) in lines.items():
