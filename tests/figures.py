@@ -1,13 +1,14 @@
 """Keeps the figures in the notebooks in step with the code that draws them.
 
-A cell whose output holds an image carries a digest in its metadata: of its code, of the functions and classes that the notebook defines for
-it, and of those of musekit that they name, with the functions of the same module that these call, in turn. Comments, docstrings and layout do
-not count. A figure whose digest no longer fits is stale, and its notebook is to be executed again:
+A cell whose output holds an image carries a digest in its metadata: of its code, of the functions and classes
+that the notebook defines for it, and of those of musekit that they name, with the functions of the same
+module that these call, in turn. Comments, docstrings and layout do not count. A figure whose digest no longer
+fits is stale, and its notebook is to be executed again:
 
-    python tests/figures.py                                        lists stale figures; exits 1 if there are any
+    python tests/figures.py                                      lists stale figures; exits 1 if there are any
     python tests/figures.py --write                                executes the notebooks that have one
     python tests/figures.py --write nbs/09_lab/05_live.ipynb ...   executes these notebooks
-    python tests/figures.py --stamp nbs/00_start/02_classes.ipynb  only writes the digests: you have just executed it
+    python tests/figures.py --stamp nbs/00_start/02_classes.ipynb  only writes the digests, after an execution
 
 Both leave images in place of widgets and PNGs of at most 256 colours, since notebooks are kept small.
 """
@@ -44,7 +45,12 @@ def notebooks() -> list[Path]:
 def images_of(cell) -> list[tuple[str, str]]:
     """The images in the outputs of a cell: MIME type and data."""
     bundles = [output.get("data", {}) for output in cell.get("outputs", [])]
-    return [(kind, "".join(data)) for bundle in bundles for kind, data in bundle.items() if kind.startswith("image/")]
+    return [
+        (kind, "".join(data))
+        for bundle in bundles
+        for kind, data in bundle.items()
+        if kind.startswith("image/")
+    ]
 
 
 def plain(node) -> object:
@@ -206,12 +212,24 @@ def stamp(path: Path):
 
 def execute(path: Path):
     print(f"executing {path.relative_to(ROOT)}", flush=True)
-    command = [BIN / "jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace", path, "--log-level", "ERROR"]
+    command = [
+        BIN / "jupyter",
+        "nbconvert",
+        "--to",
+        "notebook",
+        "--execute",
+        "--inplace",
+        path,
+        "--log-level",
+        "ERROR",
+    ]
     subprocess.run(command, check=True, cwd=ROOT)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("notebooks", nargs="*", type=Path)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--stamp", action="store_true")

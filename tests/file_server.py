@@ -1,4 +1,5 @@
-"""The frame of the test servers: a web server of files in a thread of its own, whose subclasses decide how it misbehaves."""
+"""The frame of the test servers: a web server of files in a thread of its own, whose subclasses decide how
+it misbehaves."""
 import threading
 import time
 from contextlib import suppress
@@ -6,7 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class FileServer(ThreadingHTTPServer):
-    "A running server; it stops at the end of a `with` block. `requests` lists what was requested, `sent` counts the bytes of bodies."
+    """A running server; it stops at the end of a `with` block. `requests` lists what was requested, `sent`
+    counts the bytes of bodies."""
 
     def __init__(self, handler):
         super().__init__(("127.0.0.1", 0), handler)
@@ -48,7 +50,9 @@ class FileHandler(BaseHTTPRequestHandler):
     def reply(self, status, body=b"", headers=None, length=None, close=False, pause=0.0, piece=1 << 14):
         "Sends a response; `headers` may replace those that are set here, and None leaves one out."
         self.send_response(status)
-        for name, value in ({"Content-Length": len(body) if length is None else length} | (headers or {})).items():
+        for name, value in (
+            {"Content-Length": len(body) if length is None else length} | (headers or {})
+        ).items():
             if value is not None:
                 self.send_header(name, str(value))
         self.end_headers()

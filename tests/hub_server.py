@@ -27,14 +27,18 @@ class Handler(FileHandler):
 
     def respond(self):
         path = unquote(urlsplit(self.path).path)
-        listed = re.fullmatch(rf"/api/{self.server.kind}/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.*))?)?", path)
+        listed = re.fullmatch(
+            rf"/api/{self.server.kind}/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.*))?)?", path
+        )
         wanted = re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if listed:
             files = self.find(listed[1], listed[3] or "main")
             if files is not None:
                 whole = listed[2] != "tree"
                 deep = "recursive=true" in urlsplit(self.path).query.lower()
-                self.answer(describe(listed[1], files) if whole else list(describe_tree(files, listed[4] or "", deep)))
+                self.answer(
+                    describe(listed[1], files) if whole else list(describe_tree(files, listed[4] or "", deep))
+                )
         elif wanted:
             self.send_file(wanted[1], wanted[2], wanted[3])
         else:
@@ -42,7 +46,9 @@ class Handler(FileHandler):
 
     def do_POST(self):
         path, body = unquote(self.path), self.rfile.read(int(self.headers["Content-Length"]))
-        paths_info = re.fullmatch(rf"/api/{self.server.kind}/([^/]+/[^/]+)/paths-info/([^/]+)", urlsplit(path).path)
+        paths_info = re.fullmatch(
+            rf"/api/{self.server.kind}/([^/]+/[^/]+)/paths-info/([^/]+)", urlsplit(path).path
+        )
         upload = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/([^/?]+)", urlsplit(path).path)
         if path == "/api/repos/create":
             wanted = json.loads(body)
@@ -54,11 +60,16 @@ class Handler(FileHandler):
         elif paths_info:
             files = self.find(paths_info[1], paths_info[2])
             if files is not None:
-                self.answer([each for name in parse_qs(body.decode())["paths"] for each in describe_path(name, files)])
+                self.answer(
+                    [each for name in parse_qs(body.decode())["paths"] for each in describe_path(name, files)]
+                )
         elif path == "/api/validate-yaml":
             self.answer({"errors": [], "warnings": []})
         elif upload and upload[2] == "preupload":
-            modes = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+            modes = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
             self.answer({"files": modes})
         elif upload:
             files = self.server.repositories[upload[1]].setdefault(upload[3], {})
@@ -66,7 +77,11 @@ class Handler(FileHandler):
                 if line["key"] == "file":
                     files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             commit = sha(files)
-            self.answer({"success": True, "commitOid": commit, "commitUrl": f"{self.server.url}/{upload[1]}/commit/{commit}"})
+            self.answer({
+                "success": True,
+                "commitOid": commit,
+                "commitUrl": f"{self.server.url}/{upload[1]}/commit/{commit}",
+            })
         else:
             self.fail("EntryNotFound")
 
@@ -98,7 +113,9 @@ class Handler(FileHandler):
         self.reply(status, body, headers, len(content))
 
     def fail(self, code, commit=None):
-        self.answer({"error": code}, 404, **{"X-Error-Code": code} | ({"X-Repo-Commit": commit} if commit else {}))
+        self.answer(
+            {"error": code}, 404, **{"X-Error-Code": code} | ({"X-Repo-Commit": commit} if commit else {})
+        )
 
 
 def sha(files):
@@ -128,5 +145,13 @@ def describe_path(name, files):
 
 
 def describe(name, files):
-    return {"id": name, "modelId": name, "sha": sha(files), "private": False, "tags": [], "downloads": 0, "likes": 0,
-            "siblings": [{"rfilename": file} for file in files]}
+    return {
+        "id": name,
+        "modelId": name,
+        "sha": sha(files),
+        "private": False,
+        "tags": [],
+        "downloads": 0,
+        "likes": 0,
+        "siblings": [{"rfilename": file} for file in files],
+    }

@@ -1,4 +1,5 @@
-"""Checks that nbdev_clean and nbdev_export would change nothing that README.md is the index notebook's, and that links lead somewhere; exits 1 otherwise."""
+"""Checks that nbdev_clean and nbdev_export would change nothing that README.md is the index notebook's,
+and that links lead somewhere; exits 1 otherwise."""
 import json
 import re
 import shutil
@@ -38,7 +39,9 @@ def markdown_of(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".ipynb":
         return text
-    return "\n\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
+    return "\n\n".join(
+        "".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"
+    )
 
 
 def anchors_of(path: Path) -> set[str]:

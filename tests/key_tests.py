@@ -1,7 +1,16 @@
-"""Each setting of a run with the test that shows its effect: a test function, or a notebook whose test cell holds the word."""
+"""Each setting of a run with the test that shows its effect: a test function, or a notebook whose test
+cell holds the word."""
 
 HERE = "test_keys.py::"
-WEIGHTS, LOG, READS, DRAWS = (HERE + name for name in ("test_it_moves_the_weights", "test_it_is_logged", "test_the_loader_is_told", "test_the_drawing_is_told"))
+WEIGHTS, LOG, READS, DRAWS = (
+    HERE + name
+    for name in (
+        "test_it_moves_the_weights",
+        "test_it_is_logged",
+        "test_the_loader_is_told",
+        "test_the_drawing_is_told",
+    )
+)
 
 KEY_TESTS = {
     "experiment.output_dir": "test_resume.py::test_killed_run_equals_uninterrupted",
@@ -31,7 +40,9 @@ KEY_TESTS = {
     "wandb.run_id": HERE + "test_the_tracker_is_told",
     "model.vq_model.type": "test_tokenizer_families.py::test_made_by_one_run_and_given_to_another",
     "model.vq_model.pretrained": "test_tokenizer_families.py::test_made_by_one_run_and_given_to_another",
-    "model.vq_model.params": "test_tokenizer_families.py::test_of_a_table_there_must_be_fewer_codes_than_tokens",
+    "model.vq_model.params": (
+        "test_tokenizer_families.py::test_of_a_table_there_must_be_fewer_codes_than_tokens"
+    ),
     "model.vq_model.train": "test_cli.py::test_a_folder_from_end_to_end",
     "model.text_encoder.type": "test_conditions.py::test_texts",
     "model.text_encoder.pretrained": "test_conditions.py::test_texts",

@@ -1,10 +1,11 @@
-"""Opens notebooks in a real JupyterLab in a real browser, runs all cells, moves their widgets, and fails on any error.
+"""Opens notebooks in a real JupyterLab in a real browser, runs all cells, moves their widgets, and fails on
+any error.
 
     python tests/lab.py                        every notebook
     python tests/lab.py 03_sampling 40_pipeline  some of them
 
-Needs Chromium, its driver and selenium; --install, which `make test-lab` gives, fetches the first two from Debian. The notebooks
-are run as copies; screenshots go to `screenshots/`, which git ignores.
+Needs Chromium, its driver and selenium; --install, which `make test-lab` gives, fetches the first two from
+Debian. The notebooks are run as copies; screenshots go to `screenshots/`, which git ignores.
 """
 import argparse
 import os
@@ -33,7 +34,7 @@ RUN_ALL = """
 const app = window.jupyterapp, done = said => { window.musekitRun = said; };
 const wait = async (test) => { while (!test()) await new Promise(r => setTimeout(r, 100)); };
 (async () => {
-    await wait(() => app.shell.currentWidget && app.shell.currentWidget.context && app.shell.currentWidget.context.isReady);
+    await wait(() => app.shell.currentWidget?.context?.isReady);
     const panel = app.shell.currentWidget;
     await panel.sessionContext.ready;
     app.shell.collapseLeft();
@@ -47,8 +48,10 @@ const cells = window.jupyterapp.shell.currentWidget.content.model.cells, found =
 for (let i = 0; i < cells.length; i++) {
     const cell = cells.get(i).toJSON();
     if (cell.cell_type !== 'code') continue;
-    const kinds = cell.outputs.map(o => o.output_type === 'error' ? `${o.ename}: ${o.evalue}` : o.output_type);
-    found.push({number: i, ran: cell.execution_count !== null, kinds: kinds, head: cell.source.join ? cell.source.join('').slice(0, 80) : cell.source.slice(0, 80)});
+    const kindOf = o => o.output_type === 'error' ? `${o.ename}: ${o.evalue}` : o.output_type;
+    const source = cell.source.join ? cell.source.join('') : cell.source;
+    const kinds = cell.outputs.map(kindOf);
+    found.push({number: i, ran: cell.execution_count !== null, kinds: kinds, head: source.slice(0, 80)});
 }
 return found;
 """
@@ -86,23 +89,35 @@ def jupyter(folder: Path):
 
 def missing_packages() -> list[str]:
     """Debian's packages that are not here."""
-    return [package for program, package in (("chromium", "chromium"), ("chromedriver", "chromium-driver")) if not shutil.which(program)]
+    return [
+        package
+        for program, package in (("chromium", "chromium"), ("chromedriver", "chromium-driver"))
+        if not shutil.which(program)
+    ]
 
 
 def find_browser(install: bool):
-    """Sees to it that Chromium and its driver are here; a line that ends the program says what to do where they are not."""
+    """Sees to it that Chromium and its driver are here; a line that ends the program says what to do where
+    they are not."""
     if not (missing := missing_packages()):
         return
     asked = f"this needs {' and '.join(missing)}"
     if not install:
-        raise SystemExit(f"{asked}: make test-lab installs them where it can, or apt-get install {' '.join(missing)}")
+        raise SystemExit(
+            f"{asked}: make test-lab installs them where it can, or apt-get install {' '.join(missing)}"
+        )
     sudo = [] if os.geteuid() == 0 else ["sudo"]
     if any(not shutil.which(program) for program in ("apt-get", *sudo)):
-        raise SystemExit(f"{asked}, and there is no {' or no '.join(['apt-get', *sudo])} here to install it with; install Chromium and its driver")
+        raise SystemExit(
+            f"{asked}, and there is no {' or no '.join(['apt-get', *sudo])} here to install it with; install"
+            " Chromium and its driver"
+        )
     print(f"installing {' and '.join(missing)} ...", flush=True)
     for command in (["update"], ["install", "--yes", "--no-install-recommends", *missing]):
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        if subprocess.run([*sudo, "apt-get", "--quiet=2", *command], env=environment, stdout=subprocess.DEVNULL).returncode:
+        if subprocess.run(
+            [*sudo, "apt-get", "--quiet=2", *command], env=environment, stdout=subprocess.DEVNULL
+        ).returncode:
             raise SystemExit(f"{asked}, and apt-get {command[0]} failed; install them by hand")
 
 
@@ -127,7 +142,9 @@ def run_notebook(chromium, address: str, name: str, seconds: int) -> list[str]:
     WebDriverWait(chromium, 120).until(lambda c: c.execute_script("return Boolean(window.jupyterapp)"))
     chromium.execute_script(RUN_ALL)
     try:
-        said = WebDriverWait(chromium, seconds, 0.5).until(lambda c: c.execute_script("return window.musekitRun"))
+        said = WebDriverWait(chromium, seconds, 0.5).until(
+            lambda c: c.execute_script("return window.musekitRun")
+        )
     except TimeoutException:
         return [f"not done after {seconds} s"]
     cells = chromium.execute_script(OUTPUTS)
@@ -140,7 +157,9 @@ def run_notebook(chromium, address: str, name: str, seconds: int) -> list[str]:
     if name in MOVES and not problems:
         problems += move_widgets(chromium, name)
     chromium.execute_async_script(
-        "const done = arguments[0]; window.jupyterapp.shell.currentWidget.sessionContext.shutdown().then(done, done);")
+        "const done = arguments[0];"
+        " window.jupyterapp.shell.currentWidget.sessionContext.shutdown().then(done, done);"
+    )
     return problems
 
 
@@ -158,13 +177,23 @@ def move_widgets(chromium, name: str) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", help="notebooks without .ipynb (default: all)")
-    parser.add_argument("--seconds", type=int, default=1200, help="longest time for a notebook (default: %(default)s)")
-    parser.add_argument("--install", action="store_true", help="install Chromium and its driver with apt-get if they are missing")
+    parser.add_argument(
+        "--seconds", type=int, default=1200, help="longest time for a notebook (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--install",
+        action="store_true",
+        help="install Chromium and its driver with apt-get if they are missing",
+    )
     options = parser.parse_args()
     notebooks = (path.relative_to(ROOT / "nbs") for path in (ROOT / "nbs").rglob("*.ipynb"))
-    known = sorted(path.with_suffix("").as_posix() for path in notebooks if ".ipynb_checkpoints" not in path.parts)
+    known = sorted(
+        path.with_suffix("").as_posix() for path in notebooks if ".ipynb_checkpoints" not in path.parts
+    )
     names = options.names or known
     if unknown := set(names) - set(known):
         raise SystemExit(f"no notebook {', '.join(unknown)}; there are {', '.join(known)}")
@@ -183,7 +212,9 @@ def main() -> int:
                 bar.set_description(name)
                 started = time.perf_counter()
                 failed[name] = run_notebook(chromium, address, name, options.seconds)
-                tqdm.write(f"{name}: {'; '.join(failed[name]) or 'ok'} ({time.perf_counter() - started:.0f} s)")
+                tqdm.write(
+                    f"{name}: {'; '.join(failed[name]) or 'ok'} ({time.perf_counter() - started:.0f} s)"
+                )
     wrong = [name for name in names if failed[name]]
     print(f"{len(names) - len(wrong)} of {len(names)} notebooks ran without an error")
     return 1 if wrong else 0

@@ -1,4 +1,5 @@
-"""What `tests/lab.py` does with the widgets of a notebook once its cells have run: drags, types, paints, presses, and looks."""
+"""What `tests/lab.py` does with the widgets of a notebook once its cells have run: drags, types, paints,
+presses, and looks."""
 import re
 import time
 from pathlib import Path
@@ -10,8 +11,9 @@ from selenium.webdriver.support.ui import Select
 
 FIND_CELL = """
 const [text, done] = arguments, content = window.jupyterapp.shell.currentWidget.content;
-const sources = content.widgets.map(cell => cell.model.type === 'code' ? cell.model.sharedModel.getSource() : '');
-const exact = sources.indexOf(text), found = exact < 0 ? sources.findIndex(source => source.includes(text)) : exact;
+const sourceOf = cell => cell.model.type === 'code' ? cell.model.sharedModel.getSource() : '';
+const sources = content.widgets.map(sourceOf), exact = sources.indexOf(text);
+const found = exact < 0 ? sources.findIndex(source => source.includes(text)) : exact;
 if (found < 0) done(null);
 else (async () => {
     content.activeCellIndex = found;
@@ -34,7 +36,7 @@ return canvas.toDataURL();
 class Panel:
     "The widget in the output of the cell whose source holds a text."
 
-    def __init__(self, chromium, source: str, folder: Path, seconds: float = 30):
+    def __init__(self, chromium, source: str, folder: Path, seconds: float = 90):
         self.chromium, self.folder, self.seconds, self.shots = chromium, folder, seconds, 0
         self.name = re.sub(r"\W+", "-", source).strip("-")
         self.output = chromium.execute_async_script(FIND_CELL, source)
@@ -147,7 +149,11 @@ def player(open_panel):
     for presses in range(12):
         panel.key("step", Keys.ARROW_LEFT)
     panel.until(lambda: value() == "1", "the first step")
-    panel.changes(lambda: panel.output.find_element(By.CSS_SELECTOR, ".widget-play button").click(), "pressing play", value)
+    panel.changes(
+        lambda: panel.output.find_element(By.CSS_SELECTOR, ".widget-play button").click(),
+        "pressing play",
+        value,
+    )
     panel.until(lambda: value() == "12", "the last step")
     panel.settled(panel.pixels)
     panel.shot("played")
@@ -211,7 +217,8 @@ CHANGED = """
 const [before, after, paint] = arguments, load = url => new Promise(done => {
     const image = new Image(); image.onload = () => done(image); image.src = url; });
 const done = arguments[3], data = image => {
-    const canvas = document.createElement('canvas'); [canvas.width, canvas.height] = [image.width, image.height];
+    const canvas = document.createElement('canvas');
+    [canvas.width, canvas.height] = [image.width, image.height];
     canvas.getContext('2d').drawImage(image, 0, 0);
     return canvas.getContext('2d').getImageData(0, 0, image.width, image.height).data; };
 Promise.all([before, after, paint].map(load)).then(images => {
@@ -229,8 +236,16 @@ def canvas(open_panel):
     panel = open_panel("yours = InpaintingCanvas")
     part = lambda name: panel.output.find_element(By.CSS_SELECTOR, f"canvas.musekit-{name}")
     look = lambda name: panel.chromium.execute_script(PIXELS, part(name))
-    stroke = lambda: ActionChains(panel.chromium).move_to_element_with_offset(part("paint"), -100, -60).click_and_hold().move_by_offset(
-        180, 20).move_by_offset(0, 60).move_by_offset(-160, 40).release().perform()
+    stroke = (
+        lambda: ActionChains(panel.chromium)
+        .move_to_element_with_offset(part("paint"), -100, -60)
+        .click_and_hold()
+        .move_by_offset(180, 20)
+        .move_by_offset(0, 60)
+        .move_by_offset(-160, 40)
+        .release()
+        .perform()
+    )
     counts = lambda before, after: panel.chromium.execute_async_script(CHANGED, before, after, look("paint"))
     panel.shot("first")
     panel.press("Fill")
@@ -243,7 +258,9 @@ def canvas(open_panel):
     panel.changes(lambda: panel.press("Fill"), "Fill", lambda: look("picture"))
     panel.until(lambda: "Filled with seed" in panel.text(), "the end of Fill")
     painted, inside, outside = counts(first, look("picture"))
-    assert inside > painted / 10 and outside == 0, f"of {painted} painted pixels {inside} changed, and {outside} others"
+    assert (
+        inside > painted / 10 and outside == 0
+    ), f"of {painted} painted pixels {inside} changed, and {outside} others"
     panel.shot("filled")
     panel.drag("brush", -30)
     panel.write("prompt", "a blue eight on pink paper")
@@ -257,6 +274,9 @@ def canvas(open_panel):
 
 
 MOVES = {
-    "09_lab/03_explorers": both(explorers, player), "09_lab/04_canvas": canvas, "09_lab/05_live": watch("live_training"),
-    "09_lab/06_browsers": browsers, "00_start/01_handwriting": watch("live_training = LiveTraining"),
+    "09_lab/03_explorers": both(explorers, player),
+    "09_lab/04_canvas": canvas,
+    "09_lab/05_live": watch("live_training"),
+    "09_lab/06_browsers": browsers,
+    "00_start/01_handwriting": watch("live_training = LiveTraining"),
 }

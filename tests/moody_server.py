@@ -5,10 +5,12 @@ from file_server import FileHandler, FileServer, content_range
 
 
 class MoodyServer(FileServer):
-    """Serves `files` {path: bytes}. Each GET of a path uses up the next of its `moods`; with none left it behaves.
+    """Serves `files` {path: bytes}. Each GET of a path uses up the next of its `moods`; with none left it
+    behaves.
 
-    A mood is a status with headers, as (503, {}), or one of: cut, eighth (broken off after a half, an eighth), page, no ranges, newer,
-    garbled, truncated, promise more, slow. `requests` holds (path, Range, Authorization).
+    A mood is a status with headers, as (503, {}), or one of: cut, eighth (broken off after a half, an
+    eighth), page, no ranges, newer, garbled, truncated, promise more, slow. `requests` holds (path, Range,
+    Authorization).
     """
 
     def __init__(self, files):
@@ -31,8 +33,12 @@ class MoodyHandler(FileHandler):
             return self.reply(404)
         if mood == "page":
             return self.reply(200, b"<!DOCTYPE html><p>Please log in.", {"Content-Type": "text/html"})
-        etag = f'"{hashlib.md5(content[:4096] + content[-4096:]).hexdigest()}"'  # large files are requested often
-        ranged = "Range" in self.headers and mood != "no ranges" and self.headers.get("If-Range") in (None, etag)
+        etag = (  # large files are requested often
+            f'"{hashlib.md5(content[:4096] + content[-4096:]).hexdigest()}"'
+        )
+        ranged = (
+            "Range" in self.headers and mood != "no ranges" and self.headers.get("If-Range") in (None, etag)
+        )
         start, stop = self.byte_range(len(content)) if ranged else (0, len(content))
         if ranged and start >= len(content):
             return self.reply(416, headers={"Content-Range": f"bytes */{len(content)}"})

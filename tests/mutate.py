@@ -1,9 +1,10 @@
 """Changes a module a little, many times over, and asks whether its tests notice.
 
-A test that no change of the code can fail guards nothing. This script makes small mutations of a module, one at a time (a comparison
-turned, a constant changed, an operator exchanged, a condition negated, a statement left out, a value not returned), and runs for each what
-guards the module: the test cells of its notebook, then the test files named in GUARDS. The first failure, or running out of time, kills
-a mutation; one that passes everything survives, and is shown with its line. It is not part of `make test`: a module takes minutes.
+A test that no change of the code can fail guards nothing. This script makes small mutations of a module, one
+at a time (a comparison turned, a constant changed, an operator exchanged, a condition negated, a statement
+left out, a value not returned), and runs for each what guards the module: the test cells of its notebook,
+then the test files named in GUARDS. The first failure, or running out of time, kills a mutation; one that
+passes everything survives, and is shown with its line. It is not part of `make test`: a module takes minutes.
 
     python tests/mutate.py core.masking                           every mutation of musekit/core/masking.py
     python tests/mutate.py core.masking core.losses --sample 40   forty of each, drawn by --seed
@@ -11,15 +12,17 @@ a mutation; one that passes everything survives, and is shown with its line. It 
     python tests/mutate.py shards.store --only 120-180            mutations in these lines alone
     python tests/mutate.py training.checkpoint --tests tests/test_going_on.py
 
-The libraries are imported once, and the notebook's test cells run inside of the module, in order; cells marked `#| slow` are skipped. What
-an export cell defines cannot be used above it, so that nothing there need be run again: when the walk through the notebook comes to an
-export cell, each of its mutations is a forked child that defines the module anew from the changed statement on and runs the test cells
-below, the nearest first, and then the test files. `--whole` runs everything for each mutation instead, for a module that cannot be defined
-twice. Tests that start processes of their own run the unchanged module there, and say nothing about a mutation. Functions named
-`plot_...` are left out (a figure is looked at), as are annotations, docstrings, and the words of errors and warnings.
+The libraries are imported once, and the notebook's test cells run inside of the module, in order; cells
+marked `#| slow` are skipped. What an export cell defines cannot be used above it, so that nothing there need
+be run again: when the walk through the notebook comes to an export cell, each of its mutations is a forked
+child that defines the module anew from the changed statement on and runs the test cells below, the nearest
+first, and then the test files. `--whole` runs everything for each mutation instead, for a module that cannot
+be defined twice. Tests that start processes of their own run the unchanged module there, and say nothing
+about a mutation. Functions named `plot_...` are left out (a figure is looked at), as are annotations,
+docstrings, and the words of errors and warnings.
 
-Mutations that change nothing, or nothing that a test could see, stand in tests/mutants.txt with the reason, a line each:
-MODULE | the change as it is shown, or * for any | the code line | why. They count as explained.
+Mutations that change nothing, or nothing that a test could see, stand in tests/mutants.txt with the reason, a
+line each: MODULE | the change as it is shown, or * for any | the code line | why. They count as explained.
 """
 import argparse
 import ast
@@ -74,13 +77,29 @@ class Mutation:
 
 
 COMPARISONS = {
-    ast.Lt: (ast.LtE, ast.GtE), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.LtE), ast.GtE: (ast.Gt, ast.Lt),
-    ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.In: (ast.NotIn,), ast.NotIn: (ast.In,), ast.Is: (ast.IsNot,),
+    ast.Lt: (ast.LtE, ast.GtE),
+    ast.LtE: (ast.Lt, ast.Gt),
+    ast.Gt: (ast.GtE, ast.LtE),
+    ast.GtE: (ast.Gt, ast.Lt),
+    ast.Eq: (ast.NotEq,),
+    ast.NotEq: (ast.Eq,),
+    ast.In: (ast.NotIn,),
+    ast.NotIn: (ast.In,),
+    ast.Is: (ast.IsNot,),
     ast.IsNot: (ast.Is,),
 }
 OPERATORS = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Div, ast.Mod: ast.Mult,
-    ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.LShift: ast.RShift, ast.RShift: ast.LShift,
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Div,
+    ast.Mod: ast.Mult,
+    ast.Pow: ast.Mult,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+    ast.LShift: ast.RShift,
+    ast.RShift: ast.LShift,
 }
 
 
@@ -92,7 +111,9 @@ def replacements(node, assigned):
     elif isinstance(node, ast.Compare):
         for place, operator in enumerate(node.ops):
             for kind in COMPARISONS[type(operator)]:
-                yield ast.Compare(node.left, [*node.ops[:place], kind(), *node.ops[place + 1:]], node.comparators)
+                yield ast.Compare(
+                    node.left, [*node.ops[:place], kind(), *node.ops[place + 1 :]], node.comparators
+                )
     elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         yield ast.BinOp(node.left, OPERATORS[type(node.op)](), node.right)
         if isinstance(node.op, (ast.BitAnd, ast.BitOr)):
@@ -107,7 +128,9 @@ def replacements(node, assigned):
             rest = node.values[:place] + node.values[place + 1:]
             yield rest[0] if len(rest) == 1 else ast.BoolOp(node.op, rest)
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Not, ast.USub, ast.Invert)):
-        if not (isinstance(node.operand, ast.Constant) and isinstance(node.operand.value, int)):  # -1, the last axis
+        if not (
+            isinstance(node.operand, ast.Constant) and isinstance(node.operand.value, int)
+        ):  # -1, the last axis
             yield node.operand
     elif isinstance(node, ast.Constant):
         yield from map(ast.Constant, other_constants(node.value))
@@ -117,16 +140,23 @@ def replacements(node, assigned):
         yield changed
     elif isinstance(node, ast.comprehension) and node.ifs:
         for place in range(len(node.ifs)):
-            yield ast.comprehension(node.target, node.iter, node.ifs[:place] + node.ifs[place + 1:], node.is_async)
+            yield ast.comprehension(
+                node.target, node.iter, node.ifs[:place] + node.ifs[place + 1 :], node.is_async
+            )
     elif isinstance(node, ast.Return) and not (node.value is None or is_none(node.value)):
         yield ast.Return(ast.Constant(None))
     elif isinstance(node, (ast.Break, ast.Continue)):
         yield ast.Continue() if isinstance(node, ast.Break) else ast.Break()
-    elif isinstance(node, (ast.Raise, ast.Delete, ast.Assert)) or (isinstance(node, ast.Expr) and not is_text(node)):
+    elif isinstance(node, (ast.Raise, ast.Delete, ast.Assert)) or (
+        isinstance(node, ast.Expr) and not is_text(node)
+    ):
         yield ast.Pass()
     elif isinstance(node, ast.Assign) and (
-            any(not isinstance(target, ast.Name) for target in node.targets) or names_in(node.targets) & assigned):
-        if not any(isinstance(target, ast.Tuple) and not names_in([target]) <= assigned for target in node.targets):
+        any(not isinstance(target, ast.Name) for target in node.targets) or names_in(node.targets) & assigned
+    ):
+        if not any(
+            isinstance(target, ast.Tuple) and not names_in([target]) <= assigned for target in node.targets
+        ):
             yield ast.Pass()
 
 
@@ -142,7 +172,11 @@ def other_constants(value):
 
 
 def is_text(node):
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
 
 
 def is_none(node):
@@ -157,12 +191,19 @@ SKIPPED_FIELDS = {"annotation", "returns", "decorator_list", "exc", "cause", "ty
 
 
 def places(node, path=(), assigned=frozenset()):
-    "Every node that may be changed, with the way to it from the root and the names that were assigned before."
+    """Every node that may be changed, with the way to it from the root and the names that were assigned
+    before."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         if node.name.startswith(("plot_", "_plot_")):
             return
         arguments = node.args
-        given = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+        given = [
+            *arguments.posonlyargs,
+            *arguments.args,
+            *arguments.kwonlyargs,
+            arguments.vararg,
+            arguments.kwarg,
+        ]
         assigned = frozenset(argument.arg for argument in given if argument)
     for field, value in ast.iter_fields(node):
         if field in SKIPPED_FIELDS or (isinstance(node, ast.Call) and is_warning(node)):
@@ -224,17 +265,27 @@ def first_line(node):
 
 
 def notebook_cells(name):
-    """The notebook that exports a module, and its cells in order: the id of a cell that exports, the code of a test cell.
+    """The notebook that exports a module, and its cells in order: the id of a cell that exports, the code of
+    a test cell.
 
     What is slow is left out.
     """
     for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
         notebook = json.loads(path.read_text(encoding="utf-8"))
-        cells = [(cell["id"], "".join(cell["source"])) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        cells = [
+            (cell["id"], "".join(cell["source"])) for cell in notebook["cells"] if cell["cell_type"] == "code"
+        ]
         if any(f"#| default_exp {name}\n" in f"{code}\n" for _, code in cells):
             unwanted = ("#| default_exp", "#| slow", "#| eval: false")
-            cells = [(number, code) for number, code in cells if not code.lstrip().startswith(unwanted) and "nbdev_export" not in code]
-            return path, [(number, None) if code.lstrip().startswith(("#| export", "#|export")) else (None, code) for number, code in cells]
+            cells = [
+                (number, code)
+                for number, code in cells
+                if not code.lstrip().startswith(unwanted) and "nbdev_export" not in code
+            ]
+            return path, [
+                (number, None) if code.lstrip().startswith(("#| export", "#|export")) else (None, code)
+                for number, code in cells
+            ]
     raise SystemExit(f"no notebook exports {name!r}")
 
 
@@ -289,7 +340,8 @@ def check(module, tree, line, cells, files):
 
 
 def in_child(function, limit, folder):
-    "Whether a function ends well in a forked child: True, False, or None where it takes longer than the limit, in seconds of computing."
+    """Whether a function ends well in a forked child: True, False, or None where it takes longer than the
+    limit, in seconds of computing."""
     child = os.fork()
     if not child:
         os.setpgrp()
@@ -351,11 +403,44 @@ def preload(name, files):
     import matplotlib
 
     matplotlib.use("Agg")
-    for library in ("torch", "numpy", "matplotlib.pyplot", "pytest", "_pytest.assertion.rewrite", "fastcore.test", "PIL.Image", "safetensors.torch",
-                    "IPython.display", "pandas", "pyarrow.parquet", "pyarrow.dataset", "omegaconf", "webdataset", "accelerate", "transformers",
-                    "transformers.optimization", "scipy.stats", "sklearn.datasets", "torch._dynamo", "lion_pytorch", "duckdb", "polars", "diffusers"):
-        if not name.startswith("shards.") or library in ("numpy", "pytest", "pyarrow.parquet", "matplotlib.pyplot", "fastcore.test", "IPython.display",
-                                                         "duckdb", "polars", "pandas", "pyarrow.dataset"):
+    for library in (
+        "torch",
+        "numpy",
+        "matplotlib.pyplot",
+        "pytest",
+        "_pytest.assertion.rewrite",
+        "fastcore.test",
+        "PIL.Image",
+        "safetensors.torch",
+        "IPython.display",
+        "pandas",
+        "pyarrow.parquet",
+        "pyarrow.dataset",
+        "omegaconf",
+        "webdataset",
+        "accelerate",
+        "transformers",
+        "transformers.optimization",
+        "scipy.stats",
+        "sklearn.datasets",
+        "torch._dynamo",
+        "lion_pytorch",
+        "duckdb",
+        "polars",
+        "diffusers",
+    ):
+        if not name.startswith("shards.") or library in (
+            "numpy",
+            "pytest",
+            "pyarrow.parquet",
+            "matplotlib.pyplot",
+            "fastcore.test",
+            "IPython.display",
+            "duckdb",
+            "polars",
+            "pandas",
+            "pyarrow.dataset",
+        ):
             with contextlib.suppress(ImportError):
                 importlib.import_module(library)
     if "torch" in sys.modules:
@@ -368,11 +453,21 @@ def preload(name, files):
 
 
 def explained():
-    lines = [line for line in EXPLAINED.read_text(encoding="utf-8").splitlines() if line.strip() and not line.startswith("#")] if EXPLAINED.is_file() else []
+    lines = (
+        [
+            line
+            for line in EXPLAINED.read_text(encoding="utf-8").splitlines()
+            if line.strip() and not line.startswith("#")
+        ]
+        if EXPLAINED.is_file()
+        else []
+    )
     rows = [[part.strip() for part in line.split(" | ")] for line in lines]
     for row in rows:
         if len(row) != 4:
-            raise SystemExit(f"{EXPLAINED.name}: a line is MODULE | change | code line | why, not {' | '.join(row)}")
+            raise SystemExit(
+                f"{EXPLAINED.name}: a line is MODULE | change | code line | why, not {' | '.join(row)}"
+            )
     return {tuple(row[:3]) for row in rows}
 
 
@@ -388,7 +483,8 @@ def wanted(name, source, options):
 
 
 def stages(cells, groups, whole):
-    "Walks through a notebook: the test cells above, the mutations to be tried there, and the test cells below."
+    """Walks through a notebook: the test cells above, the mutations to be tried there, and the test cells
+    below."""
     if whole:
         yield [], [each for group in groups.values() for each in group], [code for _, code in cells if code]
         return
@@ -410,9 +506,16 @@ def run(name, options):
             print(f"{name}:{each.line}: {each.change}")
         return len(found), 0, 0, []
     known = set() if options.all else explained()
-    left = [each for each in found if not known & {(name, change, lines[each.line - 1].strip()) for change in (each.change, "*")}]
+    left = [
+        each
+        for each in found
+        if not known & {(name, change, lines[each.line - 1].strip()) for change in (each.change, "*")}
+    ]
     excused = len(found) - len(left)
-    files = [str(ROOT / "tests" / Path(file).name) for file in (options.tests if options.tests is not None else GUARDS.get(name, []))]
+    files = [
+        str(ROOT / "tests" / Path(file).name)
+        for file in (options.tests if options.tests is not None else GUARDS.get(name, []))
+    ]
     tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="mutants-")
     try:
         preload(name, files)
@@ -435,14 +538,24 @@ def try_all(name, source, left, files, options):
         keep_files()
         before, first = computed(), 0 if options.whole else group[0].line
         if not in_clean_child(lambda: check(module, tree, first, below, files), 600):
-            raise SystemExit(f"{name}:{first}: its tests fail unchanged; set MUTATE_OUTPUT=FILE to see how, or try --whole")
+            raise SystemExit(
+                f"{name}:{first}: its tests fail unchanged; set MUTATE_OUTPUT=FILE to see how, or try --whole"
+            )
         once = computed() - before
         limit = options.limit or 3 * once + 5
-        print(f"{name}:{first}: {len(group)} mutations, tests compute for {once:.1f} s, limit {limit:.0f} s", flush=True)
+        print(
+            f"{name}:{first}: {len(group)} mutations, tests compute for {once:.1f} s, limit {limit:.0f} s",
+            flush=True,
+        )
         for each in group:
-            if in_clean_child(lambda: check(module, each.tree, 0 if options.whole else each.line, below, files), limit):
+            if in_clean_child(
+                lambda: check(module, each.tree, 0 if options.whole else each.line, below, files), limit
+            ):
                 survivors.append(each)
-                print(f"  survived {name}:{each.line}: {each.change}\n      {lines[each.line - 1].strip()}", flush=True)
+                print(
+                    f"  survived {name}:{each.line}: {each.change}\n      {lines[each.line - 1].strip()}",
+                    flush=True,
+                )
             else:
                 killed += 1
                 if options.verbose:
@@ -454,14 +567,20 @@ def try_all(name, source, left, files, options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("modules", nargs="+", help="such as core.masking or data.samples")
     add("--tests", nargs="*", help="test files instead of those in GUARDS")
     add("--sample", type=int, help="so many mutations of each module, drawn by chance")
     add("--seed", type=int, default=0, help="of that drawing (default: %(default)s)")
     add("--only", metavar="FROM-TO", help="mutations in these lines of the module")
-    add("--limit", type=float, help="seconds of computing for a mutation (default: three times what the tests take, and five)")
+    add(
+        "--limit",
+        type=float,
+        help="seconds of computing for a mutation (default: three times what the tests take, and five)",
+    )
     add("--minutes", type=float, help="stop a module after so long")
     add("--workers", type=int, default=1, help="modules at the same time (default: %(default)s)")
     add("--list", action="store_true", help="show the mutations and run nothing")
@@ -479,8 +598,11 @@ def main():
             if not child:
                 total, killed, excused, survivors = run(name, options)
                 if not options.list:
-                    print(f"{name}: {total} mutations, {killed} killed, {excused} explained, {len(survivors)} survived; "
-                          f"{100 * (killed + excused) / max(1, total):.1f} %", flush=True)
+                    print(
+                        f"{name}: {total} mutations, {killed} killed, {excused} explained, {len(survivors)}"
+                        f" survived; {100 * (killed + excused) / max(1, total):.1f} %",
+                        flush=True,
+                    )
                 sys.stdout.flush()
                 os._exit(bool(survivors))
             running[child] = name

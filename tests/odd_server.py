@@ -1,4 +1,5 @@
-"""A web server that answers as no server should: a table of behaviours, each tried on the readers of the shards."""
+"""A web server that answers as no server should: a table of behaviours, each tried on the readers of the
+shards."""
 import gzip
 import hashlib
 import time
@@ -9,7 +10,8 @@ PIECE = 60_000  # bytes that a server sends of what it promises, where it does n
 
 
 class OddServer(FileServer):
-    "Answers every GET of one file by the behaviour whose name its path begins with; `requests` holds headers."
+    """Answers every GET of one file by the behaviour whose name its path begins with; `requests` holds
+    headers."""
 
     def __init__(self, content):
         self.content = content
@@ -94,7 +96,8 @@ def shifted(self, content, start, stop, ranged):
 
 
 def earlier(self, content, start, stop, ranged):
-    """More than was asked for, from a thousand bytes before to a thousand after, once a first answer has broken."""
+    """More than was asked for, from a thousand bytes before to a thousand after, once a first answer has
+    broken."""
     if not ranged:
         return broken(self, content, start, stop, ranged)
     self.send(content, max(0, start - 1000), min(len(content), stop + 1000), True)
@@ -122,7 +125,9 @@ def multipart(self, content, start, stop, ranged):
     if not ranged:
         return broken_once(self, content)
     head = f"--x\r\nContent-Range: bytes {start}-{stop - 1}/{len(content)}\r\n\r\n".encode()
-    self.reply(206, head + content[start:stop] + b"\r\n--x--", {"Content-Type": "multipart/byteranges; boundary=x"})
+    self.reply(
+        206, head + content[start:stop] + b"\r\n--x--", {"Content-Type": "multipart/byteranges; boundary=x"}
+    )
 
 
 def no_length(self, content, start, stop, ranged):
@@ -151,7 +156,11 @@ def zipped(self, content, start, stop, ranged):
 
 def whole(self, content, start, stop, ranged):
     """Supports no ranges, and breaks the first time."""
-    broken(self, content, 0, len(content), False) if len(self.server.requests) == 1 and not ranged else self.send(content, 0, len(content), False)
+    (
+        broken(self, content, 0, len(content), False)
+        if len(self.server.requests) == 1 and not ranged
+        else self.send(content, 0, len(content), False)
+    )
 
 
 def whole_as_a_part(self, content, start, stop, ranged):
@@ -224,17 +233,51 @@ def changing_size(self, content, start, stop, ranged):
 
 
 BEHAVIOURS = {
-    "good": good, "broken": broken, "eighths": eighths, "stingy": stingy, "anonymous": anonymous, "weak": weak, "dated": dated,
-    "empty": empty, "nothing": nothing, "shifted": shifted, "earlier": earlier,
-    "star": unclear("bytes {start}-{last}/*"), "no-range": unclear(None), "words": unclear("bytes some-more/all"),
-    "units": unclear("rows {start}-{last}/{size}"), "backwards": unclear("bytes {last}-{start}/{size}"),
-    "beyond": unclear("bytes {start}-{last}/3"), "digits": unclear("bytes " + "9" * 5000 + "-1/2"),
-    "always-a-part": always_a_part("bytes {start}-{last}/{size}"), "always-unclear": always_a_part(None),
+    "good": good,
+    "broken": broken,
+    "eighths": eighths,
+    "stingy": stingy,
+    "anonymous": anonymous,
+    "weak": weak,
+    "dated": dated,
+    "empty": empty,
+    "nothing": nothing,
+    "shifted": shifted,
+    "earlier": earlier,
+    "star": unclear("bytes {start}-{last}/*"),
+    "no-range": unclear(None),
+    "words": unclear("bytes some-more/all"),
+    "units": unclear("rows {start}-{last}/{size}"),
+    "backwards": unclear("bytes {last}-{start}/{size}"),
+    "beyond": unclear("bytes {start}-{last}/3"),
+    "digits": unclear("bytes " + "9" * 5000 + "-1/2"),
+    "always-a-part": always_a_part("bytes {start}-{last}/{size}"),
+    "always-unclear": always_a_part(None),
     "always-star": always_a_part("bytes {start}-{last}/*"),
-    "multipart": multipart, "no-length": no_length, "chunked": chunked, "chunked-broken": chunked_and_broken, "zipped": zipped,
-    "whole": whole, "whole-as-a-part": whole_as_a_part, "no-such-part": no_such_part, "more": more_than_promised,
-    "busy": failing(503), "missing": failing(404), "forbidden": failing(403), "teapot": failing(418), "strange": failing(999),
-    "page": page(), "page-part": page(206), "pointer": page(200, b"version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea\n"),
-    "json": page(200, b'{"error": "no such file"}'), "circle": circle, "endless": endless, "ftp": lost("ftp://a/b"), "bracket": lost("http://[::1"),
-    "nowhere": lost("http://127.0.0.1:9/?sig=s3cret"), "slow": slow, "changing": changing, "changing-size": changing_size,
+    "multipart": multipart,
+    "no-length": no_length,
+    "chunked": chunked,
+    "chunked-broken": chunked_and_broken,
+    "zipped": zipped,
+    "whole": whole,
+    "whole-as-a-part": whole_as_a_part,
+    "no-such-part": no_such_part,
+    "more": more_than_promised,
+    "busy": failing(503),
+    "missing": failing(404),
+    "forbidden": failing(403),
+    "teapot": failing(418),
+    "strange": failing(999),
+    "page": page(),
+    "page-part": page(206),
+    "pointer": page(200, b"version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea\n"),
+    "json": page(200, b'{"error": "no such file"}'),
+    "circle": circle,
+    "endless": endless,
+    "ftp": lost("ftp://a/b"),
+    "bracket": lost("http://[::1"),
+    "nowhere": lost("http://127.0.0.1:9/?sig=s3cret"),
+    "slow": slow,
+    "changing": changing,
+    "changing-size": changing_size,
 }

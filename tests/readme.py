@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def render() -> str:
-    """The index notebook as Markdown, its pictures found from the project's root; hidden cells are left out."""
+    """The index notebook as Markdown, its pictures found from the project's root; hidden cells are left
+    out."""
     notebook = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
     notebook.cells = [cell for cell in notebook.cells if not re.match(r"#\|\s*hide", cell.source)]
     text, _ = MarkdownExporter().from_notebook_node(notebook)

@@ -1,7 +1,8 @@
-"""Leaves pictures in place of widgets in the outputs of notebooks: `python tests/still.py nbs/09_lab/03_explorers.ipynb ...`
+"""Leaves pictures in place of widgets in the outputs of notebooks: `python tests/still.py
+nbs/09_lab/03_explorers.ipynb ...`
 
-A widget lives as long as its kernel; committed, it is an empty box, and its state is large. What the panels of `musekit.lab`
-show beside it stays.
+A widget lives as long as its kernel; committed, it is an empty box, and its state is large. What the panels
+of `musekit.lab` show beside it stays.
 """
 import sys
 
@@ -12,9 +13,16 @@ VIEW = "application/vnd.jupyter.widget-view+json"
 
 def still(notebook) -> int:
     "Takes the widgets out, in place; gives their number."
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", []) if VIEW in output.get("data", {})]
+    outputs = [
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if VIEW in output.get("data", {})
+    ]
     for output in outputs:
-        output["data"] = {kind: data for kind, data in output["data"].items() if kind.startswith(("image/", "text/html"))}
+        output["data"] = {
+            kind: data for kind, data in output["data"].items() if kind.startswith(("image/", "text/html"))
+        }
     for cell in notebook.cells:
         if "outputs" in cell:
             cell["outputs"] = [output for output in cell["outputs"] if output.get("data") != {}]

@@ -23,7 +23,15 @@ def without_dropout(trainer):
     return trainer
 
 
-@pytest.mark.parametrize("options", [[], ["training.label_smoothing=0.1"], ["training.predict_all_tokens=true"], ["training.noise_type=random_replace"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["training.label_smoothing=0.1"],
+        ["training.predict_all_tokens=true"],
+        ["training.noise_type=random_replace"],
+    ],
+)
 @pytest.mark.parametrize("parts", [2, 4])
 def test_gradient_of_parts_is_that_of_the_whole(data, tmp_path, parts, options):
     cut = [f"training.gradient_accumulation_steps={parts}", "training.max_grad_norm=null", *options]
@@ -37,9 +45,16 @@ def test_gradient_of_parts_is_that_of_the_whole(data, tmp_path, parts, options):
     trainer.network.load_state_dict(before)
     trainer.network.zero_grad()
     fields = ("input_ids", "labels", "mask", "ratio", "loss_weight")
-    joined = [torch.cat([getattr(m.tokens, f) for m in seen]) if getattr(seen[0].tokens, f) is not None else None for f in fields]
+    joined = [
+        torch.cat([getattr(m.tokens, f) for m in seen]) if getattr(seen[0].tokens, f) is not None else None
+        for f in fields
+    ]
     conditions = {name: torch.cat([m.conditions[name] for m in seen]) for name in seen[0].conditions}
-    loss = trainer.loss(trainer.network, MicroBatch(MaskedTokens(*joined), conditions), trainer.config.training.label_smoothing)
+    loss = trainer.loss(
+        trainer.network,
+        MicroBatch(MaskedTokens(*joined), conditions),
+        trainer.config.training.label_smoothing,
+    )
     loss.backward()
     assert len({int(m.weight) for m in seen}) > 1 or "predict_all_tokens" in str(options)
     assert abs(logged - loss.detach()) < 1e-6

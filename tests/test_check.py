@@ -1,4 +1,5 @@
-"""What `musekit check` tells is what happens: saved tensors, memory of a process, files in the published style."""
+"""What `musekit check` tells is what happens: saved tensors, memory of a process, files in the published
+style."""
 import json
 import subprocess
 import sys
@@ -23,14 +24,34 @@ from musekit.recipes.configure import configure
 from musekit.recipes.image_tokenizer import configure_tokenizer
 
 PUBLISHED = ROOT / "tests" / "published"
-SIZES = dict(vocab_size=65, codebook_size=64, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, encoder_hidden_size=24)
-UVIT = dict(in_channels=32, block_out_channels=(32,), num_res_blocks=1, block_num_heads=2, cond_embed_dim=24, micro_cond_encode_dim=8,
-            micro_cond_embed_dim=40, default_shape=(8, 8))
+SIZES = dict(
+    vocab_size=65,
+    codebook_size=64,
+    hidden_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=96,
+    encoder_hidden_size=24,
+)
+UVIT = dict(
+    in_channels=32,
+    block_out_channels=(32,),
+    num_res_blocks=1,
+    block_num_heads=2,
+    cond_embed_dim=24,
+    micro_cond_encode_dim=8,
+    micro_cond_embed_dim=40,
+    default_shape=(8, 8),
+)
 PLAIN = dict(hidden_dropout=0.0, attention_dropout=0.0, num_vq_tokens=64, max_position_embeddings=65)
 BUILD = {
     "uvit": lambda: MaskGiTUViT(**SIZES, **UVIT),
-    "uvit, halved": lambda: MaskGiTUViT(**SIZES, **UVIT, force_down_up_sample=True, norm_type="layernorm", use_bias=True),
-    "text": lambda: MaskGitTransformer(**SIZES, **PLAIN, add_cross_attention=True, project_encoder_hidden_states=True),
+    "uvit, halved": lambda: MaskGiTUViT(
+        **SIZES, **UVIT, force_down_up_sample=True, norm_type="layernorm", use_bias=True
+    ),
+    "text": lambda: MaskGitTransformer(
+        **SIZES, **PLAIN, add_cross_attention=True, project_encoder_hidden_states=True
+    ),
     "class": lambda: MaskGitTransformer(**SIZES | {"vocab_size": 75}, **PLAIN, num_classes=10),
     "updates": lambda: add_lora(MaskGiTUViT(**SIZES, **UVIT), rank=4),
 }
@@ -88,11 +109,15 @@ def test_drawing_peak_is_that_of_the_real_model():
     happened = peak_bytes(lambda: real(ids, **conditions), real.parameters())
     with without_memory(on_meta(build).eval()) as model:
         ids, conditions = batch.inputs(model)
-        assert peak_bytes(lambda: model(ids, **conditions), model.parameters()) == pytest.approx(happened, rel=0.02)
+        assert peak_bytes(lambda: model(ids, **conditions), model.parameters()) == pytest.approx(
+            happened, rel=0.02
+        )
 
 
 def test_updates_take_gradients_and_optimizer_for_themselves_alone():
-    whole, adapted = weight_memory(on_meta(BUILD["uvit"]), use_ema=True), weight_memory(on_meta(BUILD["updates"]), use_ema=True)
+    whole, adapted = weight_memory(on_meta(BUILD["uvit"]), use_ema=True), weight_memory(
+        on_meta(BUILD["updates"]), use_ema=True
+    )
     for part in ("gradients", "optimizer", "EMA weights"):
         assert adapted[part] < 0.2 * whole[part]
     assert whole["weights"] < adapted["weights"] < 1.2 * whole["weights"]
@@ -106,8 +131,9 @@ from musekit.models.uvit import MaskGiTUViT
 
 torch.set_num_threads(1)
 build = lambda width: MaskGiTUViT(
-    vocab_size=2049, codebook_size=2048, hidden_size=width, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1024,
-    encoder_hidden_size=64, in_channels=128, block_out_channels=(128,), num_res_blocks=1, block_num_heads=2, cond_embed_dim=64,
+    vocab_size=2049, codebook_size=2048, hidden_size=width, num_hidden_layers=6, num_attention_heads=6,
+    intermediate_size=1024, encoder_hidden_size=64, in_channels=128, block_out_channels=(128,),
+    num_res_blocks=1, block_num_heads=2, cond_embed_dim=64,
     micro_cond_encode_dim=8, micro_cond_embed_dim=40)
 batch = Batch(4, (16, 16), 20)
 with torch.device("meta"):
@@ -136,8 +162,8 @@ print(json.dumps({"grown": memory("VmHWM") - before, "activations": activations,
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts memory as Linux does")
 def test_the_memory_of_a_process():
-    """The peak of a process, beyond what the libraries take, lies between what stands there at one time for sure and all
-    parts together: while activations fall in the backward pass, gradients rise."""
+    """The peak of a process, beyond what the libraries take, lies between what stands there at one time for
+    sure and all parts together: while activations fall in the backward pass, gradients rise."""
     done = subprocess.run([sys.executable, "-c", STEP], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
@@ -152,7 +178,10 @@ import resource
 from musekit.recipes.memory import memory_report
 from musekit.recipes.configure import configure
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-overrides = ["model.transformer.hidden_size=8192", "model.transformer.num_hidden_layers=2", "model.transformer.intermediate_size=22528"]
+overrides = [
+    "model.transformer.hidden_size=8192", "model.transformer.num_hidden_layers=2",
+    "model.transformer.intermediate_size=22528",
+]
 report = memory_report(configure("tests/published/text_uvit.yaml", overrides))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6)
 print(report)
@@ -163,7 +192,9 @@ def test_a_large_model_is_told_without_building_it():
     done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     grown, *report = done.stdout.splitlines()
-    parameters = int(next(line for line in report if line.startswith("transformer")).split()[2].replace(",", ""))
+    parameters = int(
+        next(line for line in report if line.startswith("transformer")).split()[2].replace(",", "")
+    )
     assert parameters > 2e9 and float(grown) < 1.0, "a gigabyte at most, for one that takes eight"
 
 
@@ -198,15 +229,25 @@ def test_train_with_check_prints_the_same(tmp_path, monkeypatch, capfd):
         assert any(line.startswith("bf16 ") for line in lines) != torch.accelerator.is_available()
         outputs.append("\n".join(line for line in lines if not line.startswith("bf16 ")))  # measured anew
     assert outputs[0] == outputs[1] and "together, about" in outputs[0]
-    assert "data photos/: 5 images, 0.0 MB; a batch of 5 at 32x32 pixels, captions such as 'a picture of number 0'" in outputs[0]
+    assert (
+        "data photos/: 5 images, 0.0 MB; a batch of 5 at 32x32 pixels, captions such as 'a picture of"
+        " number 0'"
+        in outputs[0]
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["photos"], "nothing was written"
 
 
-@pytest.mark.parametrize("command, data, message", [
-    (["check"], "nowhere/", "nowhere"), (["train", "--check"], "missing/{000..002}.tar", "missing/000.tar"),
-    (["check"], "empty/", "empty"), (["check"], "broken/000.tar", "broken/000.tar"),
-    (["train-tokenizer", "--check"], "nowhere/", "nowhere"), (["train-tokenizer", "--check"], "broken/000.tar", "broken/000.tar"),
-])
+@pytest.mark.parametrize(
+    "command, data, message",
+    [
+        (["check"], "nowhere/", "nowhere"),
+        (["train", "--check"], "missing/{000..002}.tar", "missing/000.tar"),
+        (["check"], "empty/", "empty"),
+        (["check"], "broken/000.tar", "broken/000.tar"),
+        (["train-tokenizer", "--check"], "nowhere/", "nowhere"),
+        (["train-tokenizer", "--check"], "broken/000.tar", "broken/000.tar"),
+    ],
+)
 def test_data_that_cannot_be_used(command, data, message, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -229,7 +270,10 @@ def test_data_of_which_too_much_is_unusable_is_refused_as_in_training(tmp_path, 
             tar.add(path, path.name)
     content = (tmp_path / "whole.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(content[:4096])
-    for report in (lambda data: data_report(configure(None, [data])), lambda data: tokenizer_data_report(configure_tokenizer(None, [data]))):
+    for report in (
+        lambda data: data_report(configure(None, [data])),
+        lambda data: tokenizer_data_report(configure_tokenizer(None, [data])),
+    ):
         with pytest.raises(ValueError, match=r"samples could not be used.*cut\.tar"):
             report("data=*.tar")  # a star is no alias of YAML
         assert len(report("data=whole.tar")) == 1

@@ -28,10 +28,18 @@ from musekit.training.distributed import on_main_process
 from toy_training import free_port
 
 TINY = [
-    "model.vq_model.params.c_hidden=16", "model.vq_model.params.codebook_size=32", "model.vq_model.train.steps=10",
-    "model.text_encoder.train.steps=5", "model.text_encoder.train.layers=1", "model.transformer.hidden_size=32",
-    "model.transformer.num_hidden_layers=1", "model.transformer.intermediate_size=64", "training.max_train_steps=10",
-    "training.batch_size=8", "training.generation_timesteps=2", "lr_scheduler.params.warmup_steps=2",
+    "model.vq_model.params.c_hidden=16",
+    "model.vq_model.params.codebook_size=32",
+    "model.vq_model.train.steps=10",
+    "model.text_encoder.train.steps=5",
+    "model.text_encoder.train.layers=1",
+    "model.transformer.hidden_size=32",
+    "model.transformer.num_hidden_layers=1",
+    "model.transformer.intermediate_size=64",
+    "training.max_train_steps=10",
+    "training.batch_size=8",
+    "training.generation_timesteps=2",
+    "lr_scheduler.params.warmup_steps=2",
     "experiment.log_every=1",
 ]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "110", "HF_HUB_OFFLINE": "1"}
@@ -46,7 +54,8 @@ def musekit(folder, *arguments, launcher=(), **environment):
 
 @pytest.fixture
 def here(monkeypatch, capfd):
-    """Runs commands in this process, which has imported everything already; gives what a finished process would."""
+    """Runs commands in this process, which has imported everything already; gives what a finished process
+    would."""
     monkeypatch.setenv("COLUMNS", "110")
 
     def run(folder, *arguments):
@@ -103,9 +112,15 @@ def test_help_of_a_process(tmp_path):
     assert process.returncode == 0 and not process.stderr and "draw images from prompts" in process.stdout
 
 
-@pytest.mark.parametrize("arguments, told", [
-    ([], "musekit demo"), (["demo"], "--prompts"), (["train"], "musekit train data=photos/"), (["generate"], "--negative-prompt"),
-])
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        ([], "musekit demo"),
+        (["demo"], "--prompts"),
+        (["train"], "musekit train data=photos/"),
+        (["generate"], "--negative-prompt"),
+    ],
+)
 def test_help(tmp_path, here, arguments, told):
     process = here(tmp_path, *arguments, "--help")
     assert process.returncode == 0 and not process.stderr and told in process.stdout
@@ -123,49 +138,92 @@ def test_a_process_finds_a_wrong_argument_at_once(tmp_path):
     assert time.perf_counter() - start < 3
 
 
-@pytest.mark.parametrize("arguments, told", [
-    (["paint"], "invalid choice"),
-    (["demo", "--prompts", "0"], "1 to 400"),
-    (["demo", "--prompts", "401"], "1 to 400"),
-    (["demo", "--seed", "one"], "--seed"),
-    (["generate"], "musekit demo"),
-    (["generate", "a two", "--num-images", "0"], "--num-images"),
-    (["generate", "a two", "--steps", "0"], "--steps"),
-    (["generate", "a two"], "musekit demo"),
-    (["generate", "a two", "--out", "two.mp5"], "--out two.mp5"),
-    (["generate", "a two", "--out", "/proc/no/two.png"], "cannot be written"),
-    (["train", "data=digits", "training.max_train_steps=few"], "steps: Value 'few'"),
-    (["train", "data=digits", "dataset.preprocessing.random_flip=true"], "set training.encode_first=false"),
-    (["train", "data=digits", "mask_schedule.schedule=sigmoid", "mask_schedule.params.tau=abc"], "needs a number for tau"),
-    (["train", "data=digits", "lr_scheduler.params.options.num_cycles=abc"], "num_cycles"),
-    (["train", "data=digits", "optimizer.name=lion", "optimizer.params.epsilon=1e-3"], "lion has no epsilon"),
-    (["train", "data=digits", "training.eval_mask_ratios=[]"], "must hold a ratio"),
-    (["train", "data=digits", "training.seed=99999999999999999999"], "at most"),
-    (["train", "data=digits", "experiment.trackers=tensorboard"], "give a list"),
-    (["train", "data=digits", "model.text_encoder.train.hidden_size=7"], "must be even"),
-    (["train", "data=digits", "model.transformer.codebook_size=10"], "belong together"),
-    (["train", "data=digits", "dataset.preprocessing.max_seq_length=1"], "at least 2"),
-    (["evaluate", "here", "data=digits", "--prompts", "nowhere"], "no file of prompts nowhere"),
-    (["train", "--check", "data=digits", "--chekc"], "unrecognized arguments: --chekc"),
-    (["evaluate", "here", "data=digits", "--prompts", "nowhere", "more"], "['digits', 'more'] needs a feature extractor"),
-    (["push", "here", "me/mine", "--private", "more"], "unrecognized arguments: more"),
-    (["evaluate", "here", "data=digits", "--out", "/proc/no/numbers.json"], "--out /proc/no/numbers.json cannot be written"),
-    (["train", "data=digits", "experiment.output_dir=/proc/version/run"], "/proc/version is a file; choose a folder"),
-])
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["paint"], "invalid choice"),
+        (["demo", "--prompts", "0"], "1 to 400"),
+        (["demo", "--prompts", "401"], "1 to 400"),
+        (["demo", "--seed", "one"], "--seed"),
+        (["generate"], "musekit demo"),
+        (["generate", "a two", "--num-images", "0"], "--num-images"),
+        (["generate", "a two", "--steps", "0"], "--steps"),
+        (["generate", "a two"], "musekit demo"),
+        (["generate", "a two", "--out", "two.mp5"], "--out two.mp5"),
+        (["generate", "a two", "--out", "/proc/no/two.png"], "cannot be written"),
+        (["train", "data=digits", "training.max_train_steps=few"], "steps: Value 'few'"),
+        (
+            ["train", "data=digits", "dataset.preprocessing.random_flip=true"],
+            "set training.encode_first=false",
+        ),
+        (
+            ["train", "data=digits", "mask_schedule.schedule=sigmoid", "mask_schedule.params.tau=abc"],
+            "needs a number for tau",
+        ),
+        (["train", "data=digits", "lr_scheduler.params.options.num_cycles=abc"], "num_cycles"),
+        (
+            ["train", "data=digits", "optimizer.name=lion", "optimizer.params.epsilon=1e-3"],
+            "lion has no epsilon",
+        ),
+        (["train", "data=digits", "training.eval_mask_ratios=[]"], "must hold a ratio"),
+        (["train", "data=digits", "training.seed=99999999999999999999"], "at most"),
+        (["train", "data=digits", "experiment.trackers=tensorboard"], "give a list"),
+        (["train", "data=digits", "model.text_encoder.train.hidden_size=7"], "must be even"),
+        (["train", "data=digits", "model.transformer.codebook_size=10"], "belong together"),
+        (["train", "data=digits", "dataset.preprocessing.max_seq_length=1"], "at least 2"),
+        (["evaluate", "here", "data=digits", "--prompts", "nowhere"], "no file of prompts nowhere"),
+        (["train", "--check", "data=digits", "--chekc"], "unrecognized arguments: --chekc"),
+        (
+            ["evaluate", "here", "data=digits", "--prompts", "nowhere", "more"],
+            "['digits', 'more'] needs a feature extractor",
+        ),
+        (["push", "here", "me/mine", "--private", "more"], "unrecognized arguments: more"),
+        (
+            ["evaluate", "here", "data=digits", "--out", "/proc/no/numbers.json"],
+            "--out /proc/no/numbers.json cannot be written",
+        ),
+        (
+            ["train", "data=digits", "experiment.output_dir=/proc/version/run"],
+            "/proc/version is a file; choose a folder",
+        ),
+    ],
+)
 def test_what_is_wrong_is_found_before_anything_is_written(tmp_path, here, arguments, told):
     assert_refused(here(tmp_path, *arguments), told)
     assert not list(tmp_path.iterdir())
 
 
 def test_settings_may_stand_on_both_sides_of_an_option(tmp_path, here):
-    assert_refused(here(tmp_path, "encode", "data=digits", "--out", "codes", "training.batch_size=0"), "batch_size=0 must be at least 1")
-    assert_refused(here(tmp_path, "train", "data=digits", "--check", "training.batch_size=0"), "batch_size=0 must be at least 1")
+    assert_refused(
+        here(tmp_path, "encode", "data=digits", "--out", "codes", "training.batch_size=0"),
+        "batch_size=0 must be at least 1",
+    )
+    assert_refused(
+        here(tmp_path, "train", "data=digits", "--check", "training.batch_size=0"),
+        "batch_size=0 must be at least 1",
+    )
 
 
 def test_singles_and_the_sheet_have_names_of_their_own(tmp_path, here):
     for out in ("singles/000.png", "./singles/../singles/12.png"):
-        assert_refused(here(tmp_path, "generate", "a two", "--singles", "singles", "--out", out, "--model", "none"), "choose another name")
-    assert_refused(here(tmp_path, "generate", "a two", "--singles", "singles", "--out", "singles/all.png", "--model", "none"), "none")
+        assert_refused(
+            here(tmp_path, "generate", "a two", "--singles", "singles", "--out", out, "--model", "none"),
+            "choose another name",
+        )
+    assert_refused(
+        here(
+            tmp_path,
+            "generate",
+            "a two",
+            "--singles",
+            "singles",
+            "--out",
+            "singles/all.png",
+            "--model",
+            "none",
+        ),
+        "none",
+    )
 
 
 @pytest.mark.parametrize("name, library", [("8bit_adamw", "bitsandbytes"), ("lion", "lion_pytorch")])
@@ -182,7 +240,13 @@ def test_a_library_that_is_missing_here_is_no_mistake_of_the_file(tmp_path, here
 
 def test_a_warm_up_longer_than_the_run_is_told(tmp_path, here):
     with pytest.warns(UserWarning, match="warmup_steps=6 is above steps=5"):
-        here(tmp_path, "check", "data=digits", "lr_scheduler.params.warmup_steps=6", "training.max_train_steps=5")
+        here(
+            tmp_path,
+            "check",
+            "data=digits",
+            "lr_scheduler.params.warmup_steps=6",
+            "training.max_train_steps=5",
+        )
 
 
 def test_bad_folders(tmp_path, here):
@@ -215,13 +279,33 @@ def test_a_plain_transformer_from_end_to_end(place, here):
     (place / "plain.yaml").write_text(yaml.safe_dump(config))
     options = [option for option in TINY if not option.startswith("model.transformer")]
     run = place / "runs" / "plain"
-    process = here(place, "train", "plain.yaml", "data=photos", f"experiment.output_dir={run}", "experiment.eval_every=5", *options)
+    process = here(
+        place,
+        "train",
+        "plain.yaml",
+        "data=photos",
+        f"experiment.output_dir={run}",
+        "experiment.eval_every=5",
+        *options,
+    )
     assert (process.returncode, process.stderr) == (0, "")
     log = read_log(run)
-    assert [line["step"] for line in log if "loss" in line] == list(range(1, 11)) and any("eval_loss" in line for line in log)
+    assert [line["step"] for line in log if "loss" in line] == list(range(1, 11)) and any(
+        "eval_loss" in line for line in log
+    )
     model = MaskGitTransformer.from_pretrained(run / "pipeline" / "transformer")
     assert model.config.add_cross_attention and model.default_shape == (8, 8)
-    drawn = here(place, "generate", "a blue two on white paper", "--model", run / "pipeline", "--out", "plain.png", "--num-images", "2")
+    drawn = here(
+        place,
+        "generate",
+        "a blue two on white paper",
+        "--model",
+        run / "pipeline",
+        "--out",
+        "plain.png",
+        "--num-images",
+        "2",
+    )
     assert (drawn.returncode, drawn.stderr) == (0, "") and Image.open(place / "plain.png").width == 210
 
 
@@ -241,7 +325,11 @@ class Terminal(io.StringIO):
 def test_a_log_gets_lines(place, trained, here, monkeypatch):
     """Every half minute in truth: here after every step."""
     monkeypatch.setattr(progress, "LINE_EVERY", 0)
-    given = ["experiment.output_dir=runs/lines", "model.vq_model.pretrained=null", "training.max_grad_norm=null"]
+    given = [
+        "experiment.output_dir=runs/lines",
+        "model.vq_model.pretrained=null",
+        "training.max_grad_norm=null",
+    ]
     process = here(place, "train", "data=photos", *TINY, *given)
     lines = process.stderr.splitlines()
     assert process.returncode == 0 and "\r" not in process.stderr
@@ -249,11 +337,23 @@ def test_a_log_gets_lines(place, trained, here, monkeypatch):
         last = [line for line in lines if line.startswith(f"step {steps} of {steps}, loss=")]
         assert last and all(re.search(r", 00:\d\d elapsed, 00:\d\d left$", line) for line in last), lines
     assert "step 3 of 10" in process.stderr and any(line.startswith("train: batch 1, ") for line in lines)
-    networks = "model.vq_model.pretrained=runs/small/vq_model", "model.text_encoder.pretrained=runs/small/clip"
-    process = here(place, "encode", "small", f"data={place}/runs/small/data/train", *networks, "--out", "codes")
+    networks = (
+        "model.vq_model.pretrained=runs/small/vq_model",
+        "model.text_encoder.pretrained=runs/small/clip",
+    )
+    process = here(
+        place, "encode", "small", f"data={place}/runs/small/data/train", *networks, "--out", "codes"
+    )
     assert process.returncode == 0 and "shard 1 of 1, left_out=0, samples=40, " in process.stderr
-    process = here(place, "train-tokenizer", "data=photos", "training.max_train_steps=2", "training.batch_size=2",
-                   "experiment.output_dir=runs/tokenizer", "experiment.log_every=1")
+    process = here(
+        place,
+        "train-tokenizer",
+        "data=photos",
+        "training.max_train_steps=2",
+        "training.batch_size=2",
+        "experiment.output_dir=runs/tokenizer",
+        "experiment.log_every=1",
+    )
     assert process.returncode == 0 and "step 2 of 2, loss=" in process.stderr, process.stderr
 
 
@@ -312,9 +412,20 @@ def test_interrupted_stage_leaves_nothing_half_made(place, trained, here):
 
     killer = threading.Thread(target=terminate)
     killer.start()
-    process = here(place, "train", "data=photos", f"experiment.output_dir={run}", *TINY, "model.vq_model.train.steps=100000")
+    process = here(
+        place,
+        "train",
+        "data=photos",
+        f"experiment.output_dir={run}",
+        *TINY,
+        "model.vq_model.train.steps=100000",
+    )
     killer.join()
-    assert process.returncode == 130 and process.stderr.count("\n") == 1 and "interrupted; finished stages are kept" in process.stderr
+    assert (
+        process.returncode == 130
+        and process.stderr.count("\n") == 1
+        and "interrupted; finished stages are kept" in process.stderr
+    )
     assert [path.name for path in run.iterdir()] == ["data"]
 
 
@@ -330,7 +441,9 @@ def test_two_processes_make_every_stage_once(place, trained):
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("transformer ...") == process.stdout.count("generate images with") == 1
     assert json.loads((run / "checkpoint-10" / "trainer_state.json").read_text())["num_processes"] == 2
-    alone, together = ((place / "runs" / name / "vq_model" / "model.safetensors").read_bytes() for name in ("small", "two"))
+    alone, together = (
+        (place / "runs" / name / "vq_model" / "model.safetensors").read_bytes() for name in ("small", "two")
+    )
     assert alone == together
     assert not list(run.glob("partial-*"))
 
@@ -370,7 +483,9 @@ def make_by_turns(rank, store, answers):
 def test_an_error_of_any_kind_reaches_both_processes(tmp_path):
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
-    children = [context.Process(target=make_by_turns, args=(rank, f"{tmp_path}/store", answers)) for rank in range(2)]
+    children = [
+        context.Process(target=make_by_turns, args=(rank, f"{tmp_path}/store", answers)) for rank in range(2)
+    ]
     for child in children:
         child.start()
     told = dict(answers.get(timeout=30) for _ in children)
@@ -378,9 +493,18 @@ def test_an_error_of_any_kind_reaches_both_processes(tmp_path):
         child.join(30)
         assert child.exitcode == 0
     assert told[0][0] == told[1][0] == children[0].pid
-    assert told[0][1:] == [("ValueError", "bad"), ("FileNotFoundError", "gone"), ("Mistake", "ours"), ("KeyboardInterrupt", "")]
-    assert told[1][1:] == [("ValueError", "bad"), ("ValueError", "gone"),
-                           ("RuntimeError", "The main process failed: Mistake: ours"), ("KeyboardInterrupt", "")]
+    assert told[0][1:] == [
+        ("ValueError", "bad"),
+        ("FileNotFoundError", "gone"),
+        ("Mistake", "ours"),
+        ("KeyboardInterrupt", ""),
+    ]
+    assert told[1][1:] == [
+        ("ValueError", "bad"),
+        ("ValueError", "gone"),
+        ("RuntimeError", "The main process failed: Mistake: ours"),
+        ("KeyboardInterrupt", ""),
+    ]
 
 
 def test_demo(tmp_path, here):
@@ -391,9 +515,19 @@ def test_demo(tmp_path, here):
     process = here(tmp_path, "demo", "--out", "run", "--prompts", "20", *TINY)
     assert (process.returncode, process.stderr) == (0, "")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["overall"]["count"] == 20 and set(results["groups"]) == {"unseen combination", "unseen wording"}
-    assert {"l1", "mse", "psnr", "ssim", "codes_used", "codebook_size", "perplexity"} == set(results["tokenizer"])
-    assert {"data", "transformer", "judging", "all"} <= set(results["seconds"]) and results["peak_memory_gb"] > 0.1
+    assert results["overall"]["count"] == 20 and set(results["groups"]) == {
+        "unseen combination",
+        "unseen wording",
+    }
+    assert {"l1", "mse", "psnr", "ssim", "codes_used", "codebook_size", "perplexity"} == set(
+        results["tokenizer"]
+    )
+    assert {"data", "transformer", "judging", "all"} <= set(results["seconds"]) and results[
+        "peak_memory_gb"
+    ] > 0.1
     for name in ("samples.png", "decoding.png", "training.png", "stages.png", "confusion.png"):
         Image.open(tmp_path / "run" / name).verify()
-    assert_refused(here(tmp_path, "demo", "--out", "run", "--seed", "1", *TINY), "holds another run (training.seed: 0 -> 1)")
+    assert_refused(
+        here(tmp_path, "demo", "--out", "run", "--seed", "1", *TINY),
+        "holds another run (training.seed: 0 -> 1)",
+    )

@@ -1,4 +1,5 @@
-"""Runs with every kind of condition and input: each trains, evaluates, saves a pipeline that draws, and resumes exactly."""
+"""Runs with every kind of condition and input: each trains, evaluates, saves a pipeline that draws, and
+resumes exactly."""
 import io
 import json
 import random
@@ -40,10 +41,20 @@ from musekit.training.log import read_log
 from musekit.utils.seeds import step_seed
 
 SETTINGS = [
-    "model.transformer.hidden_size=32", "model.transformer.num_hidden_layers=1", "model.transformer.intermediate_size=64",
-    "training.max_train_steps=4", "training.batch_size=8", "training.generation_timesteps=2", "lr_scheduler.params.warmup_steps=1",
-    "training.encode_first=false", "training.cond_dropout_prob=0.5", "dataset.params.shuffle_buffer_size=20",
-    "experiment.log_every=1", "experiment.eval_every=2", "experiment.generate_every=4", "experiment.save_every=2",
+    "model.transformer.hidden_size=32",
+    "model.transformer.num_hidden_layers=1",
+    "model.transformer.intermediate_size=64",
+    "training.max_train_steps=4",
+    "training.batch_size=8",
+    "training.generation_timesteps=2",
+    "lr_scheduler.params.warmup_steps=1",
+    "training.encode_first=false",
+    "training.cond_dropout_prob=0.5",
+    "dataset.params.shuffle_buffer_size=20",
+    "experiment.log_every=1",
+    "experiment.eval_every=2",
+    "experiment.generate_every=4",
+    "experiment.save_every=2",
 ]
 CLASSES, NO_TEXT = "dataset.type=classification", "model.text_encoder.type=none"
 PLAIN, NO_POOLED = "model.architecture=transformer", "model.transformer.add_cond_embeds=false"
@@ -51,7 +62,11 @@ PLAIN, NO_POOLED = "model.architecture=transformer", "model.transformer.add_cond
 
 def digits(first, count):
     everything = set(range(len(WORDINGS)))
-    return list(make_samples(range(first, first + count), 1, set(COMBINATIONS), lambda *combination: everything, seed=0))
+    return list(
+        make_samples(
+            range(first, first + count), 1, set(COMBINATIONS), lambda *combination: everything, seed=0
+        )
+    )
 
 
 def sheet(sample, side=2):
@@ -69,7 +84,13 @@ def candidates(sample):
         return data.getvalue()
 
     black = png(Image.new("RGB", (32, 32)))
-    return {"0.png": black, "1.png": png(sample["image"]), "2.png": black, "clip_scores.txt": b"0.2,0.9,0.3", "txt": sample["text"].encode()}
+    return {
+        "0.png": black,
+        "1.png": png(sample["image"]),
+        "2.png": black,
+        "clip_scores.txt": b"0.2,0.9,0.3",
+        "txt": sample["text"].encode(),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -82,25 +103,51 @@ def place(tmp_path_factory):
         write_shards(samples, folder / "digits" / split)
         write_shards(map(sheet, samples), folder / "sheets" / split)
         write_tars(map(candidates, samples), folder / "scored" / split)
-    pixels = torch.stack([torch.from_numpy(np.array(sample["image"])).permute(2, 0, 1) / 255 for sample in digits(100, 40)])
+    pixels = torch.stack(
+        [torch.from_numpy(np.array(sample["image"])).permute(2, 0, 1) / 255 for sample in digits(100, 40)]
+    )
     collect_features([pixels], DigitFeatures()).save(folder / "real.safetensors")
     (folder / "names.json").write_text(json.dumps([f"the digit {number}" for number in range(10)]))
     words = [sample["text"] for sample in digits(0, 40)]
-    PaellaVQModel(levels=2, c_hidden=16, c_latent=4, bottleneck_blocks=1, codebook_size=32, scale_factor=1.0).save_pretrained(folder / "vq")
+    PaellaVQModel(
+        levels=2, c_hidden=16, c_latent=4, bottleneck_blocks=1, codebook_size=32, scale_factor=1.0
+    ).save_pretrained(folder / "vq")
     tokenizer = train_bpe(words, 600, 20)
-    special = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    clip = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=24, intermediate_size=48, projection_dim=16, num_hidden_layers=2,
-                          num_attention_heads=2, max_position_embeddings=20, **special)
-    TextEncoder(CLIPTextModelWithProjection(clip), tokenizer, use_pooled=True).save_pretrained(folder / "clip")
+    special = dict(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    clip = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=24,
+        intermediate_size=48,
+        projection_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=20,
+        **special,
+    )
+    TextEncoder(CLIPTextModelWithProjection(clip), tokenizer, use_pooled=True).save_pretrained(
+        folder / "clip"
+    )
     pieces = T5Tokenizer().train_new_from_iterator(words, 150, show_progress=False)
-    t5 = T5EncoderModel(T5Config(vocab_size=len(pieces), d_model=24, d_kv=8, d_ff=48, num_layers=2, num_heads=3))
+    t5 = T5EncoderModel(
+        T5Config(vocab_size=len(pieces), d_model=24, d_kv=8, d_ff=48, num_layers=2, num_heads=3)
+    )
     TextEncoder(t5, pieces, max_seq_length=20).save_pretrained(folder / "t5")
     return folder
 
 
 def settings_of(place, name, *settings, data="digits"):
     data = [f"data={place}/{data}/train", f"dataset.params.eval_shards_path_or_url={place}/{data}/test"]
-    return [*data, f"model.vq_model.pretrained={place}/vq", f"experiment.output_dir={place}/runs/{name}", *SETTINGS, *settings]
+    return [
+        *data,
+        f"model.vq_model.pretrained={place}/vq",
+        f"experiment.output_dir={place}/runs/{name}",
+        *SETTINGS,
+        *settings,
+    ]
 
 
 def weights(folder):
@@ -108,7 +155,8 @@ def weights(folder):
 
 
 def run_and_resume(place, name, *settings, data="digits"):
-    "Trains, then goes on from the middle as if it had been killed there; gives the run and the loaded pipeline."
+    """Trains, then goes on from the middle as if it had been killed there; gives the run and the loaded
+    pipeline."""
     config = lambda: configure(None, settings_of(place, name, *settings, data=data))
     recipe = train(config(), progress=False)
     told = read_log(recipe.folder)
@@ -156,9 +204,17 @@ def test_texts(place, name):
 
 @pytest.mark.parametrize("encode_first", [False, True], ids=["images", "encoded"])
 def test_classes(place, encode_first, capsys):
-    recipe, pipeline = run_and_resume(place, f"classes {encode_first}", CLASSES, "model.transformer.num_classes=10",
-                                      f"training.encode_first={str(encode_first).lower()}")
-    assert pipeline.transformer.config.num_classes == 10 and recipe.batches.unconditional["class_ids"].item() == 10
+    recipe, pipeline = run_and_resume(
+        place,
+        f"classes {encode_first}",
+        CLASSES,
+        "model.transformer.num_classes=10",
+        f"training.encode_first={str(encode_first).lower()}",
+    )
+    assert (
+        pipeline.transformer.config.num_classes == 10
+        and recipe.batches.unconditional["class_ids"].item() == 10
+    )
     numbers, texts = pipeline([3, 7], seed=0), pipeline(["3", "7"], seed=0)
     assert [image.tobytes() for image in numbers] == [image.tobytes() for image in texts]
     ids = lambda prompts, **options: pipeline.ids(prompts, seed=0, **options)
@@ -167,27 +223,58 @@ def test_classes(place, encode_first, capsys):
     with pytest.raises(ValueError, match=r"has the classes 0 \.\. 9, and '10' is neither"):
         pipeline(10)
     real, out = FeatureTable.load(place / "real.safetensors"), recipe.folder / "quality.json"
-    command = "evaluate", recipe.folder, "data=digits", "--samples", 40, "--steps", 2, "--statistics", place / "real.safetensors", "--out", out
+    command = (
+        "evaluate",
+        recipe.folder,
+        "data=digits",
+        "--samples",
+        40,
+        "--steps",
+        2,
+        "--statistics",
+        place / "real.safetensors",
+        "--out",
+        out,
+    )
     assert main(list(map(str, command))) == 0 and "agreement" in capsys.readouterr().out
     asked = [prompt["digit"] for prompt in random.Random(0).sample(held_out_prompts(), 400)][:40]
     drawn = pipeline(asked, seed=step_seed(0, 0, "evaluate"), steps=2)
     read = DigitFeatures().judge(drawn)["digit"]
     told = json.loads(out.read_text())
-    assert told["agreement"] == pytest.approx(np.mean([one == other for one, other in zip(read, asked)])) and told["real"] == real.count
+    assert (
+        told["agreement"] == pytest.approx(np.mean([one == other for one, other in zip(read, asked)]))
+        and told["real"] == real.count
+    )
 
 
 def test_classes_with_names(place, capsys):
     recipe, pipeline = run_and_resume(place, "named classes", CLASSES, names(place), NO_TEXT)
     assert torch.equal(pipeline.ids("the digit 4", seed=0), pipeline.ids(4, seed=0))
     assert set(recipe.batches.networks.text_encoder.names) == set(range(10))
-    draw = lambda *prompts: main(["generate", *prompts, "--model", str(recipe.folder), "--out", str(place / "named.png"), "--num-images", "1"])
+    draw = lambda *prompts: main([
+        "generate",
+        *prompts,
+        "--model",
+        str(recipe.folder),
+        "--out",
+        str(place / "named.png"),
+        "--num-images",
+        "1",
+    ])
     assert draw("the digit 4", "7") == 0
-    assert draw() == 2 and "name a class to generate: a number, 0 to 9, or the name of one, such as the digit 0" in capsys.readouterr().err
+    assert (
+        draw() == 2
+        and "name a class to generate: a number, 0 to 9, or the name of one, such as the digit 0"
+        in capsys.readouterr().err
+    )
 
 
 def test_dropped_classes_are_the_mask_token(place):
     "What the trainer puts in front of half the rows is what an unknown class is when drawing."
-    recipe = train(configure(None, settings_of(place, "dropped", CLASSES, "model.transformer.num_classes=10")), progress=False)
+    recipe = train(
+        configure(None, settings_of(place, "dropped", CLASSES, "model.transformer.num_classes=10")),
+        progress=False,
+    )
     batch = next(iter(recipe.batches.train(0)))
     given, seen = batch["class_ids"], []
     for step in range(50):
@@ -213,7 +300,12 @@ def test_nothing(place):
     assert recipe.batches.unconditional == {} and pipeline.generation.guidance_scale == 1
     with pytest.raises(ValueError, match="is unconditional and cannot use the prompt 'a cat'"):
         pipeline("a cat")
-    assert main(["generate", "--model", str(recipe.folder), "--out", str(place / "any.png"), "--num-images", "3"]) == 0
+    assert (
+        main(
+            ["generate", "--model", str(recipe.folder), "--out", str(place / "any.png"), "--num-images", "3"]
+        )
+        == 0
+    )
     assert Image.open(place / "any.png").width > 300
 
 
@@ -229,9 +321,14 @@ def test_pictures_without_captions(place):
         train(configure(None, [*settings_of(place, "bare text"), *alone[:2], clip(place)]), progress=False)
 
 
-@pytest.mark.parametrize("key, data, size", [
-    ("is_sdxl_synthetic_dataset", "scored", (1024, 1024)), ("is_ds_clean", "sheets", (32, 32)), ("is_ds_clean_upscaled", "sheets", (64, 64)),
-])
+@pytest.mark.parametrize(
+    "key, data, size",
+    [
+        ("is_sdxl_synthetic_dataset", "scored", (1024, 1024)),
+        ("is_ds_clean", "sheets", (32, 32)),
+        ("is_ds_clean_upscaled", "sheets", (64, 64)),
+    ],
+)
 def test_layouts(place, key, data, size):
     recipe, pipeline = run_and_resume(place, key, f"dataset.params.{key}=true", clip(place), data=data)
     batch = next(iter(recipe.batches.data.everything("test")))
@@ -251,7 +348,11 @@ def encoded(place, form, text):
     encoder = TextEncoder.from_pretrained(place / "clip", use_pooled=True) if text else None
     layout = {} if text else {"layout": "classification"}
     for split in ("train", "test"):
-        loader = make_loader([str(place / "digits" / split / "shard-000000.tar")], ImageTextConfig(32, batch_size=8, **layout), training=False)
+        loader = make_loader(
+            [str(place / "digits" / split / "shard-000000.tar")],
+            ImageTextConfig(32, batch_size=8, **layout),
+            training=False,
+        )
         networks = BatchEncoder(PaellaVQModel.from_pretrained(place / "vq").eval(), encoder)
         if form == "parquet":
             encode_dataset(loader, networks, folder / split / "digits.parquet")
@@ -264,12 +365,18 @@ def encoded(place, form, text):
 
 
 def pre_encoded(folder):
-    return [f"data={folder}/train", f"dataset.params.eval_shards_path_or_url={folder}/test", "training.pre_encode=true"]
+    return [
+        f"data={folder}/train",
+        f"dataset.params.eval_shards_path_or_url={folder}/test",
+        "training.pre_encode=true",
+    ]
 
 
 @pytest.mark.parametrize("form", ["parquet", "tar"])
 def test_pre_encoded_texts(place, form):
-    recipe, pipeline = run_and_resume(place, f"pre {form}", clip(place), *pre_encoded(encoded(place, form, True)))
+    recipe, pipeline = run_and_resume(
+        place, f"pre {form}", clip(place), *pre_encoded(encoded(place, form, True))
+    )
     assert recipe.batches.prepare is None and len(pipeline("a red one")) == 1
 
 
@@ -285,36 +392,75 @@ def test_pre_encoded_classes(place):
 
 def test_pre_encoded_is_what_encoding_first_gives(place):
     "The same data, the same order, the same weights, whoever encoded."
-    first = train(configure(None, settings_of(place, "first", clip(place), "training.encode_first=true")), progress=False)
-    shared = f"data={first.folder}/encoded/train", f"dataset.params.eval_shards_path_or_url={first.folder}/encoded/test"
-    later = train(configure(None, [*settings_of(place, "later", clip(place)), *shared, "training.pre_encode=true"]), progress=False)
+    first = train(
+        configure(None, settings_of(place, "first", clip(place), "training.encode_first=true")),
+        progress=False,
+    )
+    shared = (
+        f"data={first.folder}/encoded/train",
+        f"dataset.params.eval_shards_path_or_url={first.folder}/encoded/test",
+    )
+    later = train(
+        configure(None, [*settings_of(place, "later", clip(place)), *shared, "training.pre_encode=true"]),
+        progress=False,
+    )
     assert weights(first.folder) == weights(later.folder)
 
 
 def test_encoded_data_needs_networks_only_to_draw(place, tmp_path, capsys):
-    "Missing ones are fine where nothing is drawn; the last line says what is not there, and the first inputs are squares."
-    names = [f"model.vq_model.pretrained={tmp_path}/gone/vq", f"model.text_encoder.pretrained={tmp_path}/gone/clip"]
-    given = [*settings_of(place, "alone", *names), *pre_encoded(encoded(place, "parquet", True)), "model.transformer.codebook_size=32"]
+    """Missing ones are fine where nothing is drawn; the last line says what is not there, and the first
+    inputs are squares."""
+    names = [
+        f"model.vq_model.pretrained={tmp_path}/gone/vq",
+        f"model.text_encoder.pretrained={tmp_path}/gone/clip",
+    ]
+    given = [
+        *settings_of(place, "alone", *names),
+        *pre_encoded(encoded(place, "parquet", True)),
+        "model.transformer.codebook_size=32",
+    ]
     recipe = train(configure(None, [*given, "experiment.generate_every=null"]), progress=False)
-    assert "no pipeline, only the transformer in" in capsys.readouterr().out and not (recipe.folder / "pipeline").exists()
+    assert (
+        "no pipeline, only the transformer in" in capsys.readouterr().out
+        and not (recipe.folder / "pipeline").exists()
+    )
     assert [line["step"] for line in read_log(recipe.folder) if "loss" in line] == [1, 2, 3, 4]
     assert [path.name for path in (recipe.folder / "samples").iterdir()] == ["first-inputs.png"]
     with pytest.raises(FileNotFoundError, match="gone/vq is no folder here"):
         configure(None, [*given, "experiment.generate_every=2"])
     with pytest.raises(ValueError, match="set model.transformer.codebook_size to the number of its codes"):
-        train(configure(None, [*given, "experiment.generate_every=null", "model.transformer.codebook_size=null", f"experiment.output_dir={tmp_path}/x"]), progress=False)
+        train(
+            configure(
+                None,
+                [
+                    *given,
+                    "experiment.generate_every=null",
+                    "model.transformer.codebook_size=null",
+                    f"experiment.output_dir={tmp_path}/x",
+                ],
+            ),
+            progress=False,
+        )
 
 
 def test_encoded_data_frees_what_it_loads_to_draw(place, monkeypatch):
     loaded = []
     for name in ("load_vq_model", "load_text_encoder"):
         load = getattr(musekit.recipes.networks, name)
-        monkeypatch.setattr(musekit.recipes.networks, name, lambda *given, load=load, name=name: (loaded.append(name), load(*given))[1])
+        monkeypatch.setattr(
+            musekit.recipes.networks,
+            name,
+            lambda *given, load=load, name=name: (loaded.append(name), load(*given))[1],
+        )
     codes = pre_encoded(encoded(place, "parquet", True))
-    recipe, batches, trainer = before_training(place, "frees", clip(place), *codes, "experiment.generate_every=4")
+    recipe, batches, trainer = before_training(
+        place, "frees", clip(place), *codes, "experiment.generate_every=4"
+    )
     assert not loaded and not in_memory(batches.networks), "the data has the sizes and the empty prompt"
     trainer.fit()
-    assert loaded.count("load_vq_model") == 2 and not in_memory(batches.networks), "for the inputs and the samples"
+    assert loaded.count("load_vq_model") == 2 and not in_memory(
+        batches.networks
+    ), "for the inputs and the samples"
     networks = find_networks(recipe.config)
     assert "frozen networks" not in training_memory(networks, recipe.config)
     recipe.config.training.pre_encode = False
@@ -334,13 +480,21 @@ def in_memory(networks):
 
 def test_the_first_inputs_are_shown(place):
     "Pictures and captions, or what codes decode to, whoever encoded."
-    for more in (["training.encode_first=true"], ["training.encode_first=false"], pre_encoded(encoded(place, "parquet", True))):
+    for more in (
+        ["training.encode_first=true"],
+        ["training.encode_first=false"],
+        pre_encoded(encoded(place, "parquet", True)),
+    ):
         folder = f"experiment.output_dir={place}/runs/inputs{len(more)}{more[0][-5:]}"
         recipe, batches, trainer = before_training(place, "inputs", clip(place), *more, folder)
         trainer.train_step()
         shown = show_inputs(recipe.config, batches, trainer)
         captions = _captions(batches, trainer.last_batch)
-        assert shown.width > 8 * 90 and len(captions) >= 4 and all(" on " in caption or len(caption) > 5 for caption in captions)
+        assert (
+            shown.width > 8 * 90
+            and len(captions) >= 4
+            and all(" on " in caption or len(caption) > 5 for caption in captions)
+        )
 
 
 @pytest.mark.parametrize("form", ["parquet", "tar"])
@@ -350,7 +504,9 @@ def test_codes_and_pictures_are_told_apart(place, form):
     given = [*settings_of(place, "bad", networks), *pre_encoded(codes)]
     for name in ("", "/digits.parquet" if form == "parquet" else "/tokens-000000.tar"):
         pictures_wanted = configure(None, [*given, "training.pre_encode=false", f"data={codes}/train{name}"])
-        with pytest.raises(ValueError, match="holds tokens and no images; to train on them set training.pre_encode=true"):
+        with pytest.raises(
+            ValueError, match="holds tokens and no images; to train on them set training.pre_encode=true"
+        ):
             train(pictures_wanted, progress=False)
     for name in ("", "/shard-000000.tar"):
         with pytest.raises(ValueError, match="holds images and no tokens; set training.pre_encode=false"):
@@ -382,25 +538,41 @@ def test_classes_of_columns_are_read_once(place, monkeypatch):
 
 def test_pre_encoded_refusals(place):
     ready = pre_encoded(encoded(place, "parquet", True))
-    with pytest.raises(ValueError, match="set model.text_encoder.pretrained to the one that encoded the data"):
+    with pytest.raises(
+        ValueError, match="set model.text_encoder.pretrained to the one that encoded the data"
+    ):
         configure(None, [*settings_of(place, "bad"), *ready])
     with pytest.raises(ValueError, match="needs the images in every step"):
-        configure(None, [*settings_of(place, "bad", clip(place)), *ready, "dataset.preprocessing.random_flip=true"])
-    larger = configure(None, [*settings_of(place, "bad", clip(place)), *ready, "dataset.preprocessing.resolution=64"])
-    with pytest.raises(ValueError, match="holds images of 32 x 32 pixels, and dataset.preprocessing.resolution is 64"):
+        configure(
+            None, [*settings_of(place, "bad", clip(place)), *ready, "dataset.preprocessing.random_flip=true"]
+        )
+    larger = configure(
+        None, [*settings_of(place, "bad", clip(place)), *ready, "dataset.preprocessing.resolution=64"]
+    )
+    with pytest.raises(
+        ValueError, match="holds images of 32 x 32 pixels, and dataset.preprocessing.resolution is 64"
+    ):
         train(larger, progress=False)
 
 
 def test_another_kind_is_another_run(place):
     train(configure(None, settings_of(place, "kind", NO_TEXT)), progress=False)
     with pytest.raises(ValueError, match="holds another model .model.transformer.num_classes: null -> 10"):
-        train(configure(None, settings_of(place, "kind", CLASSES, "model.transformer.num_classes=10")), progress=False)
+        train(
+            configure(None, settings_of(place, "kind", CLASSES, "model.transformer.num_classes=10")),
+            progress=False,
+        )
 
 
 def test_going_on_with_a_trained_class_model(place):
     "A pipeline of classes brings its networks and the number of classes along."
-    first = train(configure(None, settings_of(place, "taught", CLASSES, "model.transformer.num_classes=10")), progress=False)
-    alone = [s for s in settings_of(place, "more", CLASSES) if "model.transformer" not in s and "vq_model" not in s]
+    first = train(
+        configure(None, settings_of(place, "taught", CLASSES, "model.transformer.num_classes=10")),
+        progress=False,
+    )
+    alone = [
+        s for s in settings_of(place, "more", CLASSES) if "model.transformer" not in s and "vq_model" not in s
+    ]
     config = configure(None, [*alone, f"model.pretrained_model_path={first.folder}"])
     assert (config.model.text_encoder.type, config.model.architecture) == ("none", "transformer")
     assert Pipeline.from_pretrained(train(config, progress=False).folder).transformer.config.num_classes == 10
@@ -411,14 +583,27 @@ def test_check_tells_of_no_text_encoder():
     assert "text encoder" not in report and "MaskGitTransformer" in report
 
 
-@pytest.mark.parametrize("settings, told", [
-    ([CLASSES, "data=a.tar"], "num_classes=None must be the number of classes"),
-    (["dataset.params.is_ds_clean=true", "dataset.params.is_sdxl_synthetic_dataset=true"], "are different layouts"),
-    ([CLASSES, "dataset.params.is_ds_clean=true"], "are different layouts"),
-    (["dataset.params.imagenet_class_mapping_path=names.json"], "needs dataset.type=classification"),
-    ([CLASSES, "dataset.params.imagenet_class_mapping_path=names.json"], "names.json does not exist"),
-    (["model.text_encoder.type=t5", "model.text_encoder.pretrained=t5", "model.transformer.add_cond_embeds=true"], "has no pooled text"),
-])
+@pytest.mark.parametrize(
+    "settings, told",
+    [
+        ([CLASSES, "data=a.tar"], "num_classes=None must be the number of classes"),
+        (
+            ["dataset.params.is_ds_clean=true", "dataset.params.is_sdxl_synthetic_dataset=true"],
+            "are different layouts",
+        ),
+        ([CLASSES, "dataset.params.is_ds_clean=true"], "are different layouts"),
+        (["dataset.params.imagenet_class_mapping_path=names.json"], "needs dataset.type=classification"),
+        ([CLASSES, "dataset.params.imagenet_class_mapping_path=names.json"], "names.json does not exist"),
+        (
+            [
+                "model.text_encoder.type=t5",
+                "model.text_encoder.pretrained=t5",
+                "model.transformer.add_cond_embeds=true",
+            ],
+            "has no pooled text",
+        ),
+    ],
+)
 def test_contradictions(settings, told):
     with pytest.raises((ValueError, FileNotFoundError), match=told):
         configure(None, ["data=digits", *settings])
@@ -426,10 +611,21 @@ def test_contradictions(settings, told):
 
 def test_a_published_class_file_loads(tmp_path):
     "Without a section for a text encoder, and with the null condition's keys left as they are."
-    sizes = dict(vocab_size=2025, codebook_size=1024, hidden_size=768, num_classes=1000, num_vq_tokens=256, max_position_embeddings=257)
+    sizes = dict(
+        vocab_size=2025,
+        codebook_size=1024,
+        hidden_size=768,
+        num_classes=1000,
+        num_vq_tokens=256,
+        max_position_embeddings=257,
+    )
     text = (ROOT / "tests" / "published" / "text_transformer.yaml").read_text()
     before, after = text.split("  text_encoder:")[0], text[text.index("  gradient_checkpointing"):]
     lines = "\n".join(f"    {name}: {value}" for name, value in sizes.items())
-    (tmp_path / "classes.yaml").write_text(f"{before}  architecture: transformer\n  transformer:\n{lines}\n{after}".replace("dataset:", "dataset:\n  type: classification"))
+    (tmp_path / "classes.yaml").write_text(
+        f"{before}  architecture: transformer\n  transformer:\n{lines}\n{after}".replace(
+            "dataset:", "dataset:\n  type: classification"
+        )
+    )
     networks = find_networks(configure(tmp_path / "classes.yaml"))
     assert networks.transformer.config.num_classes == 1000 and networks.text_encoder is None

@@ -1,4 +1,5 @@
-"""Encoding a data set: killed at any moment, by one process or several, in either form, the codes are those of the networks."""
+"""Encoding a data set: killed at any moment, by one process or several, in either form, the codes are
+those of the networks."""
 import json
 import multiprocessing
 import os
@@ -51,25 +52,42 @@ def place(tmp_path_factory):
     torch.manual_seed(0)
     tokenizer = train_bpe(["a red three on blue paper", "a green seven"], 600, 12)
     sizes = ClipTrainingConfig(hidden_size=16, layers=1, projection_dim=16, max_seq_length=12)
-    TextEncoder(text_tower(build_clip(tokenizer, 32, sizes)), tokenizer, use_pooled=True).save_pretrained(folder / "clip")
+    TextEncoder(text_tower(build_clip(tokenizer, 32, sizes)), tokenizer, use_pooled=True).save_pretrained(
+        folder / "clip"
+    )
     params = dict(levels=2, c_hidden=16, c_latent=4, bottleneck_blocks=1, codebook_size=64, scale_factor=1.0)
     VQ_MODELS["paella_vq"].from_config(params).save_pretrained(folder / "vq")
-    rows = [dict(image=row["image"], text=row["text"], metadata=row["metadata"]) for row in islice(train_samples(1), 50)]
+    rows = [
+        dict(image=row["image"], text=row["text"], metadata=row["metadata"])
+        for row in islice(train_samples(1), 50)
+    ]
     urls = write_shards(rows, folder / "shards", samples_per_shard=20)
     with webdataset.TarWriter(urls[-1]) as writer:  # the last one again, with damage
-        for number, sample in enumerate(webdataset.WebDataset(write_shards(rows[40:], folder / "good"), shardshuffle=False)):
+        for number, sample in enumerate(
+            webdataset.WebDataset(write_shards(rows[40:], folder / "good"), shardshuffle=False)
+        ):
             damaged = {**sample, "png": sample["png"][:60]} if number == 4 else sample
-            writer.write({name: data for name, data in damaged.items() if not (number == 6 and name == "txt")})
+            writer.write(
+                {name: data for name, data in damaged.items() if not (number == 6 and name == "txt")}
+            )
     return folder
 
 
 def settings(place, *more):
-    return [f"data={place}/shards", f"model.vq_model.pretrained={place}/vq", f"model.text_encoder.pretrained={place}/clip",
-            "training.batch_size=8", "dataset.preprocessing.max_seq_length=12", *more]
+    return [
+        f"data={place}/shards",
+        f"model.vq_model.pretrained={place}/vq",
+        f"model.text_encoder.pretrained={place}/clip",
+        "training.batch_size=8",
+        "dataset.preprocessing.max_seq_length=12",
+        *more,
+    ]
 
 
 def encode(place, out, *more, **options):
-    return encode_shards(configure_encoding("small", settings(place, *more)), EncodeOptions(out, **options), progress=False)
+    return encode_shards(
+        configure_encoding("small", settings(place, *more)), EncodeOptions(out, **options), progress=False
+    )
 
 
 def content(folder):
@@ -117,9 +135,17 @@ def killed(*arguments):
 
 
 # the manifest is renamed first (in tars then the empty prompt), then for each shard its file and its record
-MOMENTS = [(form, event, number) for form, event, last in (
-    ("parquet", "rename", 7), ("parquet", "renamed", 2), ("parquet", "batch", 7), ("tar", "rename", 8), ("tar", "batch", 2),
-) for number in range(1, last + 1)]
+MOMENTS = [
+    (form, event, number)
+    for form, event, last in (
+        ("parquet", "rename", 7),
+        ("parquet", "renamed", 2),
+        ("parquet", "batch", 7),
+        ("tar", "rename", 8),
+        ("tar", "batch", 2),
+    )
+    for number in range(1, last + 1)
+]
 
 
 @pytest.mark.parametrize("group", range(5))
@@ -129,8 +155,12 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(place, whole, t
         killed(place, out, *moment)
         left = content(out)
         assert left != whole[moment[0]]
-        finished = {name: data for name, data in left.items() if not name.endswith(".part") and name != TOKEN_MANIFEST}
-        assert all(whole[moment[0]][name] == data for name, data in finished.items()), "a half file under a finished name"
+        finished = {
+            name: data for name, data in left.items() if not name.endswith(".part") and name != TOKEN_MANIFEST
+        }
+        assert all(
+            whole[moment[0]][name] == data for name, data in finished.items()
+        ), "a half file under a finished name"
         encode(place, out, form=moment[0])
         assert content(out) == whole[moment[0]], moment
 
@@ -162,7 +192,9 @@ def as_rank(place, out, rank, world):
 
 
 def test_two_ranks_write_what_one_writes(place, whole, tmp_path):
-    children = [CHILDREN.Process(target=as_rank, args=(place, tmp_path / "out", rank, 2)) for rank in range(2)]
+    children = [
+        CHILDREN.Process(target=as_rank, args=(place, tmp_path / "out", rank, 2)) for rank in range(2)
+    ]
     for child in children:
         child.start()
     for child in children:
@@ -183,7 +215,9 @@ def test_a_folder_of_pictures_is_packed_by_one_process_alone(place, tmp_path, mo
     monkeypatch.setenv("WORLD_SIZE", "2")
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "photos" / "a.png")
-    with pytest.raises(ValueError, match="there are no shards in .*photos, and images in a folder are packed by one process"):
+    with pytest.raises(
+        ValueError, match="there are no shards in .*photos, and images in a folder are packed by one process"
+    ):
         encode(place, tmp_path / "out", f"data={tmp_path}/photos")
 
 
@@ -227,25 +261,38 @@ def test_workers_write_the_same_and_end_with_their_parent(place, whole, tmp_path
 def test_both_forms_are_what_the_networks_say_on_the_fly(place, whole):
     config = configure_encoding("small", settings(place, "dataset.params.max_bad_share=0.5"))
     networks, reading = load_networks(config), image_text_config(config)
-    now = [BatchEncoder(*networks)(batch) for batch in make_loader(sorted(map(str, (place / "shards").glob("*.tar"))), reading, training=False)]
+    now = [
+        BatchEncoder(*networks)(batch)
+        for batch in make_loader(sorted(map(str, (place / "shards").glob("*.tar"))), reading, training=False)
+    ]
     now = {name: torch.cat([batch[name] for batch in now]) for name in TENSORS}
     for form in ("parquet", "tar"):
         source = open_encoded(place / form)
         source.check(*networks)
         read = list(source.loader(reading, training=False))
         read = {name: torch.cat([batch[name] for batch in read]) for name in TENSORS}
-        assert torch.equal(read["image_ids"], now["image_ids"]) and torch.equal(read["micro_conds"], now["micro_conds"])
+        assert torch.equal(read["image_ids"], now["image_ids"]) and torch.equal(
+            read["micro_conds"], now["micro_conds"]
+        )
         for name in ("encoder_hidden_states", "cond_embeds"):
             exact = now[name].half().float()
-            assert torch.allclose(read[name], exact, atol=1e-3, rtol=1e-3)  # a batch of another size rounds otherwise
+            assert torch.allclose(
+                read[name], exact, atol=1e-3, rtol=1e-3
+            )  # a batch of another size rounds otherwise
 
 
 def test_counts_and_keys_are_kept(place, whole):
     record = json.loads(whole["parquet"]["shard-000002.json"])
     assert (record["samples"], record["skipped"]) == (8, 2) and record["last_problem"]
-    assert pq.read_table(place / "parquet" / "shard-000002.parquet")["key"].to_pylist() == [f"{n:09d}" for n in range(10) if n not in (4, 6)]
+    assert pq.read_table(place / "parquet" / "shard-000002.parquet")["key"].to_pylist() == [
+        f"{n:09d}" for n in range(10) if n not in (4, 6)
+    ]
     manifest = json.loads(whole["parquet"][TOKEN_MANIFEST])
-    assert manifest["vq_model"]["codebook_size"] == 64 and manifest["resolution"] == 32 and manifest["filter"] is None
+    assert (
+        manifest["vq_model"]["codebook_size"] == 64
+        and manifest["resolution"] == 32
+        and manifest["filter"] is None
+    )
 
 
 def test_filter_counts_and_an_empty_shard(place, tmp_path):
@@ -266,7 +313,9 @@ def test_codes_of_another_tokenizer_are_refused(place, whole, tmp_path):
         open_encoded(place / "parquet").check(stranger, text_encoder)
     with pytest.raises(ValueError, match="text states of the text encoder"):
         open_encoded(place / "tar").check(vq_model, None)
-    half = TextEncoder.from_pretrained(place / "clip", max_seq_length=12, dtype=torch.bfloat16, use_pooled=True)
+    half = TextEncoder.from_pretrained(
+        place / "clip", max_seq_length=12, dtype=torch.bfloat16, use_pooled=True
+    )
     open_encoded(place / "parquet").check(vq_model, half)
     longer = TextEncoder.from_pretrained(place / "clip", max_seq_length=11, use_pooled=True)
     with pytest.raises(ValueError, match="length, padding, pooling"):
@@ -280,7 +329,10 @@ def test_codes_of_another_tokenizer_are_refused(place, whole, tmp_path):
 @pytest.mark.parametrize("told", ["class", "nothing"])
 def test_classes_and_pictures_without_text(place, tmp_path, form, told):
     rows = list(islice(train_samples(1), 12))
-    members = [{"png": save(row["image"])} | ({"cls": str(row["class_id"]).encode()} if told == "class" else {}) for row in rows]
+    members = [
+        {"png": save(row["image"])} | ({"cls": str(row["class_id"]).encode()} if told == "class" else {})
+        for row in rows
+    ]
     write_tars(members, tmp_path / "data")
     more = ["dataset.type=classification"] if told == "class" else ["model.text_encoder.type=none"]
     given = [setting for setting in settings(place) if "text_encoder" not in setting]
@@ -291,7 +343,11 @@ def test_classes_and_pictures_without_text(place, tmp_path, form, told):
     assert networks[1] is None and source.unconditional == {}
     batch = next(iter(source.loader(ImageTextConfig(batch_size=12), training=False)))
     assert batch["image_ids"].shape == (12, 64) and "encoder_hidden_states" not in batch
-    assert batch["class_ids"].tolist() == [row["class_id"] for row in rows] if told == "class" else "class_ids" not in batch
+    assert (
+        batch["class_ids"].tolist() == [row["class_id"] for row in rows]
+        if told == "class"
+        else "class_ids" not in batch
+    )
 
 
 def save(image):
@@ -310,7 +366,9 @@ class Trap:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("damage", ["hostile pickle", "hostile torch", "cut off", "noise", "other shape", "huge id"])
+@pytest.mark.parametrize(
+    "damage", ["hostile pickle", "hostile torch", "cut off", "noise", "other shape", "huge id"]
+)
 def test_a_bad_member_is_skipped_and_counted_and_not_run(place, whole, tmp_path, damage):
     proof, data = tmp_path / "ran", BytesIO()
     torch.save(Trap(proof), data)
@@ -325,24 +383,38 @@ def test_a_bad_member_is_skipped_and_counted_and_not_run(place, whole, tmp_path,
         for member in old:
             raw = old.extractfile(member).read()
             if member.name.endswith("vq.pth") and (number := number + 1) == 3:
-                raw = {"hostile pickle": pickle.dumps(Trap(proof), protocol=2), "hostile torch": data.getvalue(), "cut off": raw[:-100],
-                       "noise": bytes(range(256)), "other shape": other.getvalue(), "huge id": huge.getvalue()}[damage]
+                raw = {
+                    "hostile pickle": pickle.dumps(Trap(proof), protocol=2),
+                    "hostile torch": data.getvalue(),
+                    "cut off": raw[:-100],
+                    "noise": bytes(range(256)),
+                    "other shape": other.getvalue(),
+                    "huge id": huge.getvalue(),
+                }[damage]
                 member.size = len(raw)
             new.addfile(member, BytesIO(raw))
-    loader = open_encoded(tmp_path / "codes").loader(ImageTextConfig(batch_size=8, shuffle_buffer_size=8), training=False)
+    loader = open_encoded(tmp_path / "codes").loader(
+        ImageTextConfig(batch_size=8, shuffle_buffer_size=8), training=False
+    )
     read = list(loader)
     assert sum(len(batch["keys"]) for batch in read) == 47 and read[-1]["skipped"] == 1 and not proof.exists()
-    endless = open_encoded(tmp_path / "codes").loader(ImageTextConfig(batch_size=8, shuffle_buffer_size=8), training=True)
+    endless = open_encoded(tmp_path / "codes").loader(
+        ImageTextConfig(batch_size=8, shuffle_buffer_size=8), training=True
+    )
     assert max(batch["skipped"] for batch in islice(endless, 30)) >= 1 and not proof.exists()
 
 
 def test_columnar_epochs_are_exact_over_files_ranks_and_resumes(place, whole):
     source, reading = open_encoded(place / "parquet"), ImageTextConfig(batch_size=6)
-    rank = lambda number, start=0: source.loader(reading, training=True, rank=number, world_size=2, start_batch=start)
+    rank = lambda number, start=0: source.loader(
+        reading, training=True, rank=number, world_size=2, start_batch=start
+    )
     batches = [list(islice(rank(number), 8)) for number in range(2)]
     epochs = [key for step in zip(*batches) for batch in step for key in batch["keys"]]
     assert len(set(epochs[:48])) == len(set(epochs[48:])) == 48 and epochs[:48] != epochs[48:]
     resumed = next(iter(rank(1, 5)))
-    assert resumed["keys"] == batches[1][5]["keys"] and all(torch.equal(resumed[name], batches[1][5][name]) for name in TENSORS)
+    assert resumed["keys"] == batches[1][5]["keys"] and all(
+        torch.equal(resumed[name], batches[1][5][name]) for name in TENSORS
+    )
     ahead = source.loader(replace(reading, num_workers=2), training=True, rank=1, world_size=2, start_batch=5)
     assert [batch["keys"] for batch in islice(ahead, 3)] == [batch["keys"] for batch in batches[1][5:]]

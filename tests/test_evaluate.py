@@ -1,4 +1,5 @@
-"""What a run shows and how it is judged: figures while it goes on, fillings, evaluation at the end, `musekit evaluate`."""
+"""What a run shows and how it is judged: figures while it goes on, fillings, evaluation at the end,
+`musekit evaluate`."""
 import json
 
 import numpy as np
@@ -19,12 +20,24 @@ from musekit.models.transformer import MaskGitTransformer
 from musekit.models.uvit import MaskGiTUViT
 from musekit.inference.pipeline import Pipeline
 from musekit.plots import run_figures
-from musekit.training.callbacks import Callback, drawn_by_all, inpainting_sheet, standard_callbacks, validation_loss
+from musekit.training.callbacks import (
+    Callback,
+    drawn_by_all,
+    inpainting_sheet,
+    standard_callbacks,
+    validation_loss,
+)
 from musekit.training.log import read_log
 from toy_training import launch
 from toy_training import tiny_trainer, write_data
 
-DIAGNOSTICS = ["grad_norm", "pixel_entropy", "image_entropy", "cross_entropy", "token_probability_distributions"]
+DIAGNOSTICS = [
+    "grad_norm",
+    "pixel_entropy",
+    "image_entropy",
+    "cross_entropy",
+    "token_probability_distributions",
+]
 
 
 def pipeline_of(captions, levels=2):
@@ -35,9 +48,21 @@ def pipeline_of(captions, levels=2):
     clip = build_clip(words, 32, config)
     side = 32 >> levels
     uvit = MaskGiTUViT(
-        65, 64, encoder_hidden_size=32, cond_embed_dim=16, default_shape=(side, side), hidden_size=32, in_channels=16,
-        block_out_channels=(16,), block_num_heads=2, num_res_blocks=1, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32, micro_cond_encode_dim=4, micro_cond_embed_dim=20,
+        65,
+        64,
+        encoder_hidden_size=32,
+        cond_embed_dim=16,
+        default_shape=(side, side),
+        hidden_size=32,
+        in_channels=16,
+        block_out_channels=(16,),
+        block_num_heads=2,
+        num_res_blocks=1,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        micro_cond_encode_dim=4,
+        micro_cond_embed_dim=20,
     )
     tokenizer = PaellaVQModel(levels=levels, bottleneck_blocks=1, c_hidden=8, codebook_size=64)
     return Pipeline(uvit, tokenizer, TextEncoder(text_tower(clip), words, use_pooled=True)), clip, words
@@ -57,7 +82,9 @@ def place(tmp_path_factory):
     for number, (image, prompt) in enumerate(zip(images, prompts)):
         image.resize((48, 40)).save(place / "photos" / f"{number}.png")
         (place / "photos" / f"{number}.txt").write_text(prompt["text"])
-    pixels = torch.stack([torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255 for image in images])
+    pixels = torch.stack(
+        [torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255 for image in images]
+    )
     collect_features([pixels], DigitFeatures()).save(place / "real.safetensors")
     return place
 
@@ -75,7 +102,14 @@ def test_evaluate_against_digits(place, capsys):
         assert musekit(*common, "--seed", seed, "--out", out) == 0
         results.append(json.loads(out.read_text()))
     assert results[0] == results[1] and results[0]["frechet_distance"] != results[2]["frechet_distance"]
-    assert {"frechet_distance", "kernel_distance", "precision", "recall", "agreement", "inception_score"} <= set(results[0])
+    assert {
+        "frechet_distance",
+        "kernel_distance",
+        "precision",
+        "recall",
+        "agreement",
+        "inception_score",
+    } <= set(results[0])
     assert (results[0]["samples"], results[0]["real"], results[0]["prompts"]) == (30, 60, 400)
     assert "Fréchet distance" in capsys.readouterr().out
 
@@ -97,13 +131,33 @@ def test_evaluate_against_a_folder_of_images(place, capsys):
 
 def test_classes_are_digits_only_where_the_data_are(place, tmp_path):
     torch.manual_seed(0)
-    sizes = dict(vocab_size=77, codebook_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    sizes = dict(
+        vocab_size=77,
+        codebook_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
     transformer = MaskGitTransformer(**sizes, num_classes=12, num_vq_tokens=64, max_position_embeddings=65)
     tokenizer = PaellaVQModel(levels=2, bottleneck_blocks=1, c_hidden=8, codebook_size=64)
     things = ClassEncoder(12, {number: f"thing {number}" for number in range(12)})
     Pipeline(transformer, tokenizer, things).save_pretrained(tmp_path / "things")
-    write_shards([dict(image=Image.new("RGB", (32, 32), (9 * n, 0, 0)), text="", class_id=n % 10) for n in range(24)], tmp_path / "data")
-    command = ["evaluate", tmp_path / "things", f"data={tmp_path / 'data'}", "--features", f"clip={place / 'clip'}", "--samples", 20, "--steps", 2]
+    write_shards(
+        [dict(image=Image.new("RGB", (32, 32), (9 * n, 0, 0)), text="", class_id=n % 10) for n in range(24)],
+        tmp_path / "data",
+    )
+    command = [
+        "evaluate",
+        tmp_path / "things",
+        f"data={tmp_path / 'data'}",
+        "--features",
+        f"clip={place / 'clip'}",
+        "--samples",
+        20,
+        "--steps",
+        2,
+    ]
     for judge, agrees in (([], True), (["--judge", "digits"], False)):
         assert musekit(*command, *judge, "--out", tmp_path / "out.json") == 0
         assert ("agreement" in json.loads((tmp_path / "out.json").read_text())) is agrees
@@ -135,12 +189,19 @@ def test_a_run_with_all_diagnostics_is_drawn_while_it_goes_on(tmp_path):
     finished = [line for line in read_log(tmp_path / "run") if "eval_loss" in line]
     assert [line["step"] for line in finished] == [6], "not on the way, but at the end"
     assert musekit("plot", tmp_path / "run", tmp_path / "run" / "half", "--out", tmp_path / "compared") == 0
-    assert {path.stem for path in (tmp_path / "compared").iterdir()} == {"losses", "pace", "evaluation", "diagnostics"}
+    assert {path.stem for path in (tmp_path / "compared").iterdir()} == {
+        "losses",
+        "pace",
+        "evaluation",
+        "diagnostics",
+    }
 
 
 def test_the_last_evaluation_is_that_of_the_average(tmp_path):
     data = write_data(tmp_path / "data.parquet")
-    trainer = tiny_trainer(tmp_path / "run", data, "training.max_train_steps=5", "experiment.eval_every=2", callbacks=[])
+    trainer = tiny_trainer(
+        tmp_path / "run", data, "training.max_train_steps=5", "experiment.eval_every=2", callbacks=[]
+    )
     trainer.eval_batches = list(encoded_loader(EncodedDataset(data), 8, training=False))
     trainer.callbacks = standard_callbacks(trainer.config)
     trainer.fit()
@@ -151,7 +212,9 @@ def test_the_last_evaluation_is_that_of_the_average(tmp_path):
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
-@pytest.mark.parametrize("size, mask_size", [((64, 40), (64, 40)), ((40, 64), (10, 16)), ((33, 57), (99, 20))])
+@pytest.mark.parametrize(
+    "size, mask_size", [((64, 40), (64, 40)), ((40, 64), (10, 16)), ((33, 57), (99, 20))]
+)
 def test_fillings_at_any_size_and_factor(tmp_path, levels, size, mask_size):
     pipeline, *_ = pipeline_of(["a red three"], levels)
     folder = tmp_path / "holes" / "a red three"
@@ -161,8 +224,13 @@ def test_fillings_at_any_size_and_factor(tmp_path, levels, size, mask_size):
     mask = Image.new("L", mask_size)
     mask.paste(255, (0, 0, mask_size[0], mask_size[1] // 2))  # the upper half, of all columns
     mask.save(folder / "mask.png")
-    trainer = tiny_trainer(tmp_path / "run", write_data(tmp_path / "d.parquet"), "dataset.preprocessing.resolution=32",
-                           f"dataset.params.inpainting_folder={tmp_path / 'holes'}", callbacks=[])
+    trainer = tiny_trainer(
+        tmp_path / "run",
+        write_data(tmp_path / "d.parquet"),
+        "dataset.preprocessing.resolution=32",
+        f"dataset.params.inpainting_folder={tmp_path / 'holes'}",
+        callbacks=[],
+    )
     pipeline.generation = pipeline.generation.override(steps=2)
     sheet = np.asarray(inpainting_sheet(lambda model: pipeline, trainer.config)(None, 0)).astype(int)
     shown, hidden, filled = (sheet[6:102, 6 + 102 * column : 102 + 102 * column] for column in range(3))

@@ -15,13 +15,18 @@ NAMES = [path.relative_to(ROOT).as_posix() for path in figures.notebooks()]
 @pytest.mark.parametrize("name", NAMES)
 def test_no_figure_is_stale(name):
     stale = figures.stale_cells(figures.read(ROOT / name))
-    assert not stale, f"the figures of cells {', '.join(stale)} are older than their code: python tests/figures.py --write {name}"
+    assert not stale, (
+        f"the figures of cells {', '.join(stale)} are older than their code: python tests/figures.py --write"
+        f" {name}"
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_figures_have_at_least_100_dots_per_inch(name):
     coarse = figures.coarse_cells(figures.read(ROOT / name))
-    assert not coarse, f"the figures of cells {', '.join(coarse)} are coarse: set figure.dpi to 100 and execute {name} again"
+    assert (
+        not coarse
+    ), f"the figures of cells {', '.join(coarse)} are coarse: set figure.dpi to 100 and execute {name} again"
 
 
 def png(**options) -> str:
@@ -54,7 +59,11 @@ def project(tmp_path, monkeypatch):
     figures.module_definitions.cache_clear()
 
 
-CELLS = ("from musekit.show import plot\nimport math", "def double(x):\n    return 2 * x", "double(1)\nplot(2)")
+CELLS = (
+    "from musekit.show import plot\nimport math",
+    "def double(x):\n    return 2 * x",
+    "double(1)\nplot(2)",
+)
 
 
 def digest(*sources: str) -> str:
@@ -64,7 +73,14 @@ def digest(*sources: str) -> str:
 
 def test_the_digest_follows_the_code_that_draws_and_nothing_else(project):
     first = digest(*CELLS)
-    assert digest(CELLS[0], 'def double(x):  # twice\n    "Twice."\n    return (2*x)', "double( 1 )\n\n# two\nplot(2)") == first
+    assert (
+        digest(
+            CELLS[0],
+            'def double(x):  # twice\n    "Twice."\n    return (2*x)',
+            "double( 1 )\n\n# two\nplot(2)",
+        )
+        == first
+    )
     assert digest(CELLS[0], CELLS[1] + "\n\ndef unused(): pass", CELLS[2]) == first
     assert digest(CELLS[0], CELLS[1], "double(1)\nplot(3)") != first
     assert digest(CELLS[0], CELLS[1].replace("2 *", "3 *"), CELLS[2]) != first
@@ -86,7 +102,11 @@ def test_the_digest_follows_functions_of_the_package(project, file, old, new, fo
 
 def test_an_exported_cell_counts_as_its_module_does(project):
     (project / "musekit/own.py").write_text("from .data.rows import read\n\ndef draw(x): return read(x)\n")
-    own = "#| default_exp own", "#| export\nfrom musekit.data.rows import read\n\ndef draw(x):\n    return read(x)", "draw(1)"
+    own = (
+        "#| default_exp own",
+        "#| export\nfrom musekit.data.rows import read\n\ndef draw(x):\n    return read(x)",
+        "draw(1)",
+    )
     first = digest(*own)
     (project / "musekit/data/rows.py").write_text("def read(x): return -x\n")
     assert digest(*own) == first
@@ -111,7 +131,11 @@ def test_a_stale_figure_is_listed_and_drawn_again(project, capsys, monkeypatch):
 
 def test_coarse_figures_are_named_and_large_ones_get_a_palette():
     assert figures.coarse_cells(notebook("1", image=png(dpi=(90, 90)))) == ["cell0"]
-    assert figures.coarse_cells(notebook("1", image=png(dpi=(100, 100)))) == figures.coarse_cells(notebook("1")) == []
+    assert (
+        figures.coarse_cells(notebook("1", image=png(dpi=(100, 100))))
+        == figures.coarse_cells(notebook("1"))
+        == []
+    )
     large = Image.effect_noise((64, 64), 90).convert("RGB")
     file = io.BytesIO()
     large.save(file, "PNG", dpi=(100, 100))

@@ -1,4 +1,5 @@
-"""Fine-tuning as people do it: from a pipeline, by low-rank updates or whole, checkpointed, resumed, drawn with."""
+"""Fine-tuning as people do it: from a pipeline, by low-rank updates or whole, checkpointed, resumed, drawn
+with."""
 import json
 import shutil
 
@@ -16,14 +17,32 @@ from musekit.inference.pipeline import Pipeline
 from musekit.training.log import read_log
 from test_cli import TINY, make_photos
 
-SIZES = dict(vocab_size=17, codebook_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, encoder_hidden_size=12)
-UVIT = dict(in_channels=16, block_out_channels=(16,), num_res_blocks=1, block_num_heads=2, cond_embed_dim=12, micro_cond_encode_dim=8,
-            micro_cond_embed_dim=40, default_shape=(4, 4))
+SIZES = dict(
+    vocab_size=17,
+    codebook_size=16,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=48,
+    encoder_hidden_size=12,
+)
+UVIT = dict(
+    in_channels=16,
+    block_out_channels=(16,),
+    num_res_blocks=1,
+    block_num_heads=2,
+    cond_embed_dim=12,
+    micro_cond_encode_dim=8,
+    micro_cond_embed_dim=40,
+    default_shape=(4, 4),
+)
 PLAIN = dict(num_vq_tokens=16, max_position_embeddings=17, hidden_dropout=0.0, attention_dropout=0.0)
 BUILD = {
     "uvit": lambda: MaskGiTUViT(**SIZES, **UVIT),
     "uvit with biases": lambda: MaskGiTUViT(**SIZES, **UVIT, use_bias=True, norm_type="layernorm"),
-    "text": lambda: MaskGitTransformer(**SIZES, **PLAIN, add_cross_attention=True, project_encoder_hidden_states=True),
+    "text": lambda: MaskGitTransformer(
+        **SIZES, **PLAIN, add_cross_attention=True, project_encoder_hidden_states=True
+    ),
     "class": lambda: MaskGitTransformer(**SIZES | {"vocab_size": 27}, **PLAIN, num_classes=10),
 }
 
@@ -41,8 +60,11 @@ def build(name):
 def inputs(name, rows=3):
     torch.manual_seed(1)
     text = {"encoder_hidden_states": torch.randn(rows, 5, 12)}
-    given = {"uvit": text | {"cond_embeds": torch.randn(rows, 12), "micro_conds": torch.rand(rows, 5)}, "text": text,
-             "class": {"class_ids": torch.arange(rows)}}
+    given = {
+        "uvit": text | {"cond_embeds": torch.randn(rows, 12), "micro_conds": torch.rand(rows, 5)},
+        "text": text,
+        "class": {"class_ids": torch.arange(rows)},
+    }
     return torch.randint(17, (rows, 16)), given[name.split()[0]]
 
 
@@ -59,15 +81,22 @@ def test_updates_on_every_family(name, tmp_path):
     adapted = add_lora(build(name).eval(), rank=3)
     assert torch.equal(adapted(ids, **given), model(ids, **given)), "the same at first"
     targets = lora_targets(model)
-    assert len(targets) == 2 * (7 if name == "class" else 11) and len(lora_parameters(adapted)) == 2 * len(targets)
+    assert len(targets) == 2 * (7 if name == "class" else 11) and len(lora_parameters(adapted)) == 2 * len(
+        targets
+    )
     disturb(adapted)
     learned = adapted(ids, **given)
     assert (learned - model(ids, **given)).abs().max() > 0.05
-    merged = merge_lora(load_lora(build(name).eval(), save_lora(adapted, tmp_path / "update") or tmp_path / "update"))
+    merged = merge_lora(
+        load_lora(build(name).eval(), save_lora(adapted, tmp_path / "update") or tmp_path / "update")
+    )
     assert torch.allclose(merged(ids, **given), learned, atol=1e-4)
     adapted.save_pretrained(tmp_path / "whole", max_shard_size="20KB")
     loaded = type(model).from_pretrained(tmp_path / "whole")
-    assert torch.allclose(loaded(ids, **given), learned, atol=1e-4) and loaded.state_dict().keys() == model.state_dict().keys()
+    assert (
+        torch.allclose(loaded(ids, **given), learned, atol=1e-4)
+        and loaded.state_dict().keys() == model.state_dict().keys()
+    )
 
 
 def saved_update(tmp_path, name="uvit"):
@@ -75,19 +104,34 @@ def saved_update(tmp_path, name="uvit"):
     return load_file(tmp_path / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("wrong, told", [
-    (lambda t: {n: w for n, w in t.items() if "lora_A" in n}, "lacks one of its matrices"), (lambda t: t | {"bias": torch.ones(1)}, "bias is not part of one"),
-    (lambda t: {n: w * torch.nan for n, w in t.items()}, "not finite"), (lambda t: {f"{n}.lora_magnitude_vector": w for n, w in t.items()}, "DoRA"),
-    (lambda t: {n.replace("transformer_layers.1", "transformer_layers.7"): w for n, w in t.items()}, "updates of transformer_layers.7"),
-    (lambda t: {n: w[:, :1].contiguous() for n, w in t.items()}, "Load .* into the model that it was trained with"), (lambda t: {"w": torch.ones(1)}, "w is not part of one"),
-])
+@pytest.mark.parametrize(
+    "wrong, told",
+    [
+        (lambda t: {n: w for n, w in t.items() if "lora_A" in n}, "lacks one of its matrices"),
+        (lambda t: t | {"bias": torch.ones(1)}, "bias is not part of one"),
+        (lambda t: {n: w * torch.nan for n, w in t.items()}, "not finite"),
+        (lambda t: {f"{n}.lora_magnitude_vector": w for n, w in t.items()}, "DoRA"),
+        (
+            lambda t: {n.replace("transformer_layers.1", "transformer_layers.7"): w for n, w in t.items()},
+            "updates of transformer_layers.7",
+        ),
+        (
+            lambda t: {n: w[:, :1].contiguous() for n, w in t.items()},
+            "Load .* into the model that it was trained with",
+        ),
+        (lambda t: {"w": torch.ones(1)}, "w is not part of one"),
+    ],
+)
 def test_updates_that_do_not_fit_change_nothing(tmp_path, wrong, told):
     save_file(wrong(saved_update(tmp_path)), tmp_path / "adapter_model.safetensors")
     model, before = build("uvit"), build("uvit").state_dict()
     with pytest.raises(ValueError, match=told) as error:
         load_lora(model, tmp_path)
     assert "strict" not in str(error.value) and "config.json" not in str(error.value), "it has neither"
-    assert all(map(torch.equal, model.state_dict().values(), before.values())) and model.state_dict().keys() == before.keys()
+    assert (
+        all(map(torch.equal, model.state_dict().values(), before.values()))
+        and model.state_dict().keys() == before.keys()
+    )
 
 
 def test_what_is_said_about_alpha_counts(tmp_path):
@@ -99,7 +143,10 @@ def test_what_is_said_about_alpha_counts(tmp_path):
     with pytest.warns(UserWarning, match="no adapter_config.json beside .*; alpha is taken to be the rank"):
         assert torch.allclose(delta(load_lora(build("uvit"), tmp_path)), usual * 3 / 16)
     text = {f"text_encoder.layers.0.q_proj.lora_{kind}.weight": torch.ones(2, 2) for kind in "AB"}
-    save_file({n.replace("base_model.model", "transformer"): w for n, w in tensors.items()} | text, tmp_path / "pytorch_lora_weights.safetensors")
+    save_file(
+        {n.replace("base_model.model", "transformer"): w for n, w in tensors.items()} | text,
+        tmp_path / "pytorch_lora_weights.safetensors",
+    )
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.warns(UserWarning, match="the updates of 1 layers of a text encoder are ignored"):
         assert torch.allclose(delta(load_lora(build("uvit"), tmp_path, scale=2)), usual * 6 / 16)
@@ -148,8 +195,14 @@ def test_checkpointing_changes_memory_and_nothing_else(name, adapted):
 
 # through the command line
 
-FAST = ["training.max_train_steps=6", "lr_scheduler.params.warmup_steps=1", "training.generation_timesteps=2", "experiment.log_every=1",
-        "experiment.save_every=3", "training.batch_size=8"]
+FAST = [
+    "training.max_train_steps=6",
+    "lr_scheduler.params.warmup_steps=1",
+    "training.generation_timesteps=2",
+    "experiment.log_every=1",
+    "experiment.save_every=3",
+    "training.batch_size=8",
+]
 
 
 @pytest.fixture(scope="module")
@@ -180,28 +233,51 @@ FROM_PIPELINE = "model.pretrained_model_path=runs/first/pipeline"
 
 @pytest.mark.filterwarnings("ignore:model.transformer differs")
 def test_updates_from_a_pipeline(place, train):
-    status, out, complaints = train("experiment.output_dir=runs/lora", FROM_PIPELINE, "model.lora.rank=2", "model.gradient_checkpointing=true", *FAST)
+    status, out, complaints = train(
+        "experiment.output_dir=runs/lora",
+        FROM_PIPELINE,
+        "model.lora.rank=2",
+        "model.gradient_checkpointing=true",
+        *FAST,
+    )
     assert status == 0, complaints
     run, first = place / "runs" / "lora", place / "runs" / "first"
     assert not (run / "vq_model").exists() and not (run / "clip").exists(), "nothing was made anew"
     for part in ("vq_model", "text_encoder"):
-        assert (run / "pipeline" / part / "model.safetensors").read_bytes() == (first / "pipeline" / part / "model.safetensors").read_bytes()
+        assert (run / "pipeline" / part / "model.safetensors").read_bytes() == (
+            first / "pipeline" / part / "model.safetensors"
+        ).read_bytes()
     update = load_file(run / "adapter" / "adapter_model.safetensors")
     assert len(update) == 22 and (run / "adapter" / "adapter_model.safetensors").stat().st_size < 20_000
     old, new = (load_file(each / "pipeline" / "transformer" / "model.safetensors") for each in (first, run))
     changed = {name for name in old if not torch.equal(old[name], new[name])}
-    assert old.keys() == new.keys() and changed == {name for name in old if name.removesuffix(".weight") in targets(old)}
+    assert old.keys() == new.keys() and changed == {
+        name for name in old if name.removesuffix(".weight") in targets(old)
+    }
     card = (run / "pipeline" / "README.md").read_text()
-    assert "| fine-tuned from | transformer |" in card and "| LoRA rank | 2 |" in card and "after 6 steps" in card
+    assert (
+        "| fine-tuned from | transformer |" in card
+        and "| LoRA rank | 2 |" in card
+        and "after 6 steps" in card
+    )
     model = MaskGiTUViT.from_pretrained(first / "pipeline" / "transformer")
     merged = merge_lora(load_lora(model, run / "adapter")).state_dict()
     assert all(torch.allclose(merged[name], new[name], atol=1e-6) for name in new)
-    assert cli.main(["generate", "a two", "--model", "runs/lora/pipeline", "--out", "two.png", "--num-images", "1"]) == 0
+    assert (
+        cli.main(
+            ["generate", "a two", "--model", "runs/lora/pipeline", "--out", "two.png", "--num-images", "1"]
+        )
+        == 0
+    )
 
 
 def targets(names):
     kinds = ("query", "key", "value", "out", "wi_0", "wi_1", "wo")
-    return {name.removesuffix(".weight") for name in names if "transformer_layers" in name and name.split(".")[-2] in kinds}
+    return {
+        name.removesuffix(".weight")
+        for name in names
+        if "transformer_layers" in name and name.split(".")[-2] in kinds
+    }
 
 
 @pytest.mark.filterwarnings("ignore:model.transformer differs")
@@ -212,36 +288,67 @@ def test_a_stopped_run_of_updates_goes_on_to_the_same_end(place, train):
     again = place / "runs" / "again"
     shutil.rmtree(again / "checkpoint-6")
     shutil.rmtree(again / "pipeline")
-    status, _, complaints = train("experiment.output_dir=runs/again", *settings, "experiment.resume_from_checkpoint=latest")
+    status, _, complaints = train(
+        "experiment.output_dir=runs/again", *settings, "experiment.resume_from_checkpoint=latest"
+    )
     assert status == 0, complaints
-    for name in ("model.safetensors", "adapter/adapter_model.safetensors", "pipeline/transformer/model.safetensors"):
+    for name in (
+        "model.safetensors",
+        "adapter/adapter_model.safetensors",
+        "pipeline/transformer/model.safetensors",
+    ):
         ends = [load_file(place / "runs" / folder / name) for folder in ("whole", "again")]
         assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0]), name
     assert [line["step"] for line in read_log(again) if "loss" in line] == list(range(1, 7))
-    told = train("experiment.output_dir=runs/again", FROM_PIPELINE, "model.lora.rank=3", *FAST, "experiment.resume_from_checkpoint=latest")
+    told = train(
+        "experiment.output_dir=runs/again",
+        FROM_PIPELINE,
+        "model.lora.rank=3",
+        *FAST,
+        "experiment.resume_from_checkpoint=latest",
+    )
     assert told[0] == 2 and "model.lora.rank: 2 -> 3" in told[2]
 
 
 def test_all_weights_from_a_transformer(place, train):
     first = place / "runs" / "first"
-    paths = [f"model.pretrained_model_path={first}/pipeline/transformer", f"model.vq_model.pretrained={first}/vq_model",
-             f"model.text_encoder.pretrained={first}/clip"]
+    paths = [
+        f"model.pretrained_model_path={first}/pipeline/transformer",
+        f"model.vq_model.pretrained={first}/vq_model",
+        f"model.text_encoder.pretrained={first}/clip",
+    ]
     with pytest.warns(UserWarning, match="is overridden by the model in .*: hidden_size=64 .there 32.*\\.$"):
-        status, _, complaints = train("experiment.output_dir=runs/all", *paths, "model.transformer.hidden_size=64", "optimizer.params.learning_rate=0", "training.use_ema=false", *FAST)
+        status, _, complaints = train(
+            "experiment.output_dir=runs/all",
+            *paths,
+            "model.transformer.hidden_size=64",
+            "optimizer.params.learning_rate=0",
+            "training.use_ema=false",
+            *FAST,
+        )
     assert status == 0, complaints
-    old, new = (load_file(place / "runs" / name / "pipeline" / "transformer" / "model.safetensors") for name in ("first", "all"))
+    old, new = (
+        load_file(place / "runs" / name / "pipeline" / "transformer" / "model.safetensors")
+        for name in ("first", "all")
+    )
     assert all(torch.equal(old[name], new[name]) for name in old), "a learning rate of zero changes nothing"
 
 
-@pytest.mark.parametrize("settings, told", [
-    (["model.lora.rank=2"], "set model.pretrained_model_path"),
-    (["model.lora.rank=0"], "at least 1"),
-    (["model.lora.rank=two"], "model.lora.rank"),
-    (["model.lora.ranks=2"], "nearest known key is 'model.lora.rank'"),
-    ([FROM_PIPELINE, "model.lora.rank=2", "model.lora.target=[querry]"], "nearest is 'query'"),
-    (["model.pretrained_model_path=runs/first/pipeline/transformer"], "set model.vq_model.pretrained to that one"),
-    (["model.pretrained_model_path=./runs/none"], "is no folder here"),
-])
+@pytest.mark.parametrize(
+    "settings, told",
+    [
+        (["model.lora.rank=2"], "set model.pretrained_model_path"),
+        (["model.lora.rank=0"], "at least 1"),
+        (["model.lora.rank=two"], "model.lora.rank"),
+        (["model.lora.ranks=2"], "nearest known key is 'model.lora.rank'"),
+        ([FROM_PIPELINE, "model.lora.rank=2", "model.lora.target=[querry]"], "nearest is 'query'"),
+        (
+            ["model.pretrained_model_path=runs/first/pipeline/transformer"],
+            "set model.vq_model.pretrained to that one",
+        ),
+        (["model.pretrained_model_path=./runs/none"], "is no folder here"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:model.transformer differs")
 def test_what_does_not_go_together_is_told(train, settings, told):
     status, _, complaints = train("experiment.output_dir=runs/never", *settings)
@@ -256,5 +363,7 @@ def test_check_counts_the_updates(place, monkeypatch, capfd):
     out = capfd.readouterr().out
     rows = {line.split()[0]: line.split() for line in out[out.index("network"):].splitlines() if line}
     settings = json.loads((place / "runs/first/pipeline/transformer/config.json").read_text())
-    assert settings["num_hidden_layers"] == 1 and int(rows["transformer"][3].replace(",", "")) == 2 * (8 * 64 + 3 * 96)
+    assert settings["num_hidden_layers"] == 1 and int(rows["transformer"][3].replace(",", "")) == 2 * (
+        8 * 64 + 3 * 96
+    )
     assert "CLIPTextModelWithProjection" in out and "not on this machine" not in out

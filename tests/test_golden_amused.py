@@ -1,4 +1,5 @@
-"""aMUSEd: its stored answers, diffusers' own classes on models at random, and whole pipelines, there and back."""
+"""aMUSEd: its stored answers, diffusers' own classes on models at random, and whole pipelines, there and
+back."""
 import json
 import subprocess
 import sys
@@ -74,8 +75,11 @@ def test_files_come_back_bit_by_bit(golden, part, tmp_path):
 
 def test_a_converter_is_found_whichever_module_was_imported(golden):
     code = "\n".join([
-        "import sys", "from musekit.models.uvit import MaskGiTUViT", "assert 'musekit.models.diffusers' not in sys.modules",
-        f"MaskGiTUViT.from_pretrained({str(golden / 'amused' / 'transformer')!r})", "assert 'diffusers' not in sys.modules",
+        "import sys",
+        "from musekit.models.uvit import MaskGiTUViT",
+        "assert 'musekit.models.diffusers' not in sys.modules",
+        f"MaskGiTUViT.from_pretrained({str(golden / 'amused' / 'transformer')!r})",
+        "assert 'diffusers' not in sys.modules",
     ])
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -89,19 +93,43 @@ def test_a_pickle_in_their_layout_is_refused_like_any_other(golden, tmp_path):
 
 @pytest.fixture(scope="module")
 def diffusers():
-    return pytest.importorskip("diffusers", reason="compares with diffusers' own classes; pip install diffusers")
+    return pytest.importorskip(
+        "diffusers", reason="compares with diffusers' own classes; pip install diffusers"
+    )
 
 
 UVIT = dict(
-    hidden_size=32, cond_embed_dim=12, micro_cond_encode_dim=8, micro_cond_embed_dim=40, encoder_hidden_size=20,
-    vocab_size=40, codebook_size=32, in_channels=16, block_out_channels=24, num_res_blocks=1, block_num_heads=3,
-    num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, sample_size=4,
+    hidden_size=32,
+    cond_embed_dim=12,
+    micro_cond_encode_dim=8,
+    micro_cond_embed_dim=40,
+    encoder_hidden_size=20,
+    vocab_size=40,
+    codebook_size=32,
+    in_channels=16,
+    block_out_channels=24,
+    num_res_blocks=1,
+    block_num_heads=3,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    sample_size=4,
 )
 UVIT_CHANGES = {
-    "plain": {}, "biases": {"use_bias": True}, "resampled": {"downsample": True, "upsample": True},
-    "three residual blocks": {"num_res_blocks": 3}, "as wide outside": {"block_out_channels": 32, "block_num_heads": 8},
-    "no learned norms": {"ln_elementwise_affine": False}, "no residual block": {"num_res_blocks": 0},
-    "all": {"use_bias": True, "downsample": True, "upsample": True, "ln_elementwise_affine": False, "num_res_blocks": 2},
+    "plain": {},
+    "biases": {"use_bias": True},
+    "resampled": {"downsample": True, "upsample": True},
+    "three residual blocks": {"num_res_blocks": 3},
+    "as wide outside": {"block_out_channels": 32, "block_num_heads": 8},
+    "no learned norms": {"ln_elementwise_affine": False},
+    "no residual block": {"num_res_blocks": 0},
+    "all": {
+        "use_bias": True,
+        "downsample": True,
+        "upsample": True,
+        "ln_elementwise_affine": False,
+        "num_res_blocks": 2,
+    },
 }
 
 
@@ -137,7 +165,9 @@ def test_updates_that_diffusers_saved(diffusers, alpha, tmp_path):
     inputs = conditions(20, 12)
     theirs.save_pretrained(tmp_path / "model")
     plain = theirs(ids, *inputs).flatten(2).mT
-    theirs.add_adapter(peft.LoraConfig(r=3, lora_alpha=alpha, target_modules=TARGETS, rank_pattern={"to_v": 5}))
+    theirs.add_adapter(
+        peft.LoraConfig(r=3, lora_alpha=alpha, target_modules=TARGETS, rank_pattern={"to_v": 5})
+    )
     for name, parameter in theirs.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -150,31 +180,69 @@ def test_updates_that_diffusers_saved(diffusers, alpha, tmp_path):
         folder.mkdir()
     AmusedLoraLoaderMixin.save_lora_weights(folders["header"], transformer_lora_layers=updates)
     header = {"format": "pt", "lora_adapter_metadata": json.dumps(metadata)}
-    save_file(load_file(folders["header"] / "pytorch_lora_weights.safetensors"), folders["header"] / "pytorch_lora_weights.safetensors", header)
-    down_up = {name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): tensor for name, tensor in updates.items()}
-    alphas = {name.replace(".lora.down.weight", ".alpha"): torch.tensor(alpha) for name in down_up if ".down." in name}
-    save_file({f"unet.{name}": tensor for name, tensor in (down_up | alphas).items()}, folders["alphas"] / "pytorch_lora_weights.safetensors")
-    flat = {"lora_unet_" + layer.replace(".", "_") + f".lora_{kind}.weight": tensor
-            for name, tensor in down_up.items() for layer, kind in [name.removesuffix(".weight").split(".lora.")]}
-    flat |= {"lora_unet_" + name.removesuffix(".alpha").replace(".", "_") + ".alpha": tensor for name, tensor in alphas.items()}
+    save_file(
+        load_file(folders["header"] / "pytorch_lora_weights.safetensors"),
+        folders["header"] / "pytorch_lora_weights.safetensors",
+        header,
+    )
+    down_up = {
+        name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): tensor
+        for name, tensor in updates.items()
+    }
+    alphas = {
+        name.replace(".lora.down.weight", ".alpha"): torch.tensor(alpha)
+        for name in down_up
+        if ".down." in name
+    }
+    save_file(
+        {f"unet.{name}": tensor for name, tensor in (down_up | alphas).items()},
+        folders["alphas"] / "pytorch_lora_weights.safetensors",
+    )
+    flat = {
+        "lora_unet_" + layer.replace(".", "_") + f".lora_{kind}.weight": tensor
+        for name, tensor in down_up.items()
+        for layer, kind in [name.removesuffix(".weight").split(".lora.")]
+    }
+    flat |= {
+        "lora_unet_" + name.removesuffix(".alpha").replace(".", "_") + ".alpha": tensor
+        for name, tensor in alphas.items()
+    }
     save_file(flat, folders["old"] / "pytorch_lora_weights.safetensors")
-    processor = {name.replace(".lora.", "_lora.").replace(".to_", ".processor.to_").replace("to_out.0_lora", "to_out_lora"): tensor
-                 for name, tensor in down_up.items()}
+    processor = {
+        name.replace(".lora.", "_lora.")
+        .replace(".to_", ".processor.to_")
+        .replace("to_out.0_lora", "to_out_lora"): tensor
+        for name, tensor in down_up.items()
+    }
     processor |= {name.replace("to_out.0.", "to_out."): tensor for name, tensor in alphas.items()}
-    save_file({f"transformer.{name}": tensor for name, tensor in processor.items()}, folders["processor"] / "pytorch_lora_weights.safetensors")
-    save_file({f"base_model.model.{name}": tensor for name, tensor in updates.items()}, folders["peft"] / "adapter_model.safetensors")
+    save_file(
+        {f"transformer.{name}": tensor for name, tensor in processor.items()},
+        folders["processor"] / "pytorch_lora_weights.safetensors",
+    )
+    save_file(
+        {f"base_model.model.{name}": tensor for name, tensor in updates.items()},
+        folders["peft"] / "adapter_model.safetensors",
+    )
     (folders["peft"] / "adapter_config.json").write_text(json.dumps(config))
     for name, folder in folders.items():
         ours = load_lora(MaskGiTUViT.from_pretrained(tmp_path / "model"), folder)
         assert difference(ours(ids.flatten(1), *inputs), expected) <= 1e-4, name
-        assert difference(merge_lora(ours)(ids.flatten(1), *inputs), expected) <= 1e-4 and difference(expected, plain) > 0.05
+        assert (
+            difference(merge_lora(ours)(ids.flatten(1), *inputs), expected) <= 1e-4
+            and difference(expected, plain) > 0.05
+        )
 
 
-VQ = dict(block_out_channels=(32, 64), layers_per_block=1, latent_channels=8, num_vq_embeddings=24, sample_size=16)
+VQ = dict(
+    block_out_channels=(32, 64), layers_per_block=1, latent_channels=8, num_vq_embeddings=24, sample_size=16
+)
 
 
 def vq_settings(attention=(False, False), **changes):
-    kinds = {"down_block_types": ["DownEncoderBlock2D"] * len(attention), "up_block_types": ["UpDecoderBlock2D"] * len(attention)}
+    kinds = {
+        "down_block_types": ["DownEncoderBlock2D"] * len(attention),
+        "up_block_types": ["UpDecoderBlock2D"] * len(attention),
+    }
     for level, attended in enumerate(attention):
         for kind, place in (("down_block_types", level), ("up_block_types", -1 - level)):
             kinds[kind][place] = "Attn" * attended + kinds[kind][place]
@@ -182,10 +250,12 @@ def vq_settings(attention=(False, False), **changes):
 
 
 VQ_CHANGES = {
-    "plain": vq_settings(), "one level": vq_settings((False,), block_out_channels=(32,)),
+    "plain": vq_settings(),
+    "one level": vq_settings((False,), block_out_channels=(32,)),
     "attention below": vq_settings((False, True), mid_block_add_attention=False, layers_per_block=2),
     "attention above": vq_settings((True, False, False), block_out_channels=(32, 32, 96), layers_per_block=2),
-    "narrow codes": vq_settings(vq_embed_dim=4, layers_per_block=2), "grey": vq_settings(in_channels=1, out_channels=1),
+    "narrow codes": vq_settings(vq_embed_dim=4, layers_per_block=2),
+    "grey": vq_settings(in_channels=1, out_channels=1),
 }
 
 
@@ -195,9 +265,16 @@ def test_a_tokenizer_that_asks_for_single_precision_keeps_it(diffusers, asked, t
     model = VQGANModel.from_pretrained(tmp_path, torch_dtype="float16")
     model.save_pretrained(tmp_path / "ours")
     again = VQGANModel.from_pretrained(tmp_path / "ours")
-    for one in (model, again.half(), again.to("cpu", torch.float16), again.to(torch.zeros(1, dtype=torch.float16))):
+    for one in (
+        model,
+        again.half(),
+        again.to("cpu", torch.float16),
+        again.to(torch.zeros(1, dtype=torch.float16)),
+    ):
         assert one.dtype == (torch.float32 if asked else torch.float16)
-    assert again.to(torch.bfloat16).dtype == torch.bfloat16 and again.config.get("force_upcast", False) == asked
+    assert (
+        again.to(torch.bfloat16).dtype == torch.bfloat16 and again.config.get("force_upcast", False) == asked
+    )
 
 
 @torch.no_grad()
@@ -226,7 +303,9 @@ def test_as_many_parameters_as_published(diffusers):
         theirs = diffusers.UVit2DModel(sample_size=32, downsample=True, upsample=True)
         ours = MaskGiTUViT.from_config(CONVERTERS["UVit2DModel"](dict(theirs.config), {})[0])
     config, back = to_diffusers({"_class_name": "MaskGiTUViT", **ours.config}, ours.state_dict())
-    assert {name: tensor.shape for name, tensor in back.items()} == {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in back.items()} == {
+        name: tensor.shape for name, tensor in theirs.state_dict().items()
+    }
     assert sum(parameter.numel() for parameter in ours.parameters()) == theirs.num_parameters() == 608_257_792
 
 
@@ -245,8 +324,15 @@ def clip(tokenizer):
     torch.manual_seed(1)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=12, hidden_size=20, intermediate_size=32, num_attention_heads=2,
-        num_hidden_layers=3, projection_dim=12, **special)
+        vocab_size=len(tokenizer),
+        max_position_embeddings=12,
+        hidden_size=20,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_hidden_layers=3,
+        projection_dim=12,
+        **special,
+    )
     return randomise(CLIPTextModelWithProjection(config))
 
 
@@ -288,7 +374,9 @@ def test_a_pipeline_of_diffusers_asks_and_answers_alike(theirs, folder):
     mine, precompute = {}, ours.transformer.precompute
     ours.transformer.precompute = lambda **conditions: mine.update(conditions) or precompute(**conditions)
     for prompts, negative in ((PROMPTS, None), (PROMPTS, ["dark", "blue paper"])):
-        _, options, logits = first_step(theirs, lambda: theirs(prompts, negative_prompt=negative, output_type="latent"))
+        _, options, logits = first_step(
+            theirs, lambda: theirs(prompts, negative_prompt=negative, output_type="latent")
+        )
         args, _, answer = first_step(ours, lambda: ours.ids(prompts, negative_prompt=negative))
         without, asked = logits.flatten(2).mT.chunk(2)  # diffusers puts the empty prompt first
         assert torch.equal(args[0], torch.full((4, 16), 39))
@@ -296,15 +384,23 @@ def test_a_pipeline_of_diffusers_asks_and_answers_alike(theirs, folder):
         assert mine["micro_conds"][0].tolist() == [8, 8, 0, 0, 6]
         assert difference(mine["cond_embeds"], options["pooled_text_emb"].roll(2, 0)) <= 1e-5
         assert difference(mine["encoder_hidden_states"], options["encoder_hidden_states"].roll(2, 0)) <= 1e-5
-        assert difference(answer, torch.cat([asked, without]).flatten(0, 1)) <= 1e-4 and difference(asked, without) > 1e-2
+        assert (
+            difference(answer, torch.cat([asked, without]).flatten(0, 1)) <= 1e-4
+            and difference(asked, without) > 1e-2
+        )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("steps", (1, 2, 5, 12))
 def test_tokens_are_the_schedulers_where_chance_has_no_say(theirs, folder, monkeypatch, steps):
-    "The likeliest id in place of a drawn one, and a re-masking temperature of zero: both decode the same tokens."
-    monkeypatch.setattr(torch, "multinomial", lambda probs, count, generator=None: probs.argmax(-1, keepdim=True))
-    monkeypatch.setattr("musekit.core.samplers.gumbel_noise", lambda shape, generator=None, device=None: torch.zeros(shape))
+    """The likeliest id in place of a drawn one, and a re-masking temperature of zero: both decode the same
+    tokens."""
+    monkeypatch.setattr(
+        torch, "multinomial", lambda probs, count, generator=None: probs.argmax(-1, keepdim=True)
+    )
+    monkeypatch.setattr(
+        "musekit.core.samplers.gumbel_noise", lambda shape, generator=None, device=None: torch.zeros(shape)
+    )
     monkeypatch.setattr("musekit.core.noise._invert", lambda probs, u: probs.max(-1)[::-1])
     expected = theirs(PROMPTS, num_inference_steps=steps, temperature=(0, 0), output_type="latent").images
     found = Pipeline.from_pretrained(folder).ids(PROMPTS, steps=steps, temperature=(0.0, 0.0))
@@ -338,7 +434,9 @@ def test_a_pipeline_goes_back_to_diffusers(diffusers, theirs, folder, tmp_path):
     back = diffusers.AmusedPipeline.from_pretrained(tmp_path / "back")
     back.set_progress_bar_config(disable=True)
     assert back.scheduler.config.masking_schedule == "linear" and back.scheduler.config.mask_token_id == 39
-    run = lambda pipeline: pipeline(PROMPTS, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np").images
+    run = lambda pipeline: pipeline(
+        PROMPTS, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np"
+    ).images
     assert np.abs(run(back) - run(theirs)).max() <= 1e-4
     assert read_amused(tmp_path / "back") == read_amused(folder)
 
@@ -357,7 +455,21 @@ def test_a_pipeline_that_began_here_runs_in_diffusers(diffusers, tokenizer, clip
 
 def test_generate_on_the_command_line(folder, tmp_path, capsys):
     out = tmp_path / "drawn.png"
-    assert cli.main(["generate", *PROMPTS, "--model", str(folder), "--out", str(out), "--num-images", "2", "--steps", "2"]) == 0
+    assert (
+        cli.main([
+            "generate",
+            *PROMPTS,
+            "--model",
+            str(folder),
+            "--out",
+            str(out),
+            "--num-images",
+            "2",
+            "--steps",
+            "2",
+        ])
+        == 0
+    )
     assert Image.open(out).size[0] >= 16
 
 

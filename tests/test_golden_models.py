@@ -108,7 +108,9 @@ def test_a_published_checkpoint_cut_into_shards(golden, tmp_path):
 @pytest.mark.parametrize("without", [{"num_res_blocks": 0}, {"num_hidden_layers": 0}])
 def test_a_uvit_without_blocks_or_layers_is_read_once_too(golden, without):
     torch.manual_seed(0)
-    model = MaskGiTUViT.from_config(json.loads((golden / "uvit" / "config.json").read_text()) | without).eval()
+    model = MaskGiTUViT.from_config(
+        json.loads((golden / "uvit" / "config.json").read_text()) | without
+    ).eval()
     for parameter in model.parameters():
         parameter.normal_(std=0.2)
     io = load_file(golden / "uvit" / "io.safetensors")

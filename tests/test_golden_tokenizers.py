@@ -86,7 +86,9 @@ def test_saved_and_loaded_it_is_the_same_model(golden, family, read, tmp_path):
     model.save_pretrained(tmp_path)
     again, published = FAMILIES[family].from_pretrained(tmp_path), load_weights(golden / family)
     assert again.config == model.config
-    assert list(again.state_dict()) == list(model.state_dict()) and again.state_dict().keys() == published.keys()
+    assert (
+        list(again.state_dict()) == list(model.state_dict()) and again.state_dict().keys() == published.keys()
+    )
     assert all(torch.equal(published[name], tensor) for name, tensor in again.state_dict().items())
     assert torch.equal(again(io["pixel_values"]), model(io["pixel_values"]))
 
@@ -175,7 +177,13 @@ def test_names_of_a_larger_movq():
 @pytest.mark.parametrize("model_class", (VQGANModel, MOVQ))
 @pytest.mark.parametrize("num_res_blocks, run", ((1, False), (2, True)))
 def test_a_single_attention_of_a_level_is_held_and_not_run(model_class, num_res_blocks, run):
-    sizes = {"hidden_channels": 32, "channel_mult": (1, 1), "z_channels": 8, "num_embeddings": 4, "quantized_embed_dim": 4}
+    sizes = {
+        "hidden_channels": 32,
+        "channel_mult": (1, 1),
+        "z_channels": 8,
+        "num_embeddings": 4,
+        "quantized_embed_dim": 4,
+    }
     model = model_class(resolution=16, num_res_blocks=num_res_blocks, attn_resolutions=(16,), **sizes).eval()
     pixels = torch.rand(1, 3, 16, 16)
     before = model.latents(pixels)
@@ -185,10 +193,15 @@ def test_a_single_attention_of_a_level_is_held_and_not_run(model_class, num_res_
     assert torch.equal(model.latents(pixels), before) != run
 
 
-@pytest.mark.parametrize("changes", (
-    {"num_embeddings": 16, "quantized_embed_dim": 8}, {"quantizer": "vq", "num_embeddings": 16, "quantized_embed_dim": 8},
-    {"quantizer": "fsq", "quantizer_params": {"levels": [5, 4]}}, {"quantizer": "lfq", "num_embeddings": 64},
-))
+@pytest.mark.parametrize(
+    "changes",
+    (
+        {"num_embeddings": 16, "quantized_embed_dim": 8},
+        {"quantizer": "vq", "num_embeddings": 16, "quantized_embed_dim": 8},
+        {"quantizer": "fsq", "quantizer_params": {"levels": [5, 4]}},
+        {"quantizer": "lfq", "num_embeddings": 64},
+    ),
+)
 def test_old_and_new_settings_of_vqgan(tmp_path, changes):
     old = {"hidden_channels": 32, "channel_mult": [1, 1], "num_res_blocks": 1, "z_channels": 8}
     model = VQGANModel.from_config({"_class_name": "VQGANModel", **old, **changes}).eval()

@@ -1,4 +1,5 @@
-"""Parity of the masked transformer with the published implementation; its other settings against a naive second one."""
+"""Parity of the masked transformer with the published implementation; its other settings against a naive
+second one."""
 import json
 import math
 import random
@@ -83,15 +84,34 @@ def random_settings(seed):
     patch = draw.choice((1, 2, 4)) if conv and use_mlm else 1
     classes = None if conv or coin() else 5
     return {
-        "_class_name": "MaskGitTransformer", "_version": "0.0.1",
-        "codebook_size": 13, "num_classes": classes, "vocab_size": 13 + (classes or 0) + draw.choice((1, 4)),
-        "hidden_size": 8 * heads, "num_attention_heads": heads, "num_hidden_layers": 2, "intermediate_size": 20,
-        "embedding_size": draw.choice((6, None)) if conv else None, "num_vq_tokens": 64, "patch_size": patch,
-        "max_position_embeddings": draw.choice((65, 80)), "hidden_dropout": 0.1, "attention_dropout": 0.1,
-        "add_cross_attention": coin(), "encoder_hidden_size": 10, "project_encoder_hidden_states": coin(),
-        "norm_type": draw.choice(("layernorm", "rmsnorm")), "layer_norm_eps": draw.choice((1e-6, 1e-5)),
-        "use_normformer": coin(), "use_encoder_layernorm": coin(), "use_mlm_layer": use_mlm, "use_mlm_layernorm": coin(),
-        "use_bias": coin(), "use_codebook_size_for_output": coin(), "use_conv_in_out": conv, "initializer_range": 0.02,
+        "_class_name": "MaskGitTransformer",
+        "_version": "0.0.1",
+        "codebook_size": 13,
+        "num_classes": classes,
+        "vocab_size": 13 + (classes or 0) + draw.choice((1, 4)),
+        "hidden_size": 8 * heads,
+        "num_attention_heads": heads,
+        "num_hidden_layers": 2,
+        "intermediate_size": 20,
+        "embedding_size": draw.choice((6, None)) if conv else None,
+        "num_vq_tokens": 64,
+        "patch_size": patch,
+        "max_position_embeddings": draw.choice((65, 80)),
+        "hidden_dropout": 0.1,
+        "attention_dropout": 0.1,
+        "add_cross_attention": coin(),
+        "encoder_hidden_size": 10,
+        "project_encoder_hidden_states": coin(),
+        "norm_type": draw.choice(("layernorm", "rmsnorm")),
+        "layer_norm_eps": draw.choice((1e-6, 1e-5)),
+        "use_normformer": coin(),
+        "use_encoder_layernorm": coin(),
+        "use_mlm_layer": use_mlm,
+        "use_mlm_layernorm": coin(),
+        "use_bias": coin(),
+        "use_codebook_size_for_output": coin(),
+        "use_conv_in_out": conv,
+        "initializer_range": 0.02,
     }
 
 
@@ -200,7 +220,9 @@ def test_any_settings_agree_with_the_naive_implementation(tmp_path, seed):
     ids, text, classes = inputs_of(settings, seed, grid)
     sequence = ids if classes is None else torch.cat([13 + classes[:, None], ids], 1)
     naive = Naive(settings, seed)
-    expected = torch.stack([naive(row, None if text is None else text[i], grid) for i, row in enumerate(sequence)])
+    expected = torch.stack(
+        [naive(row, None if text is None else text[i], grid) for i, row in enumerate(sequence)]
+    )
     model = MaskGitTransformer.from_pretrained(published_folder(tmp_path, settings, naive.weights))
     assert model.state_dict().keys() == naive.weights.keys()
     close = {"atol": 1e-4 * float(expected.abs().max().clamp(min=1)), "rtol": 0}
@@ -237,10 +259,21 @@ def test_any_settings_learn_and_are_saved(tmp_path, seed):
 
 def test_the_pipeline_decodes_by_class():
     torch.manual_seed(0)
-    model = MaskGitTransformer(19, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-                               codebook_size=13, num_classes=5, num_vq_tokens=16, max_position_embeddings=17)
+    model = MaskGitTransformer(
+        19,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        codebook_size=13,
+        num_classes=5,
+        num_vq_tokens=16,
+        max_position_embeddings=17,
+    )
     pipeline = TokenPipeline(model)
-    draw = lambda *classes, **options: pipeline.ids(conditions={"class_ids": torch.tensor(classes)}, seed=0, steps=4, **options)
+    draw = lambda *classes, **options: pipeline.ids(
+        conditions={"class_ids": torch.tensor(classes)}, seed=0, steps=4, **options
+    )
     assert pipeline.grid == (4, 4)
     ids = draw(1, 4, guidance_scale=1)
     assert ids.shape == (2, 16) and ids.max() < 13
@@ -253,9 +286,19 @@ def test_the_pipeline_decodes_by_class():
 def test_conditions_that_were_read_once_give_the_same_logits(classes):
     torch.manual_seed(0)
     model = MaskGitTransformer(
-        vocab_size=75, codebook_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
-        num_vq_tokens=16, max_position_embeddings=17, num_classes=classes, add_cross_attention=True, encoder_hidden_size=32,
-        project_encoder_hidden_states=True).eval()
+        vocab_size=75,
+        codebook_size=64,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        num_vq_tokens=16,
+        max_position_embeddings=17,
+        num_classes=classes,
+        add_cross_attention=True,
+        encoder_hidden_size=32,
+        project_encoder_hidden_states=True,
+    ).eval()
     ids, text = torch.randint(64, (3, 16)), torch.randn(3, 7, 32)
     mask = torch.arange(7) < torch.tensor([[7], [5], [3]])
     given = {"encoder_hidden_states": text, "encoder_attention_mask": mask}
@@ -273,7 +316,16 @@ def test_conditions_that_were_read_once_give_the_same_logits(classes):
 
 @torch.no_grad()
 def test_a_model_without_layers_is_read_once_too():
-    sizes = dict(vocab_size=17, codebook_size=16, hidden_size=16, num_hidden_layers=0, num_attention_heads=2, intermediate_size=16)
-    model = MaskGitTransformer(**sizes, num_vq_tokens=16, add_cross_attention=True, encoder_hidden_size=8).eval()
+    sizes = dict(
+        vocab_size=17,
+        codebook_size=16,
+        hidden_size=16,
+        num_hidden_layers=0,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    model = MaskGitTransformer(
+        **sizes, num_vq_tokens=16, add_cross_attention=True, encoder_hidden_size=8
+    ).eval()
     ids, text = torch.randint(16, (2, 16)), torch.randn(2, 3, 8)
     assert torch.equal(model(ids, precomputed=model.precompute(text)), model(ids, text))

@@ -14,8 +14,19 @@ from conftest import ROOT
 NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9][0-9]_*/[0-9][0-9]_*.ipynb"))  # in the order of the book
 PACKAGE = ROOT / "musekit"
 ROOMS = [  # the ground first
-    "utils", "core", "models", "data", "training", "inference", "evaluation", "shards", "recipes", "plots", "lab",
-    "commands", "cli",
+    "utils",
+    "core",
+    "models",
+    "data",
+    "training",
+    "inference",
+    "evaluation",
+    "shards",
+    "recipes",
+    "plots",
+    "lab",
+    "commands",
+    "cli",
 ]
 ENTRY_POINTS = {"main"}  # the only name that may stand in two modules: each command has one
 
@@ -63,7 +74,9 @@ PLACES = exported_from()
 
 
 def test_every_exporting_notebook_has_its_module():
-    exporting = {place for place, path in enumerate(NOTEBOOKS) if "#| default_exp" in path.read_text(encoding="utf-8")}
+    exporting = {
+        place for place, path in enumerate(NOTEBOOKS) if "#| default_exp" in path.read_text(encoding="utf-8")
+    }
     assert set(PLACES.values()) == exporting and len(PLACES) == len(exporting)
 
 
@@ -78,7 +91,9 @@ def test_a_module_imports_only_downward(module):
         if room_of(name) == room_of(module):
             assert PLACES[name] < PLACES[module], f"{module} imports {name}, whose notebook comes later"
         else:
-            assert ROOMS.index(room_of(name)) < ROOMS.index(room_of(module)), f"{module} imports {name}, from a room above"
+            assert ROOMS.index(room_of(name)) < ROOMS.index(
+                room_of(module)
+            ), f"{module} imports {name}, from a room above"
 
 
 @pytest.mark.parametrize("module", [module for module in PLACES if room_of(module) == "shards"])
@@ -98,7 +113,9 @@ def nodes_of(module: str, *kinds: type) -> list:
 def public_names(module: str) -> list[str]:
     """The module's `__all__`."""
     assignments = nodes_of(module, ast.Assign)
-    return next(ast.literal_eval(node.value) for node in assignments if ast.unparse(node.targets[0]) == "__all__")
+    return next(
+        ast.literal_eval(node.value) for node in assignments if ast.unparse(node.targets[0]) == "__all__"
+    )
 
 
 def test_a_public_name_means_one_thing():
@@ -113,13 +130,19 @@ def test_a_public_name_means_one_thing():
 def test_private_names_stay_in_their_module():
     imports = [(module, node) for module in PLACES for node in nodes_of(module, ast.ImportFrom)]
     own = [(module, node) for module, node in imports if node.level or node.module.split(".")[0] == "musekit"]
-    private = {(module, alias.name) for module, node in own for alias in node.names if re.match("_[^_]", alias.name)}
+    private = {
+        (module, alias.name) for module, node in own for alias in node.names if re.match("_[^_]", alias.name)
+    }
     assert not private
 
 
 def test_functions_stay_short():
     """A method counts as one, with the functions in it."""
-    functions = [(module, node) for module in PLACES for node in nodes_of(module, ast.FunctionDef, ast.AsyncFunctionDef)]
+    functions = [
+        (module, node)
+        for module in PLACES
+        for node in nodes_of(module, ast.FunctionDef, ast.AsyncFunctionDef)
+    ]
     lengths = {f"{module}.{node.name}": node.end_lineno - node.lineno + 1 for module, node in functions}
     assert not {name: lines for name, lines in lengths.items() if lines > 60}
 
@@ -133,6 +156,11 @@ def long_lines(module: str) -> list[str]:
 
 def test_lines_stay_short():
     assert not {module: long_lines(module) for module in PLACES if long_lines(module)}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.name)
+def test_lines_of_tests_stay_short(path):
+    assert not [line for line in path.read_text(encoding="utf-8").splitlines() if len(line) > 110]
 
 
 def test_a_function_with_a_name_is_no_lambda():
@@ -151,16 +179,35 @@ def test_a_module_is_about_one_thing():
 
 def loaded_by(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(*(name for name in sys.modules if '.' not in name))"
-    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    return set(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
 
 
 @pytest.mark.parametrize("statement", ["import musekit", "import musekit.cli"])
 def test_import_is_instant(statement):
-    assert not loaded_by(statement) & {"torch", "transformers", "accelerate", "numpy", "matplotlib", "sklearn"}
+    assert not loaded_by(statement) & {
+        "torch",
+        "transformers",
+        "accelerate",
+        "numpy",
+        "matplotlib",
+        "sklearn",
+    }
 
 
 def test_the_face_of_the_package():
-    assert {"Pipeline", "train", "load_config", "generate_ids", "MaskGitTransformer", "MaskGiTUViT", "VQGANModel"} <= set(dir(musekit))
+    assert {
+        "Pipeline",
+        "train",
+        "load_config",
+        "generate_ids",
+        "MaskGitTransformer",
+        "MaskGiTUViT",
+        "VQGANModel",
+    } <= set(dir(musekit))
     lazy = [name for name in dir(musekit) if name not in vars(musekit)]
     for name in lazy:
         assert getattr(musekit, name).__name__ == name

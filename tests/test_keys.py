@@ -46,7 +46,11 @@ def functions(path):
 
 def test_cells(path):
     "The code of cells that test something and export nothing."
-    cells = ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    cells = [
+        "".join(cell["source"])
+        for cell in json.loads(path.read_text())["cells"]
+        if cell["cell_type"] == "code"
+    ]
     return [cell for cell in cells if "test_" in cell and "#| export" not in cell]
 
 
@@ -72,22 +76,39 @@ def data(tmp_path_factory):
 
 
 def config_of(*settings):
-    return load_config(None, ["experiment.output_dir=runs/x", "data=digits", "model.architecture=uvit", *settings])
+    return load_config(
+        None, ["experiment.output_dir=runs/x", "data=digits", "model.architecture=uvit", *settings]
+    )
 
 
 # The optimizer and the masks: a run of a few steps ends elsewhere
 
-PLAIN = ["optimizer.params.learning_rate=1e-3", "training.gradient_accumulation_steps=1", "training.use_ema=false",
-         "training.mask_contiguous_region_prob=null", "training.max_grad_norm=null", "lr_scheduler.scheduler=cosine"]
+PLAIN = [
+    "optimizer.params.learning_rate=1e-3",
+    "training.gradient_accumulation_steps=1",
+    "training.use_ema=false",
+    "training.mask_contiguous_region_prob=null",
+    "training.max_grad_norm=null",
+    "lr_scheduler.scheduler=cosine",
+]
 MOVES = {
-    "optimizer.name": ["optimizer.name=fused_adamw"], "optimizer.params.learning_rate": ["optimizer.params.learning_rate=2e-3"],
-    "optimizer.params.scale_lr": ["optimizer.params.scale_lr=true"], "optimizer.params.beta1": ["optimizer.params.beta1=0.5"],
-    "optimizer.params.beta2": ["optimizer.params.beta2=0.5"], "optimizer.params.weight_decay": ["optimizer.params.weight_decay=0.5"],
-    "optimizer.params.epsilon": ["optimizer.params.epsilon=0.1"], "lr_scheduler.scheduler": ["lr_scheduler.scheduler=constant"],
-    "lr_scheduler.params.warmup_steps": ["lr_scheduler.params.warmup_steps=4"], "mask_schedule.schedule": ["mask_schedule.schedule=linear"],
+    "optimizer.name": ["optimizer.name=fused_adamw"],
+    "optimizer.params.learning_rate": ["optimizer.params.learning_rate=2e-3"],
+    "optimizer.params.scale_lr": ["optimizer.params.scale_lr=true"],
+    "optimizer.params.beta1": ["optimizer.params.beta1=0.5"],
+    "optimizer.params.beta2": ["optimizer.params.beta2=0.5"],
+    "optimizer.params.weight_decay": ["optimizer.params.weight_decay=0.5"],
+    "optimizer.params.epsilon": ["optimizer.params.epsilon=0.1"],
+    "lr_scheduler.scheduler": ["lr_scheduler.scheduler=constant"],
+    "lr_scheduler.params.warmup_steps": ["lr_scheduler.params.warmup_steps=4"],
+    "mask_schedule.schedule": ["mask_schedule.schedule=linear"],
     "mask_schedule.params": ["mask_schedule.schedule=sigmoid", "mask_schedule.params.tau=0.5"],
-    "optimizer.params.muon_learning_rate": ["optimizer.name=muon", "optimizer.params.muon_learning_rate=1e-2"],
-    "training.batch_size": ["training.batch_size=5"], "training.seed": ["training.seed=7"],
+    "optimizer.params.muon_learning_rate": [
+        "optimizer.name=muon",
+        "optimizer.params.muon_learning_rate=1e-2",
+    ],
+    "training.batch_size": ["training.batch_size=5"],
+    "training.seed": ["training.seed=7"],
 }
 
 
@@ -102,7 +123,9 @@ def after_steps(folder, data, settings, steps=3):
 def usual(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("usual")
     weights = after_steps(folder, data, [])
-    assert torch.equal(weights, after_steps(folder, data, []))  # a run repeats, so what differs is the setting's doing
+    assert torch.equal(
+        weights, after_steps(folder, data, [])
+    )  # a run repeats, so what differs is the setting's doing
     return weights
 
 
@@ -118,7 +141,10 @@ def test_clipping(data, tmp_path):
     def norm_after(limit):
         trainer = tiny_trainer(tmp_path, data, *PLAIN, f"training.max_grad_norm={limit}", callbacks=[])
         trainer.train_step()
-        return trainer.metrics["grad_norm"].item(), torch.stack([p.grad.norm() for p in trainer.network.parameters()]).norm().item()
+        return (
+            trainer.metrics["grad_norm"].item(),
+            torch.stack([p.grad.norm() for p in trainer.network.parameters()]).norm().item(),
+        )
 
     (before, clipped), (same, whole) = norm_after(0.5), norm_after(1000)
     assert before == same == pytest.approx(whole, rel=1e-4) and before > 0.5
@@ -127,7 +153,9 @@ def test_clipping(data, tmp_path):
 
 def test_the_average(data, tmp_path):
     def shadow(*settings, steps=4):
-        trainer = tiny_trainer(tmp_path, data, "training.use_ema=true", "training.ema_decay=0.9", *settings, callbacks=[])
+        trainer = tiny_trainer(
+            tmp_path, data, "training.use_ema=true", "training.ema_decay=0.9", *settings, callbacks=[]
+        )
         for _ in range(steps):
             trainer.train_step()
         own = torch.cat([p.detach().flatten() for p in trainer.ema.parameters])
@@ -136,7 +164,9 @@ def test_the_average(data, tmp_path):
     average, own = shadow()
     assert not torch.equal(average, own) and not torch.equal(average, shadow("training.ema_decay=0.1")[0])
     assert torch.equal(*shadow("training.ema_update_after_step=10"))  # until then a copy
-    assert torch.equal(shadow("training.ema_update_every=3", steps=3)[0], shadow("training.ema_update_every=3", steps=1)[0])
+    assert torch.equal(
+        shadow("training.ema_update_every=3", steps=3)[0], shadow("training.ema_update_every=3", steps=1)[0]
+    )
     assert not torch.equal(average, shadow("training.ema_update_every=3")[0])
     assert tiny_trainer(tmp_path, data, "training.use_ema=false", callbacks=[]).ema is None
 
@@ -154,7 +184,9 @@ def micro(folder, data, *settings, count=30, **options):
     "What a trainer makes of some batches."
     trainer = tiny_trainer(folder, data, *PLAIN, "training.batch_size=8", *settings, callbacks=[])
     batches = trainer.data(0)
-    return trainer, [trainer.make_micro_batch(batch, number, 0, **options) for number, batch in zip(range(count), batches)]
+    return trainer, [
+        trainer.make_micro_batch(batch, number, 0, **options) for number, batch in zip(range(count), batches)
+    ]
 
 
 def join(micros, name):
@@ -172,7 +204,9 @@ def test_random_replacement(data, tmp_path):
     assert (join(masked, "input_ids")[join(masked, "mask")] == 64).all()
     noise = join(replaced, "input_ids")[join(replaced, "mask")]
     assert noise.max() < 64 and len(noise.unique()) > 50
-    assert (join(replaced, "labels") >= 0).all()  # every token is a label, since nothing tells which were replaced
+    assert (
+        join(replaced, "labels") >= 0
+    ).all()  # every token is a label, since nothing tells which were replaced
 
 
 def test_every_token_is_a_label(data, tmp_path):
@@ -196,13 +230,24 @@ def test_ratios_of_an_evaluation(data, tmp_path):
 
     def measure(trainer):
         ratios = trainer.config.training.eval_mask_ratios
-        seen.append(trainer.make_micro_batch(next(iter(trainer.data(0))), "evaluation", 0, ratios=ratios, training=False).tokens.mask)
+        seen.append(
+            trainer.make_micro_batch(
+                next(iter(trainer.data(0))), "evaluation", 0, ratios=ratios, training=False
+            ).tokens.mask
+        )
         from musekit.training.callbacks import validation_loss
 
         return validation_loss(trainer)
 
-    trainer = tiny_trainer(tmp_path, data, *PLAIN, "training.batch_size=8", "training.eval_mask_ratios=[0.25]", "training.max_train_steps=1",
-                           callbacks=[Log(1), Evaluate(1, measure)])
+    trainer = tiny_trainer(
+        tmp_path,
+        data,
+        *PLAIN,
+        "training.batch_size=8",
+        "training.eval_mask_ratios=[0.25]",
+        "training.max_train_steps=1",
+        callbacks=[Log(1), Evaluate(1, measure)],
+    )
     trainer.eval_batches = lambda: [batch for _, batch in zip(range(2), trainer.data(0))]
     trainer.fit()
     assert (seen[0].sum(-1) == 4).all() and "eval_loss" in read_log(tmp_path)[-1]
@@ -211,7 +256,10 @@ def test_ratios_of_an_evaluation(data, tmp_path):
 def test_dropped_conditions(data, tmp_path):
     def share(prob):
         _, micros = micro(tmp_path, data, f"training.cond_dropout_prob={prob}")
-        states, pooled = (torch.cat([each.conditions[name].flatten(1) for each in micros]) for name in ("encoder_hidden_states", "cond_embeds"))
+        states, pooled = (
+            torch.cat([each.conditions[name].flatten(1) for each in micros])
+            for name in ("encoder_hidden_states", "cond_embeds")
+        )
         gone = (states == 0).all(-1)
         assert torch.equal(gone, (pooled == 0).all(-1))  # a row loses both
         return gone.float().mean().item()
@@ -223,12 +271,18 @@ def test_label_smoothing(data, tmp_path):
     trainer, micros = micro(tmp_path, data, count=1)
     trainer.train_step(), trainer.train_step()  # at the start all logits are equal
     with torch.no_grad():
-        plain, smooth = (trainer.loss(trainer.model.eval(), micros[0], amount).item() for amount in (0.0, 0.5))
+        plain, smooth = (
+            trainer.loss(trainer.model.eval(), micros[0], amount).item() for amount in (0.0, 0.5)
+        )
         counts = micros[0].tokens.labels >= 0
         logits = trainer.model(micros[0].tokens.input_ids, **micros[0].conditions, token_mask=counts)
-    expected = torch.nn.functional.cross_entropy(logits, micros[0].tokens.labels[counts], label_smoothing=0.5).item()
+    expected = torch.nn.functional.cross_entropy(
+        logits, micros[0].tokens.labels[counts], label_smoothing=0.5
+    ).item()
     assert smooth == pytest.approx(expected, abs=1e-5) and smooth != plain
-    assert not torch.equal(after_steps(tmp_path, data, ["training.label_smoothing=0.3"]), after_steps(tmp_path, data, []))
+    assert not torch.equal(
+        after_steps(tmp_path, data, ["training.label_smoothing=0.3"]), after_steps(tmp_path, data, [])
+    )
 
 
 # What the stages of a run make of its two frozen networks
@@ -241,10 +295,19 @@ def networks(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("networks")
     torch.manual_seed(0)
-    PaellaVQModel(levels=2, c_hidden=16, c_latent=4, bottleneck_blocks=1, codebook_size=32, scale_factor=1.0).save_pretrained(folder / "vq")
+    PaellaVQModel(
+        levels=2, c_hidden=16, c_latent=4, bottleneck_blocks=1, codebook_size=32, scale_factor=1.0
+    ).save_pretrained(folder / "vq")
     words = train_bpe(["a red seven", "a green two"], 600, 12)
     special = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    sizes = dict(vocab_size=len(words), hidden_size=16, intermediate_size=32, projection_dim=16, num_hidden_layers=2, num_attention_heads=2)
+    sizes = dict(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
     clip = CLIPTextModelWithProjection(CLIPTextConfig(**sizes, max_position_embeddings=12, **special))
     TextEncoder(clip, words, use_pooled=True).save_pretrained(folder / "clip")
     return folder
@@ -252,21 +315,35 @@ def networks(tmp_path_factory):
 
 def batches_of(networks, *settings):
     "The batches of a run that encodes its images in every step; there are none."
-    given = [f"model.vq_model.pretrained={networks}/vq", f"model.text_encoder.pretrained={networks}/clip", "training.encode_first=false"]
+    given = [
+        f"model.vq_model.pretrained={networks}/vq",
+        f"model.text_encoder.pretrained={networks}/clip",
+        "training.encode_first=false",
+    ]
     config = configure(None, ["data=digits", "dataset.preprocessing.max_seq_length=12", *given, *settings])
     no_data = Data({"train": ImageSource([])}, image_text_config(config))
     return encode(Recipe(config, progress=False), no_data, FrozenNetworks(config))
 
 
-PIXELS = {"pixel_values": torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)), "text": ["a red seven"] * 6}
+PIXELS = {
+    "pixel_values": torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
+    "text": ["a red seven"] * 6,
+}
 
 
 def test_soft_targets(networks, data, tmp_path):
     soft = "training.use_soft_code_target=true"
-    warm, cold = (batches_of(networks, soft, f"training.soft_code_temp={temperature}").prepare(PIXELS) for temperature in (1.0, 0.05))
+    warm, cold = (
+        batches_of(networks, soft, f"training.soft_code_temp={temperature}").prepare(PIXELS)
+        for temperature in (1.0, 0.05)
+    )
     entropy = lambda targets: -(targets * targets.clamp(min=1e-12).log()).sum(-1).mean()
-    assert warm["soft_targets"].shape == (6, 64, 32) and entropy(cold["soft_targets"]) < entropy(warm["soft_targets"])
-    assert torch.equal(warm["soft_targets"].argmax(-1), warm["image_ids"]) and "soft_targets" not in batches_of(networks).prepare(PIXELS)
+    assert warm["soft_targets"].shape == (6, 64, 32) and entropy(cold["soft_targets"]) < entropy(
+        warm["soft_targets"]
+    )
+    assert torch.equal(
+        warm["soft_targets"].argmax(-1), warm["image_ids"]
+    ) and "soft_targets" not in batches_of(networks).prepare(PIXELS)
 
     trainer, micros = micro(tmp_path, data, soft, count=1)
     soft = torch.rand(8, 16, 64, generator=torch.Generator().manual_seed(1)).softmax(-1)
@@ -276,7 +353,9 @@ def test_soft_targets(networks, data, tmp_path):
     with torch.no_grad():
         loss = trainer.loss(trainer.model.eval(), told)
         logits = trainer.model(told.tokens.input_ids, **told.conditions, token_mask=mask)
-    assert loss.item() == pytest.approx(-(soft[mask] * logits.log_softmax(-1)).sum(-1).mean().item(), abs=1e-5)
+    assert loss.item() == pytest.approx(
+        -(soft[mask] * logits.log_softmax(-1)).sum(-1).mean().item(), abs=1e-5
+    )
     usual, _ = micro(tmp_path, data, count=1)
     usual.prepare = trainer.prepare
     assert usual.make_micro_batch(next(iter(usual.data(0))), 0, 0).soft_targets is None
@@ -292,7 +371,9 @@ def test_codes_that_are_drawn(networks):
 def test_encoding_in_parts(networks):
     def encoded(*settings):
         batches, sizes = batches_of(networks, *settings), []
-        batches.networks.vq_model.in_block.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
+        batches.networks.vq_model.in_block.register_forward_pre_hook(
+            lambda module, given: sizes.append(len(given[0]))
+        )
         return batches.prepare(PIXELS)["image_ids"], sizes
 
     (parts, sizes), (whole, one) = encoded("training.split_vae_encode=4"), encoded()
@@ -300,19 +381,30 @@ def test_encoding_in_parts(networks):
 
 
 def test_prompts_are_as_long(networks):
-    length = lambda most: batches_of(networks, f"dataset.preprocessing.max_seq_length={most}").prepare(PIXELS)["encoder_hidden_states"].shape[1]
+    length = (
+        lambda most: batches_of(networks, f"dataset.preprocessing.max_seq_length={most}")
+        .prepare(PIXELS)["encoder_hidden_states"]
+        .shape[1]
+    )
     assert [length(5), length(12)] == [5, 12]
 
 
 def test_padding(networks):
-    last = lambda *settings: batches_of(networks, *settings).networks.text_encoder.tokenize(["a red seven"])[0, -1].item()
+    last = (
+        lambda *settings: batches_of(networks, *settings)
+        .networks.text_encoder.tokenize(["a red seven"])[0, -1]
+        .item()
+    )
     assert last("model.text_encoder.pad_token_id=0") == 0 != last()
 
 
 def test_what_is_told_instead(networks):
     batches, states = batches_of(networks), "encoder_hidden_states"
     empty = batches.networks.text_encoder([""])
-    assert torch.equal(batches.unconditional[states], empty[states][0]) and batches.unconditional["cond_embeds"].any()
+    assert (
+        torch.equal(batches.unconditional[states], empty[states][0])
+        and batches.unconditional["cond_embeds"].any()
+    )
     zeros = batches_of(networks, "training.use_empty_embeds_for_uncond=false").unconditional
     assert not zeros["cond_embeds"].any() and not zeros[states].any()
 
@@ -320,18 +412,33 @@ def test_what_is_told_instead(networks):
 # What the loader is told, whose own tests show what it makes of it (notebooks 20 and 22)
 
 READ = {
-    "dataset.params.num_workers": (3, "num_workers"), "dataset.params.shuffle_buffer_size": (7, "shuffle_buffer_size"),
-    "dataset.params.pin_memory": (True, "pin_memory"), "dataset.params.persistent_workers": (True, "persistent_workers"),
-    "dataset.params.use_filtered_dataset": (True, "metadata_filter"), "dataset.params.min_size": (9, "metadata_filter.min_size"),
+    "dataset.params.num_workers": (3, "num_workers"),
+    "dataset.params.shuffle_buffer_size": (7, "shuffle_buffer_size"),
+    "dataset.params.pin_memory": (True, "pin_memory"),
+    "dataset.params.persistent_workers": (True, "persistent_workers"),
+    "dataset.params.use_filtered_dataset": (True, "metadata_filter"),
+    "dataset.params.min_size": (9, "metadata_filter.min_size"),
     "dataset.params.max_pwatermark": (0.2, "metadata_filter.max_pwatermark"),
     "dataset.params.min_aesthetic_score": (6.0, "metadata_filter.min_aesthetic_score"),
     "dataset.params.max_pnsfw": (0.1, "metadata_filter.max_pnsfw"),
-    "dataset.params.require_marked_as_ok_by_spawning": (True, "metadata_filter.require_marked_as_ok_by_spawning"),
+    "dataset.params.require_marked_as_ok_by_spawning": (
+        True,
+        "metadata_filter.require_marked_as_ok_by_spawning",
+    ),
     "dataset.params.require_marked_as_not_getty": (True, "metadata_filter.require_marked_as_not_getty"),
-    "dataset.preprocessing.resolution": (48, "resolution"), "dataset.preprocessing.center_crop": (True, "center_crop"),
+    "dataset.preprocessing.resolution": (48, "resolution"),
+    "dataset.preprocessing.center_crop": (True, "center_crop"),
     "dataset.preprocessing.random_flip": (True, "random_flip"),
 }
-GOOD = {"original_width": 300, "original_height": 300, "pwatermark": 0.4, "aesthetic": 5.0, "is_spawning": 0, "is_getty": 0, "p_nsfwdf": 0.3}
+GOOD = {
+    "original_width": 300,
+    "original_height": 300,
+    "pwatermark": 0.4,
+    "aesthetic": 5.0,
+    "is_spawning": 0,
+    "is_getty": 0,
+    "p_nsfwdf": 0.3,
+}
 REJECTED = {  # by the value above, and not by the default
     "min_size": {"original_width": 5}, "max_pwatermark": {}, "min_aesthetic_score": {}, "max_pnsfw": {},
     "require_marked_as_ok_by_spawning": {"is_spawning": 1}, "require_marked_as_not_getty": {"is_getty": 1},
@@ -341,7 +448,9 @@ REJECTED = {  # by the value above, and not by the default
 @pytest.mark.parametrize("key", READ)
 def test_the_loader_is_told(key):
     value, path = READ[key]
-    read = lambda *settings: image_text_config(config_of("dataset.params.use_filtered_dataset=true", *settings))
+    read = lambda *settings: image_text_config(
+        config_of("dataset.params.use_filtered_dataset=true", *settings)
+    )
     found, name = read(f"{key}={value}"), path.split(".")[-1]
     if key == "dataset.params.use_filtered_dataset":
         assert found.metadata_filter is not None and image_text_config(config_of()).metadata_filter is None
@@ -366,9 +475,15 @@ DRAWN = {
 def test_the_drawing_is_told(key):
     value, name = DRAWN[key]
     if value is None:
-        assert generation_config(config_of(f"{key}.steps=3")).steps == 3 != generation_config(config_of()).steps
+        assert (
+            generation_config(config_of(f"{key}.steps=3")).steps == 3 != generation_config(config_of()).steps
+        )
     else:
-        assert getattr(generation_config(config_of(f"{key}={value}")), name) == value != getattr(generation_config(config_of()), name)
+        assert (
+            getattr(generation_config(config_of(f"{key}={value}")), name)
+            == value
+            != getattr(generation_config(config_of()), name)
+        )
 
 
 def test_prompts(tmp_path):
@@ -381,11 +496,17 @@ def test_prompts(tmp_path):
 # What a run writes, and when
 
 LOGGED = {
-    "experiment.max_train_examples": ("epoch", 30), "experiment.max_eval_examples": ("eval_examples", 6),
-    "experiment.log_every": ("loss", 2), "experiment.eval_every": ("eval_loss", 2), "experiment.save_every": ("checkpoint", 2),
-    "experiment.generate_every": ("sample", 2), "experiment.checkpoints_total_limit": ("limit", 1),
-    "experiment.log_grad_norm_every": ("grad_norm/", 2), "experiment.log_pixel_entropy_every": ("token_entropy/", 2),
-    "experiment.log_image_entropy_every": ("image_entropy/", 2), "experiment.log_cross_entropy_every": ("cross_entropy/", 2),
+    "experiment.max_train_examples": ("epoch", 30),
+    "experiment.max_eval_examples": ("eval_examples", 6),
+    "experiment.log_every": ("loss", 2),
+    "experiment.eval_every": ("eval_loss", 2),
+    "experiment.save_every": ("checkpoint", 2),
+    "experiment.generate_every": ("sample", 2),
+    "experiment.checkpoints_total_limit": ("limit", 1),
+    "experiment.log_grad_norm_every": ("grad_norm/", 2),
+    "experiment.log_pixel_entropy_every": ("token_entropy/", 2),
+    "experiment.log_image_entropy_every": ("image_entropy/", 2),
+    "experiment.log_cross_entropy_every": ("cross_entropy/", 2),
     "experiment.log_token_probability_distributions_every": ("token_probabilities", 2),
 }
 NEVER = [f"experiment.{name}_every=null" for name in ("log", "eval", "save", "generate")]
@@ -398,7 +519,9 @@ def test_it_is_logged(data, tmp_path, key):
 
     def run(folder, *given):
         trainer = tiny_trainer(folder, data, *PLAIN, "training.max_train_steps=4", *NEVER, *settings, *given)
-        trainer.callbacks = standard_callbacks(trainer.config, sample=lambda *_: Image.new("RGB", (2, 2)), progress=False)
+        trainer.callbacks = standard_callbacks(
+            trainer.config, sample=lambda *_: Image.new("RGB", (2, 2)), progress=False
+        )
         trainer.eval_batches = [batch for _, batch in zip(range(4), trainer.data(0))]
         trainer.fit()
         lines = read_log(folder)
@@ -418,18 +541,32 @@ def test_it_is_logged(data, tmp_path, key):
     elif word == "limit":
         assert saved("with") == ["checkpoint-4"] and len(saved("without")) == 4
     elif word == "sample":
-        assert sorted(path.name for path in (tmp_path / "with" / "samples").iterdir()) == ["step-000002.png", "step-000004.png"]
+        assert sorted(path.name for path in (tmp_path / "with" / "samples").iterdir()) == [
+            "step-000002.png",
+            "step-000004.png",
+        ]
         assert not (tmp_path / "without" / "samples").exists()
     else:
         assert steps == [2, 4], lines
-        assert not [line for line in without if line["step"] < 4 and any(name.startswith(word) for name in line)]
+        assert not [
+            line for line in without if line["step"] < 4 and any(name.startswith(word) for name in line)
+        ]
 
 
 def test_the_tracker_is_told(data, tmp_path):
     given = {}
-    trainer = tiny_trainer(tmp_path, data, "wandb.entity=us", "wandb.run_id=abc", "training.max_train_steps=1", callbacks=[Log(1)])
+    trainer = tiny_trainer(
+        tmp_path,
+        data,
+        "wandb.entity=us",
+        "wandb.run_id=abc",
+        "training.max_train_steps=1",
+        callbacks=[Log(1)],
+    )
     trainer.config.experiment.trackers = ["wandb"]
-    trainer.accelerator.init_trackers = lambda project, config, init_kwargs: given.update(init_kwargs["wandb"])
+    trainer.accelerator.init_trackers = lambda project, config, init_kwargs: given.update(
+        init_kwargs["wandb"]
+    )
     trainer.fit()
     assert (given["entity"], given["id"]) == ("us", "abc")
 
@@ -437,31 +574,57 @@ def test_the_tracker_is_told(data, tmp_path):
 # The model
 
 
-SMALLEST = {"hidden_size": 16, "in_channels": 16, "block_out_channels": "[16]", "num_res_blocks": 1, "block_num_heads": 2, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "intermediate_size": 32, "micro_cond_encode_dim": 8, "micro_cond_embed_dim": 40, "force_down_up_sample": "false"}
+SMALLEST = {
+    "hidden_size": 16,
+    "in_channels": 16,
+    "block_out_channels": "[16]",
+    "num_res_blocks": 1,
+    "block_num_heads": 2,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "micro_cond_encode_dim": 8,
+    "micro_cond_embed_dim": 40,
+    "force_down_up_sample": "false",
+}
 
 
 def made(networks, *settings):
     "The transformer of a run."
-    sizes = [] if any("pretrained_model_path" in setting for setting in settings) else [f"model.transformer.{name}={size}" for name, size in SMALLEST.items()]
+    sizes = (
+        []
+        if any("pretrained_model_path" in setting for setting in settings)
+        else [f"model.transformer.{name}={size}" for name, size in SMALLEST.items()]
+    )
     batches = batches_of(networks, *sizes, *settings)
     num_tokens = math.prod(batches.grid)
-    return make_transformer(batches.networks.config, batches.codebook_size, batches.condition_sizes, num_tokens)
+    return make_transformer(
+        batches.networks.config, batches.codebook_size, batches.condition_sizes, num_tokens
+    )
 
 
 def test_updates(networks, tmp_path):
     made(networks).save_pretrained(tmp_path)
-    updated = lambda *settings: made(networks, f"model.pretrained_model_path={tmp_path}", "model.lora.rank=2", *settings)
+    updated = lambda *settings: made(
+        networks, f"model.pretrained_model_path={tmp_path}", "model.lora.rank=2", *settings
+    )
     trained = lambda *settings: [name for name, p in updated(*settings).named_parameters() if p.requires_grad]
     assert 0 < len(trained("model.lora.target=[query]")) < len(trained())
-    dropped = lambda *settings: {m.p for name, m in updated(*settings).named_modules() if "lora_dropout" in name and hasattr(m, "p")}
+    dropped = lambda *settings: {
+        m.p for name, m in updated(*settings).named_modules() if "lora_dropout" in name and hasattr(m, "p")
+    }
     assert dropped("model.lora.dropout=0.25") == {0.25} != dropped()
-    scaling = lambda *settings: {scale for m in updated(*settings).modules() if hasattr(m, "scaling") for scale in m.scaling.values()}
+    scaling = lambda *settings: {
+        scale for m in updated(*settings).modules() if hasattr(m, "scaling") for scale in m.scaling.values()
+    }
     assert scaling() == {8.0} and scaling("model.lora.alpha=1") == {0.5}
 
 
 def test_compiled(networks):
-    assert made(networks)._compiled_call_impl is None and made(networks, "model.compile=true")._compiled_call_impl is not None
+    assert (
+        made(networks)._compiled_call_impl is None
+        and made(networks, "model.compile=true")._compiled_call_impl is not None
+    )
     assert made(networks, "model.compile=true").state_dict().keys() == made(networks).state_dict().keys()
 
 

@@ -14,8 +14,13 @@ from toy_training import tiny_trainer, write_data
 
 
 def run_lab(path, *options):
-    return subprocess.run([sys.executable, "tests/lab.py", "01_core/02_masking", *options], cwd=ROOT, env={**os.environ, "PATH": str(path)},
-                          capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "tests/lab.py", "01_core/02_masking", *options],
+        cwd=ROOT,
+        env={**os.environ, "PATH": str(path)},
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize("options, told", (((), "make test-lab"), (("--install",), "no apt-get")))
@@ -28,10 +33,15 @@ def test_without_a_browser_one_line_says_what_to_install(tmp_path, options, told
 def test_what_is_missing_is_asked_of_apt_get(tmp_path):
     "A stand-in notes what it is called with and fails, as without a network."
     for name in ("apt-get", "sudo", "chromium"):
-        (tmp_path / name).write_text(f'#!/bin/sh\n[ {name} = sudo ] && exec "$@"\necho "$@" >> {tmp_path}/asked\n[ "$2" = update ]\n')
+        (tmp_path / name).write_text(
+            f'#!/bin/sh\n[ {name} = sudo ] && exec "$@"\necho "$@" >> {tmp_path}/asked\n[ "$2" = update ]\n'
+        )
         (tmp_path / name).chmod(0o755)
     done = run_lab(tmp_path, "--install")
-    assert (tmp_path / "asked").read_text().splitlines() == ["--quiet=2 update", "--quiet=2 install --yes --no-install-recommends chromium-driver"]
+    assert (tmp_path / "asked").read_text().splitlines() == [
+        "--quiet=2 update",
+        "--quiet=2 install --yes --no-install-recommends chromium-driver",
+    ]
     assert done.returncode == 1 and "apt-get install failed" in done.stderr
 
 
@@ -51,7 +61,10 @@ print(before, during, count(), float(torch.ones(1000, 1000).sum()))
 """
 
 
-@pytest.mark.skipif(not list(Path(torch.__file__).parent.glob("lib/libgomp*")) or not Path("/proc/self/task").is_dir(), reason="needs Linux and GNU's OpenMP")
+@pytest.mark.skipif(
+    not list(Path(torch.__file__).parent.glob("lib/libgomp*")) or not Path("/proc/self/task").is_dir(),
+    reason="needs Linux and GNU's OpenMP",
+)
 def test_a_run_in_the_background_does_not_share_the_processors_with_idle_helpers():
     done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True)
     before, during, after, result = map(float, done.stdout.split())
@@ -60,8 +73,14 @@ def test_a_run_in_the_background_does_not_share_the_processors_with_idle_helpers
 
 def test_a_watched_run_pauses_the_helpers_of_the_thread_that_starts_it(tmp_path, monkeypatch):
     paused = []
-    monkeypatch.setattr(live, "_end_helper_threads", lambda: paused.append((threading.current_thread().name, panel.running)))
-    panel = live.LiveTraining(tiny_trainer(tmp_path / "run", write_data(tmp_path / "data.safetensors"), "training.max_train_steps=1"))
+    monkeypatch.setattr(
+        live, "_end_helper_threads", lambda: paused.append((threading.current_thread().name, panel.running))
+    )
+    panel = live.LiveTraining(
+        tiny_trainer(
+            tmp_path / "run", write_data(tmp_path / "data.safetensors"), "training.max_train_steps=1"
+        )
+    )
     panel.resume()
     panel.wait()
     panel.close()

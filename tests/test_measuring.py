@@ -1,4 +1,5 @@
-"""A run that compares its own pictures with held-out ones on the way, as `musekit evaluate` does afterwards."""
+"""A run that compares its own images with held-out ones on the way, as `musekit evaluate` does
+afterwards."""
 import os
 import subprocess
 import sys
@@ -26,12 +27,24 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("measuring")
     everything = set(range(len(WORDINGS)))
     for split, numbers in (("train", range(40)), ("test", range(1000, 1060))):
-        write_shards(make_samples(numbers, 1, set(COMBINATIONS), lambda *combination: everything, seed=0), folder / split)
+        write_shards(
+            make_samples(numbers, 1, set(COMBINATIONS), lambda *combination: everything, seed=0),
+            folder / split,
+        )
     torch.manual_seed(0)
-    PaellaVQModel(levels=2, c_hidden=16, c_latent=4, bottleneck_blocks=1, codebook_size=32, scale_factor=1.0).save_pretrained(folder / "vq")
+    PaellaVQModel(
+        levels=2, c_hidden=16, c_latent=4, bottleneck_blocks=1, codebook_size=32, scale_factor=1.0
+    ).save_pretrained(folder / "vq")
     words = train_bpe(["a red seven", "a green two"], 600, 12)
     special = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    sizes = dict(vocab_size=len(words), hidden_size=16, intermediate_size=32, projection_dim=16, num_hidden_layers=2, num_attention_heads=2)
+    sizes = dict(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
     clip = CLIPTextModelWithProjection(CLIPTextConfig(**sizes, max_position_embeddings=12, **special))
     TextEncoder(clip, words, use_pooled=True).save_pretrained(folder / "clip")
     return folder
@@ -39,16 +52,34 @@ def place(tmp_path_factory):
 
 def settings(place, name, *more):
     return [
-        f"experiment.output_dir={place}/runs/{name}", f"model.vq_model.pretrained={place}/vq", f"model.text_encoder.pretrained={place}/clip",
-        "model.transformer.hidden_size=32", "model.transformer.num_hidden_layers=1", "model.transformer.num_attention_heads=2",
-        "model.transformer.intermediate_size=32", "dataset.preprocessing.max_seq_length=12", "training.batch_size=8",
-        "training.max_train_steps=4", "training.generation_timesteps=2", "lr_scheduler.params.warmup_steps=1", "experiment.log_every=1",
-        "experiment.eval_every=null", "experiment.generate_every=null", "experiment.save_every=null", "experiment.measure_every=3",
-        "experiment.measure_samples=20", *more,
+        f"experiment.output_dir={place}/runs/{name}",
+        f"model.vq_model.pretrained={place}/vq",
+        f"model.text_encoder.pretrained={place}/clip",
+        "model.transformer.hidden_size=32",
+        "model.transformer.num_hidden_layers=1",
+        "model.transformer.num_attention_heads=2",
+        "model.transformer.intermediate_size=32",
+        "dataset.preprocessing.max_seq_length=12",
+        "training.batch_size=8",
+        "training.max_train_steps=4",
+        "training.generation_timesteps=2",
+        "lr_scheduler.params.warmup_steps=1",
+        "experiment.log_every=1",
+        "experiment.eval_every=null",
+        "experiment.generate_every=null",
+        "experiment.save_every=null",
+        "experiment.measure_every=3",
+        "experiment.measure_samples=20",
+        *more,
     ]
 
 
-DIGITS = "data=digits", "dataset.params.eval_shards_path_or_url=digits", "experiment.max_eval_examples=60", "training.encode_first=false"
+DIGITS = (
+    "data=digits",
+    "dataset.params.eval_shards_path_or_url=digits",
+    "experiment.max_eval_examples=60",
+    "training.encode_first=false",
+)
 
 
 def test_a_run_measures_itself(place):
@@ -65,7 +96,19 @@ def test_a_run_measures_itself(place):
 def test_two_processes_draw(place):
     words = settings(place, "two", *DIGITS)
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "musekit", "train", *words]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+        "-m",
+        "musekit",
+        "train",
+        *words,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=place, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line for line in read_log(place / "runs" / "two") if "frechet_distance" in line]
@@ -75,14 +118,20 @@ def test_two_processes_draw(place):
 SHARDS = "data={place}/train", "dataset.params.eval_shards_path_or_url={place}/test"
 
 
-@pytest.mark.parametrize("changes, told", [
-    ([*SHARDS], "experiment.measure_features=None is for digits only; set it to inception=FILE or clip=FOLDER"),
-    ([*SHARDS, "experiment.measure_features=digits"], "is for digits only"),
-    ([*SHARDS, "experiment.measure_features=inception=nowhere.pth"], "no file nowhere.pth"),
-    ([*SHARDS, "experiment.measure_features=dino=x"], "must be digits, inception=FILE or clip=FOLDER"),
-    ([SHARDS[0], "experiment.measure_features=clip=x"], "needs real images that are not trained on"),
-    ([*DIGITS, "experiment.measure_samples=5"], "at least 20"),
-])
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        (
+            [*SHARDS],
+            "experiment.measure_features=None is for digits only; set it to inception=FILE or clip=FOLDER",
+        ),
+        ([*SHARDS, "experiment.measure_features=digits"], "is for digits only"),
+        ([*SHARDS, "experiment.measure_features=inception=nowhere.pth"], "no file nowhere.pth"),
+        ([*SHARDS, "experiment.measure_features=dino=x"], "must be digits, inception=FILE or clip=FOLDER"),
+        ([SHARDS[0], "experiment.measure_features=clip=x"], "needs real images that are not trained on"),
+        ([*DIGITS, "experiment.measure_samples=5"], "at least 20"),
+    ],
+)
 def test_what_cannot_be_measured(changes, told, place):
     with pytest.raises((ValueError, FileNotFoundError), match=told):
         configure(None, settings(place, "bad", *(change.format(place=place) for change in changes)))

@@ -1,4 +1,5 @@
-"""Pipelines as scripts use them: outputs, edits, samplers, saved settings, and pictures that are made again from themselves."""
+"""Pipelines as scripts use them: outputs, edits, samplers, saved settings, and pictures that are made
+again from themselves."""
 import json
 import shutil
 from pathlib import Path
@@ -25,8 +26,18 @@ from musekit.core.samplers import sampler_names
 from musekit.inference.sheets import GenerationTask, draw_again, draw_sheet, read_task, write_sheet
 
 PROMPTS = ["a red three on white paper", "two"]
-UVIT = dict(hidden_size=16, in_channels=8, block_out_channels=(8,), block_num_heads=2, num_res_blocks=1, num_hidden_layers=1,
-            num_attention_heads=2, intermediate_size=16, micro_cond_encode_dim=4, micro_cond_embed_dim=20)
+UVIT = dict(
+    hidden_size=16,
+    in_channels=8,
+    block_out_channels=(8,),
+    block_num_heads=2,
+    num_res_blocks=1,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=16,
+    micro_cond_encode_dim=4,
+    micro_cond_embed_dim=20,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +48,16 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     words = train_bpe(PROMPTS * 4, vocab_size=530, max_seq_length=12)
     special = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    clip = CLIPTextConfig(vocab_size=len(words), max_position_embeddings=12, hidden_size=16, intermediate_size=32,
-                          num_attention_heads=2, num_hidden_layers=2, projection_dim=12, **special)
+    clip = CLIPTextConfig(
+        vocab_size=len(words),
+        max_position_embeddings=12,
+        hidden_size=16,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        projection_dim=12,
+        **special,
+    )
     text = TextEncoder(CLIPTextModelWithProjection(clip), words, use_pooled=True)
     uvit = MaskGiTUViT(33, 32, encoder_hidden_size=16, cond_embed_dim=12, default_shape=(8, 8), **UVIT)
     for parameter in uvit.parameters():
@@ -71,14 +90,29 @@ def test_every_sampler_draws_the_same_for_any_batch_size(pipeline, sampler):
     drawn = pipeline(many, seed=3, sampler=sampler, num_images_per_prompt=2, output_type="ids")
     assert drawn.shape == (20, 8, 8) and len(drawn.flatten(1).unique(dim=0)) == 20
     for batch_size in (1, 7):
-        assert torch.equal(drawn, pipeline(many, seed=3, sampler=sampler, num_images_per_prompt=2, output_type="ids", batch_size=batch_size))
-    assert not torch.equal(drawn, pipeline(many, seed=4, sampler=sampler, num_images_per_prompt=2, output_type="ids"))
+        assert torch.equal(
+            drawn,
+            pipeline(
+                many,
+                seed=3,
+                sampler=sampler,
+                num_images_per_prompt=2,
+                output_type="ids",
+                batch_size=batch_size,
+            ),
+        )
+    assert not torch.equal(
+        drawn, pipeline(many, seed=4, sampler=sampler, num_images_per_prompt=2, output_type="ids")
+    )
 
 
 def test_pictures_numbers_tensors_and_tokens_are_one_thing(pipeline):
     kinds = {kind: pipeline(PROMPTS, seed=1, output_type=kind, return_steps=True) for kind in OUTPUT_TYPES}
     images, steps = kinds["pil"]
-    assert np.array_equal(kinds["numpy"][0], pixels(images).astype(np.float32) / 255) and kinds["numpy"][0].dtype == np.float32
+    assert (
+        np.array_equal(kinds["numpy"][0], pixels(images).astype(np.float32) / 255)
+        and kinds["numpy"][0].dtype == np.float32
+    )
     assert np.array_equal(kinds["tensor"][0].permute(0, 2, 3, 1).numpy(), kinds["numpy"][0])
     assert np.array_equal(pixels(pipeline.decode(kinds["ids"][0].flatten(1))), pixels(images))
     assert {len(shown) for _, shown in kinds.values()} == {4}
@@ -90,7 +124,9 @@ def test_pictures_numbers_tensors_and_tokens_are_one_thing(pipeline):
 
 def test_a_callback_sees_every_step(pipeline):
     seen = []
-    pipeline("two", seed=0, steps=3, callback=lambda step, record: seen.append((step, tuple(record["ids"].shape))))
+    pipeline(
+        "two", seed=0, steps=3, callback=lambda step, record: seen.append((step, tuple(record["ids"].shape)))
+    )
     assert seen == [(0, (1, 64)), (1, (1, 64)), (2, (1, 64))]
 
 
@@ -105,7 +141,9 @@ def test_edits_change_what_they_say_and_nothing_else(pipeline):
     larger, = pipeline.outpaint(image, (3, 0, 5, 8), PROMPTS[1], seed=2)
     assert larger.size == (24, 24) and np.array_equal(np.asarray(larger)[:16, 3:19], np.asarray(image))
     ids, _ = pipeline.encode(image)
-    varied = pipeline.vary(image, 0.25, PROMPTS, seed=3, num_images_per_prompt=2, output_type="ids").flatten(1)
+    varied = pipeline.vary(image, 0.25, PROMPTS, seed=3, num_images_per_prompt=2, output_type="ids").flatten(
+        1
+    )
     assert varied.shape == (4, 64) and ((varied != ids).sum(1) <= 16).all() and (varied != ids).any()
     embedded = pipeline.text_encoder(PROMPTS[1:])
     again = pipeline.vary(image, 0.25, conditions=embedded, seed=3, output_type="ids")
@@ -118,13 +156,40 @@ def test_edits_change_what_they_say_and_nothing_else(pipeline):
 def test_pictures_of_any_size_are_edited_by_models_that_take_even_grids_only(pipeline, kind):
     torch.manual_seed(0)
     if kind == "halving":
-        model = MaskGiTUViT(33, 32, encoder_hidden_size=16, cond_embed_dim=12, default_shape=(8, 8), force_down_up_sample=True, **UVIT)
+        model = MaskGiTUViT(
+            33,
+            32,
+            encoder_hidden_size=16,
+            cond_embed_dim=12,
+            default_shape=(8, 8),
+            force_down_up_sample=True,
+            **UVIT,
+        )
     else:
-        model = MaskGitTransformer(33, 16, None, 1, 2, 32, codebook_size=32, num_vq_tokens=64, add_cross_attention=True,
-                                   encoder_hidden_size=16, use_conv_in_out=True, patch_size=2)
-    even, sizes = ImagePipeline(model, pipeline.vq_model, pipeline.text_encoder, generation=GenerationConfig(steps=2)), []
-    model.register_forward_pre_hook(lambda module, args, options: sizes.append(options["grid"]), with_kwargs=True)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (17, 10, 3), dtype=np.uint8))  # 9 x 5 tokens
+        model = MaskGitTransformer(
+            33,
+            16,
+            None,
+            1,
+            2,
+            32,
+            codebook_size=32,
+            num_vq_tokens=64,
+            add_cross_attention=True,
+            encoder_hidden_size=16,
+            use_conv_in_out=True,
+            patch_size=2,
+        )
+    even, sizes = (
+        ImagePipeline(model, pipeline.vq_model, pipeline.text_encoder, generation=GenerationConfig(steps=2)),
+        [],
+    )
+    model.register_forward_pre_hook(
+        lambda module, args, options: sizes.append(options["grid"]), with_kwargs=True
+    )
+    image = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (17, 10, 3), dtype=np.uint8)
+    )  # 9 x 5 tokens
     hole = np.zeros((17, 10), bool)
     hole[12:, 3:] = True
     drawn, = even.inpaint(image, hole, "two", seed=0)
@@ -143,7 +208,9 @@ def test_what_continues_a_masked_edge_is_drawn_anew_too():
     "Beyond the edge the picture's last pixels are repeated, and those under the mask must not be seen."
     hole = np.zeros((6, 5), bool)
     hole[:, 4] = True
-    assert token_mask(hole, 1, 2).view(6, 6)[:, 5].all() and not token_mask(hole, 1, 2).view(6, 6)[:, :4].any()
+    assert (
+        token_mask(hole, 1, 2).view(6, 6)[:, 5].all() and not token_mask(hole, 1, 2).view(6, 6)[:, :4].any()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +220,9 @@ def tasks(pipeline, folder):
     mask.paste(255, (0, 8, 16, 16))
     common = dict(seed=5, model=str(folder), num_images_per_prompt=2)
     return {
-        "generate": GenerationTask(PROMPTS, negative_prompt="red", generation={"steps": 3, "sampler": "remasking"}, **common),
+        "generate": GenerationTask(
+            PROMPTS, negative_prompt="red", generation={"steps": 3, "sampler": "remasking"}, **common
+        ),
         "inpaint": GenerationTask(PROMPTS[0], image=image, mask=mask, **common),
         "outpaint": GenerationTask(PROMPTS[0], image=image, margins=(4, 0, 4, 0), **common),
         "vary": GenerationTask(PROMPTS[0], image=image, ratio=0.5, **common),
@@ -189,11 +258,16 @@ def test_single_pictures_are_made_again_from_themselves(tasks, folder, tmp_path,
     sheet, *singles = drawn(*words, *how, "--out", "sheet.png", "--singles", "drawn")
     assert singles == [f"drawn/{number:03}.png" for number in range(len(words[words.index(PROMPTS[0]):]) * 2)]
     images = [np.asarray(Image.open(path)) for path in singles]
-    assert {image.shape for image in images} == {(16, 16, 3)} and len({image.tobytes() for image in images}) == len(images)
+    assert {image.shape for image in images} == {(16, 16, 3)} and len(
+        {image.tobytes() for image in images}
+    ) == len(images)
     for path, image in zip(singles, images):
         assert drawn("generate", "--again", path, "--out", "again.png") == ["again.png"]
         assert np.array_equal(Image.open("again.png"), image) and read_task("again.png") == read_task(path)
-    assert drawn("generate", "--again", singles[1], "--singles", "other", "--seed", 5) == ["generated.png", "other/001.png"]
+    assert drawn("generate", "--again", singles[1], "--singles", "other", "--seed", 5) == [
+        "generated.png",
+        "other/001.png",
+    ]
     assert not np.array_equal(Image.open("other/001.png"), images[1])
     assert drawn("generate", "--again", singles[1], "--num-images", 3) == ["generated-1.png"]
     assert Image.open("generated-1.png").size != (16, 16)
@@ -214,7 +288,11 @@ def test_animate_writes_the_decoding_beside_the_sheet(tasks, folder, tmp_path, c
         assert gif.n_frames == 3 + 1
         start = np.asarray(gif.convert("RGB"), dtype=float)
         gif.seek(3)
-        assert np.abs(np.asarray(gif.convert("RGB"), dtype=float) - sheet).mean() < 6 < np.abs(start - sheet).mean()
+        assert (
+            np.abs(np.asarray(gif.convert("RGB"), dtype=float) - sheet).mean()
+            < 6
+            < np.abs(start - sheet).mean()
+        )
     assert main(["generate", PROMPTS[0], *how, "--animate", "two.mp4"]) == 2
     assert "--animate two.mp4 is no GIF; give a name that ends in .gif" in capsys.readouterr().err
     tasks["inpaint"].image.save("image.png")
@@ -229,23 +307,55 @@ def test_generate_inpaint_and_again_on_the_command_line(tasks, folder, tmp_path,
     drawn = lambda *words: main([str(word) for word in words]) == 0 and capsys.readouterr().out
     tasks["inpaint"].image.save("image.png")
     tasks["inpaint"].mask.save("mask.png")
-    how = ["--num-images", 2, "--sampler", "remasking", "--set", "sampler_params.eta=0.3", "--set", "guidance_interval=[0, 0.5]"]
-    assert drawn("inpaint", "image.png", "mask.png", PROMPTS[0], "--model", folder, "--out", "one.png", *how) == "one.png\n"
+    how = [
+        "--num-images",
+        2,
+        "--sampler",
+        "remasking",
+        "--set",
+        "sampler_params.eta=0.3",
+        "--set",
+        "guidance_interval=[0, 0.5]",
+    ]
+    assert (
+        drawn("inpaint", "image.png", "mask.png", PROMPTS[0], "--model", folder, "--out", "one.png", *how)
+        == "one.png\n"
+    )
     generation = read_task("one.png").generation
     assert generation["sampler_params"] == {"eta": 0.3} and generation["guidance_interval"] == [0, 0.5]
     Path("image.png").unlink(), Path("mask.png").unlink()
     assert drawn("generate", "--again", "one.png", "--out", "two.png")
     assert np.array_equal(Image.open("one.png"), Image.open("two.png"))
     shutil.copytree(folder, "moved")
-    assert drawn("generate", "--again", "one.png", "--out", "three.png", "--model", "moved", "--seed", 9, "--sampler", "random")
+    assert drawn(
+        "generate",
+        "--again",
+        "one.png",
+        "--out",
+        "three.png",
+        "--model",
+        "moved",
+        "--seed",
+        9,
+        "--sampler",
+        "random",
+    )
     assert not np.array_equal(Image.open("one.png"), Image.open("three.png"))
-    assert read_task("three.png").generation["sampler_params"] == {} and read_task("three.png").model == "moved"
+    assert (
+        read_task("three.png").generation["sampler_params"] == {} and read_task("three.png").model == "moved"
+    )
 
 
-@pytest.mark.parametrize("words, told", (
-    (["inpaint", "missing.png", "mask.png", "two"], "no image missing.png"), (["inpaint", "here.png"], "MASK"),
-    (["generate"], "is no pipeline"), (["generate", "--again", "here.png"], "holds no task"), (["generate", "two", "--set", "steps"], "KEY=VALUE"),
-))
+@pytest.mark.parametrize(
+    "words, told",
+    (
+        (["inpaint", "missing.png", "mask.png", "two"], "no image missing.png"),
+        (["inpaint", "here.png"], "MASK"),
+        (["generate"], "is no pipeline"),
+        (["generate", "--again", "here.png"], "holds no task"),
+        (["generate", "two", "--set", "steps"], "KEY=VALUE"),
+    ),
+)
 def test_what_cannot_be_done_is_told_in_a_line(tmp_path, capsys, monkeypatch, words, told):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "demo" / "pipeline").mkdir(parents=True)
@@ -255,7 +365,9 @@ def test_what_cannot_be_done_is_told_in_a_line(tmp_path, capsys, monkeypatch, wo
     except SystemExit as end:
         status = end.code
     said = capsys.readouterr().err
-    assert status == 2 and told in said and said.count("\n") == 1 and not (tmp_path / "generated.png").exists()
+    assert (
+        status == 2 and told in said and said.count("\n") == 1 and not (tmp_path / "generated.png").exists()
+    )
 
 
 def told(capsys, *words):
@@ -271,12 +383,23 @@ def test_a_picture_that_cannot_be_made_again_is_named(pipeline, folder, tmp_path
     sheet, task = draw_sheet(pipeline, GenerationTask("two", num_images_per_prompt=2))
     write_sheet(sheet, task, "no model.png")
     assert "no model.png does not name the model" in told(capsys, "generate", "--again", "no model.png")
-    assert main(["generate", "--again", "no model.png", "--model", str(folder)]) == 0 and not capsys.readouterr().err
-    for text in ("[1, 2]", '{"seed": 1}', '{"generation": [1]}', "not json", '{"prompts": ["two"], "generation": [1]}'):
+    assert (
+        main(["generate", "--again", "no model.png", "--model", str(folder)]) == 0
+        and not capsys.readouterr().err
+    )
+    for text in (
+        "[1, 2]",
+        '{"seed": 1}',
+        '{"generation": [1]}',
+        "not json",
+        '{"prompts": ["two"], "generation": [1]}',
+    ):
         info = PngImagePlugin.PngInfo()
         info.add_text("musekit", text)
         sheet.save("damaged.png", pnginfo=info)
-        assert "damaged.png holds no task that can be read" in told(capsys, "generate", "--again", "damaged.png")
+        assert "damaged.png holds no task that can be read" in told(
+            capsys, "generate", "--again", "damaged.png"
+        )
     shutil.copytree(folder, "runs/of/mine")
     write_sheet(sheet, task.change(model="runs/of/mine"), "moved.png")
     (tmp_path / "elsewhere").mkdir()
@@ -289,14 +412,22 @@ def test_a_picture_that_cannot_be_made_again_is_named(pipeline, folder, tmp_path
 def test_a_picture_is_never_written_over_what_it_is_made_from(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     drawn = lambda *words: main([str(word) for word in words]) == 0 and capsys.readouterr().out.split()
-    assert drawn("generate", "two", "--model", folder, "--num-images", 2, "--singles", "singles")[0] == "generated.png"
+    assert (
+        drawn("generate", "two", "--model", folder, "--num-images", 2, "--singles", "singles")[0]
+        == "generated.png"
+    )
     before = {path: Path(path).read_bytes() for path in ("generated.png", "singles/001.png")}
     assert drawn("generate", "--again", "generated.png", "--seed", 7) == ["generated-1.png"]
     assert drawn("generate", "two", "--model", folder, "--num-images", 1) == ["generated-2.png"]
     Image.new("RGB", (16, 16), "white").save("mask.png")
-    for words in (["generate", "--again", "generated.png", "--out", "./generated.png"], ["inpaint", "singles/001.png", "mask.png", "two", "--out", "mask.png"]):
+    for words in (
+        ["generate", "--again", "generated.png", "--out", "./generated.png"],
+        ["inpaint", "singles/001.png", "mask.png", "two", "--out", "mask.png"],
+    ):
         assert "is also an input" in told(capsys, *words)
-    assert "singles/001.png has the name of one" in told(capsys, "generate", "--again", "singles/001.png", "--singles", "singles", "--seed", 7)
+    assert "singles/001.png has the name of one" in told(
+        capsys, "generate", "--again", "singles/001.png", "--singles", "singles", "--seed", 7
+    )
     assert before == {path: Path(path).read_bytes() for path in before}
 
 
@@ -306,7 +437,11 @@ TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("sampler", sampler_names())
 def test_a_picture_with_its_own_seed_is_the_same_in_any_company(folder, dtype, sampler):
-    pipeline, prompts = Pipeline.from_pretrained(folder, dtype=TYPES[dtype]), [*PROMPTS, "a blue four", "five"]
+    pipeline, prompts = Pipeline.from_pretrained(folder, dtype=TYPES[dtype]), [
+        *PROMPTS,
+        "a blue four",
+        "five",
+    ]
     together = pixels(pipeline(prompts, seed=[3, 4, 5, 6], sampler=sampler))
     for number, prompt in enumerate(prompts):
         assert np.array_equal(pixels(pipeline(prompt, seed=3 + number, sampler=sampler))[0], together[number])
@@ -326,8 +461,12 @@ def test_seeds_on_the_command_line(folder, tmp_path, capsys, monkeypatch):
     assert drawn("generate", "--again", four[2], "--out", "again.png")
     assert np.array_equal(Image.open("again.png"), Image.open(four[2]))
     assert drawn("generate", "--again", "generated.png", "--seed", "7,8,9,10", "--out", "other.png")
-    assert "one for each of the 6 images" in told(capsys, "generate", *PROMPTS, "--num-images", 3, "--seed", "1,2", "--model", folder)
-    assert "one for each of the 8 images" in told(capsys, "generate", *PROMPTS, "--seed", "1,2,3", "--model", folder)
+    assert "one for each of the 6 images" in told(
+        capsys, "generate", *PROMPTS, "--num-images", 3, "--seed", "1,2", "--model", folder
+    )
+    assert "one for each of the 8 images" in told(
+        capsys, "generate", *PROMPTS, "--seed", "1,2,3", "--model", folder
+    )
     for seed in ("1,", "1,x", "-1,2", "1.5"):
         with pytest.raises(SystemExit):
             main(["generate", "two", f"--seed={seed}"])
@@ -343,40 +482,67 @@ def test_updates_on_the_command_line(folder, tasks, tmp_path, capsys, monkeypatc
     save_lora(adapted, "updates")
     adapted.save_pretrained("run/pipeline/transformer")
     how = ["generate", "two", "--model", folder, "--num-images", 2, "--out"]
-    for name, options in {"plain": (), "whole": ("--lora", "updates"), "run": ("--lora", "run"), "none": ("--lora", "updates", "--lora-scale", 0),
-                          "half": ("--lora", "updates", "--lora-scale", 0.5)}.items():
+    for name, options in {
+        "plain": (),
+        "whole": ("--lora", "updates"),
+        "run": ("--lora", "run"),
+        "none": ("--lora", "updates", "--lora-scale", 0),
+        "half": ("--lora", "updates", "--lora-scale", 0.5),
+    }.items():
         assert drawn(*how, f"{name}.png", *options) == [f"{name}.png"]
     picture = {path.stem: np.asarray(Image.open(path)) for path in tmp_path.glob("*.png")}
-    assert np.array_equal(picture["plain"], picture["none"]) and np.array_equal(picture["whole"], picture["run"])
+    assert np.array_equal(picture["plain"], picture["none"]) and np.array_equal(
+        picture["whole"], picture["run"]
+    )
     assert len({picture[name].tobytes() for name in ("plain", "whole", "half")}) == 3
     assert (read_task("half.png").lora, read_task("half.png").lora_scale) == ("updates", 0.5)
-    assert drawn("generate", "--again", "half.png", "--out", "again.png") and np.array_equal(Image.open("again.png"), picture["half"])
+    assert drawn("generate", "--again", "half.png", "--out", "again.png") and np.array_equal(
+        Image.open("again.png"), picture["half"]
+    )
     assert drawn("generate", "--again", "half.png", "--lora-scale", 1, "--out", "again.png")
-    assert np.array_equal(Image.open("again.png"), picture["whole"]) and np.array_equal(draw_again("half.png")[0], picture["half"])
+    assert np.array_equal(Image.open("again.png"), picture["whole"]) and np.array_equal(
+        draw_again("half.png")[0], picture["half"]
+    )
     tasks["inpaint"].image.save("image.png"), tasks["inpaint"].mask.save("mask.png")
-    inpainted = [drawn("inpaint", "image.png", "mask.png", "two", *how[2:], f"in{name}.png", *options) and np.asarray(Image.open(f"in{name}.png"))
-                 for name, options in (("a", ()), ("b", ("--lora", "updates")))]
+    inpainted = [
+        drawn("inpaint", "image.png", "mask.png", "two", *how[2:], f"in{name}.png", *options)
+        and np.asarray(Image.open(f"in{name}.png"))
+        for name, options in (("a", ()), ("b", ("--lora", "updates")))
+    ]
     assert not np.array_equal(*inpainted)
-    assert "lora_scale=0.5 must be a number, and needs lora" in told(capsys, *how, "x.png", "--lora-scale", 0.5)
+    assert "lora_scale=0.5 must be a number, and needs lora" in told(
+        capsys, *how, "x.png", "--lora-scale", 0.5
+    )
     assert "no low-rank updates in" in told(capsys, *how, "x.png", "--lora", folder)
-    assert "scale must be a finite number" in told(capsys, *how, "x.png", "--lora", "updates", "--lora-scale", "nan")
+    assert "scale must be a finite number" in told(
+        capsys, *how, "x.png", "--lora", "updates", "--lora-scale", "nan"
+    )
     assert "nowhere" in told(capsys, *how, "x.png", "--lora", "nowhere") and not Path("x.png").exists()
 
 
 @pytest.mark.parametrize("part", ["transformer", "vq_model", "text_encoder"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
-def test_numbers_that_are_not_finite_are_named_with_their_part(folder, tmp_path, capsys, monkeypatch, part, value):
-    "Weights that are NaN when they are loaded, and weights that are finite and make infinity when they are used."
+def test_numbers_that_are_not_finite_are_named_with_their_part(
+    folder, tmp_path, capsys, monkeypatch, part, value
+):
+    """Weights that are NaN when they are loaded, and weights that are finite and make infinity when they
+    are used."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder, "broken")
     path, = Path("broken", part).glob("*.safetensors")
     weights = load_file(path)
-    last = {"transformer": "mlm_layer.conv2.weight", "vq_model": "decoder.conv_out.weight", "text_encoder": "text_projection.weight"}[part]
+    last = {
+        "transformer": "mlm_layer.conv2.weight",
+        "vq_model": "decoder.conv_out.weight",
+        "text_encoder": "text_projection.weight",
+    }[part]
     weights[last].fill_(value)
     save_file(weights, path, metadata={"format": "pt"})
     said = told(capsys, "generate", "two", "--model", "broken", "--num-images", 1)
     names = {"transformer": "transformer", "vq_model": "image tokenizer", "text_encoder": "text encoder"}
-    assert (f"broken/{part}: {last}" if value != 3e38 else f"the {names[part]} returned ") in said and "not finite" in said
+    assert (
+        f"broken/{part}: {last}" if value != 3e38 else f"the {names[part]} returned "
+    ) in said and "not finite" in said
     assert not Path("generated.png").exists()
 
 
@@ -384,7 +550,13 @@ def test_a_type_that_overflows_is_named(folder):
     pipeline = Pipeline.from_pretrained(folder)
     torch.nn.init.constant_(pipeline.vq_model.decoder.conv_out.weight, 6e4)
     assert pipeline("two", seed=0)
-    with pytest.raises(ValueError, match="the image tokenizer returned pixels .* float16 overflows early: load the pipeline with dtype=torch.bfloat16"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "the image tokenizer returned pixels .* float16 overflows early: load the pipeline with"
+            " dtype=torch.bfloat16"
+        ),
+    ):
         pipeline.to(dtype=torch.float16)("two", seed=0)
     torch.nn.init.constant_(pipeline.vq_model.float().decoder.conv_out.weight, 1e5)
     pipeline.vq_model.note(force_upcast=True)
@@ -397,7 +569,21 @@ def test_long_work_is_seen_and_a_far_too_large_picture_told(folder, tmp_path, ca
     for side, warned in (32, False), (33, True):  # the model's pictures have 16 x 16 pixels
         Image.new("RGB", (side, side), "red").save("image.png")
         Image.new("L", (side, side), "white").save("mask.png")
-        assert main(["inpaint", "image.png", "mask.png", "two", "--model", str(folder), "--steps", "3", "--num-images", "1"]) == 0
+        assert (
+            main([
+                "inpaint",
+                "image.png",
+                "mask.png",
+                "two",
+                "--model",
+                str(folder),
+                "--steps",
+                "3",
+                "--num-images",
+                "1",
+            ])
+            == 0
+        )
         said = capsys.readouterr().err
         assert "step 2 of 3, " in said and ("warning: 33x33 pixels are more than 4 times" in said) == warned
     assert main(["generate", "two", "--model", str(folder), "--steps", "3", "--out", "two.jpg"]) == 0

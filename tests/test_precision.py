@@ -45,6 +45,9 @@ def test_half_precision(runs):
 
 def test_fp16(runs):
     if not torch.cuda.is_available():
-        pytest.skip("accelerate trains in fp16 on GPUs alone; nbs/04_training/10_callbacks.ipynb shows on a CPU how an overflowing step is skipped")
+        pytest.skip(
+            "accelerate trains in fp16 on GPUs alone; nbs/04_training/10_callbacks.ipynb shows on a CPU how"
+            " an overflowing step is skipped"
+        )
     kinds, half, weights, scaled = runs("fp16")
     assert "torch.float16" in kinds and weights == ["torch.float32"] and scaled

@@ -31,11 +31,14 @@ def one_step(folder, data, rank):
     trainer.make_micro_batch = lambda *args, **kwargs: seen.append(make(*args, **kwargs)) or seen[-1]
     trainer.train_step()
     return {
-        "gradient": torch.cat([p.grad.flatten() for p in trainer.network.parameters()]), "weights": all_weights(trainer),
-        "masks": torch.cat([m.tokens.mask for m in seen]), "input_ids": torch.cat([m.tokens.input_ids for m in seen]),
+        "gradient": torch.cat([p.grad.flatten() for p in trainer.network.parameters()]),
+        "weights": all_weights(trainer),
+        "masks": torch.cat([m.tokens.mask for m in seen]),
+        "input_ids": torch.cat([m.tokens.input_ids for m in seen]),
         "labels": torch.cat([m.tokens.labels for m in seen]),
         "conditions": {name: torch.cat([m.conditions[name] for m in seen]) for name in seen[0].conditions},
-        "loss": trainer.metrics["loss"], "ids": torch.cat([m.tokens.labels.where(m.tokens.mask, m.tokens.input_ids) for m in seen]),
+        "loss": trainer.metrics["loss"],
+        "ids": torch.cat([m.tokens.labels.where(m.tokens.mask, m.tokens.input_ids) for m in seen]),
     }
 
 
@@ -49,7 +52,10 @@ def test_gradient_is_that_of_one_large_batch(data, tmp_path):
     trainer = tiny_trainer(tmp_path / "one", data, callbacks=[])
     both = lambda name: torch.cat([first[name], second[name]])
     tokens = MaskedTokens(both("input_ids"), both("labels"), both("masks"), torch.zeros(12), None)
-    conditions = {name: torch.cat([first["conditions"][name], second["conditions"][name]]) for name in first["conditions"]}
+    conditions = {
+        name: torch.cat([first["conditions"][name], second["conditions"][name]])
+        for name in first["conditions"]
+    }
     loss = trainer.loss(trainer.network.eval(), MicroBatch(tokens, conditions))
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in trainer.network.parameters()])
@@ -72,7 +78,9 @@ def stopped(folder, data, rank):
 
 def whole(folder, data, rank):
     trainer = tiny_trainer(folder, data, callbacks=[Log(2), Evaluate(5), Checkpoint(100)])
-    batches = [batch for _, batch in zip(range(3 - rank), trainer.data(0))]  # processes with different numbers of batches
+    batches = [
+        batch for _, batch in zip(range(3 - rank), trainer.data(0))
+    ]  # processes with different numbers of batches
     trainer.eval_batches = batches
     trainer.fit()
     return {"step": trainer.step, "weights": all_weights(trainer)}
@@ -87,7 +95,11 @@ def test_processes_stop_and_resume_together(data, tmp_path):
     assert torch.equal(resumed[0]["weights"], resumed[1]["weights"])
     assert torch.equal(resumed[0]["weights"], calm[0]["weights"])
     assert checkpoints(tmp_path / "calm")[-1].name == "checkpoint-12"
-    assert [line["eval_examples"] for line in read_log(tmp_path / "calm") if "eval_loss" in line] == [15, 15, 15]
+    assert [line["eval_examples"] for line in read_log(tmp_path / "calm") if "eval_loss" in line] == [
+        15,
+        15,
+        15,
+    ]
 
 
 def broken_at_four(folder, data, rank):
@@ -119,8 +131,10 @@ def diagnosed(folder, data, rank):
     with torch.no_grad():
         logits = trainer.network.eval()(micro.tokens.input_ids, **micro.conditions, token_mask=mask)
     return {
-        "values": values, "sums": bucket_sums(image_entropy(logits, mask), mask_bucket(mask)),
-        "histogram": token_probability_histogram(logits, mask), "hidden": bucket_sums(mask.sum(-1), mask_bucket(mask))[0],
+        "values": values,
+        "sums": bucket_sums(image_entropy(logits, mask), mask_bucket(mask)),
+        "histogram": token_probability_histogram(logits, mask),
+        "hidden": bucket_sums(mask.sum(-1), mask_bucket(mask))[0],
     }
 
 
@@ -130,7 +144,11 @@ def test_diagnostics_cover_all_processes(data, tmp_path):
     assert not torch.equal(first["sums"], second["sums"])
     sums, counts = first["sums"] + second["sums"]
     table = torch.tensor(first["values"].pop("token_probabilities"))
-    told = {f"image_entropy/{tenth / 10:.1f}": mean for tenth, mean in enumerate((sums / counts).tolist()) if counts[tenth]}
+    told = {
+        f"image_entropy/{tenth / 10:.1f}": mean
+        for tenth, mean in enumerate((sums / counts).tolist())
+        if counts[tenth]
+    }
     assert first["values"] == pytest.approx(told)
     weighted = [rank["histogram"].nan_to_num(0.0) * rank["hidden"][:, None] for rank in (first, second)]
     expected = sum(weighted) / (first["hidden"] + second["hidden"])[:, None]
@@ -162,7 +180,10 @@ def follow(trainer):
 
 def joined(one, two):
     "The micro-batches of two processes as one of twice the size."
-    tensors = {name: torch.cat([getattr(one.tokens, name), getattr(two.tokens, name)]) for name in ("input_ids", "labels", "mask", "ratio")}
+    tensors = {
+        name: torch.cat([getattr(one.tokens, name), getattr(two.tokens, name)])
+        for name in ("input_ids", "labels", "mask", "ratio")
+    }
     conditions = {name: torch.cat([one.conditions[name], two.conditions[name]]) for name in one.conditions}
     return MicroBatch(MaskedTokens(**tensors, loss_weight=None), conditions)
 
@@ -173,7 +194,10 @@ def test_the_curve_is_that_of_one_process_with_twice_the_batch(data, tmp_path):
 
     alone = calm_trainer(tmp_path / "one", data)
     make, dataset, rank = alone.make_micro_batch, EncodedDataset(data), [0]
-    reads = [encoded_loader(dataset, 3, training=True, seed=alone.config.training.seed, rank=r, world_size=2) for r in range(2)]
+    reads = [
+        encoded_loader(dataset, 3, training=True, seed=alone.config.training.seed, rank=r, world_size=2)
+        for r in range(2)
+    ]
     alone.data = lambda start: zip(*reads)
     alone._seed = lambda *place: step_seed(alone.config.training.seed, rank[0], *place)
 

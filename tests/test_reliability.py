@@ -1,4 +1,5 @@
-"""What happens to runs that go on for weeks: they are killed, told to stop, run out of disk, meet broken data."""
+"""What happens to runs that go on for weeks: they are killed, told to stop, run out of disk, meet broken
+data."""
 import io
 import json
 import os
@@ -56,9 +57,17 @@ def ends_like(whole, folder, data, steps):
     "Whether the run in a folder, gone on with, ends with the bits of the undisturbed one."
     make_trainer(folder, data, steps).fit()
     last = f"checkpoint-{steps}"
-    names = ("model.safetensors", f"{last}/model.safetensors", f"{last}/ema_model/model.safetensors", f"{last}/unwrapped_model/model.safetensors")
+    names = (
+        "model.safetensors",
+        f"{last}/model.safetensors",
+        f"{last}/ema_model/model.safetensors",
+        f"{last}/unwrapped_model/model.safetensors",
+    )
     pairs = [(load_file(folder / name), load_file(whole / str(steps) / name)) for name in names]
-    return all(ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours) for ours, theirs in pairs)
+    return all(
+        ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+        for ours, theirs in pairs
+    )
 
 
 def steps_saved(folder):
@@ -66,7 +75,9 @@ def steps_saved(folder):
     for checkpoint in checkpoints(folder):
         state = json.loads((checkpoint / "trainer_state.json").read_text())
         assert state["step"] == int(checkpoint.name.split("-")[1])
-        assert load_file(checkpoint / "ema_model" / "model.safetensors") and load_file(checkpoint / "model.safetensors")
+        assert load_file(checkpoint / "ema_model" / "model.safetensors") and load_file(
+            checkpoint / "model.safetensors"
+        )
     return [int(checkpoint.name.split("-")[1]) for checkpoint in checkpoints(folder)]
 
 
@@ -74,11 +85,14 @@ def steps_saved(folder):
 
 
 def dies_at_event(folder, data, number):
-    "Dies at a use of a file of the run: opened, renamed, made, removed. A checkpoint has about forty of them."
+    """Dies at a use of a file of the run: opened, renamed, made, removed. A checkpoint has about forty of
+    them."""
     seen = [0]
 
     def watch(name, given):
-        if name in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and str(folder) in str(given[0]):
+        if name in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and str(folder) in str(
+            given[0]
+        ):
             seen[0] += 1
             if seen[0] == number:
                 die()
@@ -112,7 +126,8 @@ def begin(folder, data, steps):
 
 
 def test_killed_at_twenty_random_moments(data, whole, tmp_path):
-    "Ten times at a random use of a file, mostly of a checkpoint that is being written, ten times at a random time."
+    """Ten times at a random use of a file, mostly of a checkpoint that is being written, ten times at a
+    random time."""
     rng, exits, half_written, saved = random.Random(0), [], 0, []
     for number in range(KILLS):
         if number % 2:
@@ -146,7 +161,9 @@ def test_told_to_stop_it_saves(data, whole, tmp_path, number):
         os.kill(child.pid, number)
         child.join(120)
         assert child.exitcode == 0 and not list(tmp_path.glob(f"{PARTIAL}*"))
-        assert steps_saved(tmp_path)[-1] > before  # the steps of this life are kept, though none may have been due
+        assert (
+            steps_saved(tmp_path)[-1] > before
+        )  # the steps of this life are kept, though none may have been due
         before = steps_saved(tmp_path)[-1]
     assert ends_like(whole, tmp_path, data, SHORT)
 
@@ -174,14 +191,20 @@ def fills(folder, data, room, pipe):
         pipe.send(str(error))
 
 
-@pytest.mark.parametrize("room", [20_000, 120_000, 300_000])  # too little for weights, for the optimizer's state, ...
+@pytest.mark.parametrize(
+    "room", [20_000, 120_000, 300_000]
+)  # too little for weights, for the optimizer's state, ...
 def test_no_room_for_a_checkpoint(data, whole, tmp_path, room):
     ours, theirs = CHILDREN.Pipe()
     child = start(fills, str(tmp_path), str(data), room, theirs)
     child.join(120)
     assert ours.poll(), "it did not fail"
     told = ours.recv()
-    assert "checkpoint-9 could not be written" in told and f"Last good checkpoint: {tmp_path}/checkpoint-6" in told and "\n" not in told
+    assert (
+        "checkpoint-9 could not be written" in told
+        and f"Last good checkpoint: {tmp_path}/checkpoint-6" in told
+        and "\n" not in told
+    )
     assert steps_saved(tmp_path) == [3, 6] and not list(tmp_path.glob(f"{PARTIAL}*"))
     assert ends_like(whole, tmp_path, data, SHORT)
 
@@ -195,7 +218,9 @@ def test_a_loss_that_is_no_number_names_its_examples(data, tmp_path):
 
     def broken(model, micro, *given):
         seen.append(micro.keys)
-        return loss(model, micro, *given) * (float("nan") if len(seen) == 14 else 1.0)  # the second half of step 7
+        return loss(model, micro, *given) * (
+            float("nan") if len(seen) == 14 else 1.0
+        )  # the second half of step 7
 
     trainer.loss = broken
     with pytest.raises(ValueError, match="loss of step 7 is not finite") as failure:
@@ -224,9 +249,14 @@ def picture(number):
 
 
 FAULTS = {
-    "truncated image": {"jpg": picture(0)[:300]}, "no image at all": {"jpg": b"not an image"}, "wrong json": {"json": b"{oops"},
-    "json without an object": {"json": b"[1]"}, "text that is no text": {"txt": b"\xff\xfe\xfa"}, "empty caption": {"txt": b"  \n"},
-    "no caption": {"txt": None}, "empty file": {"jpg": b""},
+    "truncated image": {"jpg": picture(0)[:300]},
+    "no image at all": {"jpg": b"not an image"},
+    "wrong json": {"json": b"{oops"},
+    "json without an object": {"json": b"[1]"},
+    "text that is no text": {"txt": b"\xff\xfe\xfa"},
+    "empty caption": {"txt": b"  \n"},
+    "no caption": {"txt": None},
+    "empty file": {"jpg": b""},
 }
 
 
@@ -251,8 +281,17 @@ def train_on_shards(folder, urls, data, **options):
     reading = ImageTextConfig(resolution=32, batch_size=4, shuffle_buffer_size=8, **options)
     encode, numbers = RandomEncoder(), iter(range(10**6))
     prepare = lambda batch: encode({**batch, "number": next(numbers)})
-    trainer = tiny_trainer(folder, data, "training.max_train_steps=20", "experiment.log_every=5", callbacks=[Log(5), Checkpoint(100)])
-    trainer.data, trainer.prepare = lambda start: make_loader(urls, reading, training=True, start_batch=start), prepare
+    trainer = tiny_trainer(
+        folder,
+        data,
+        "training.max_train_steps=20",
+        "experiment.log_every=5",
+        callbacks=[Log(5), Checkpoint(100)],
+    )
+    trainer.data, trainer.prepare = (
+        lambda start: make_loader(urls, reading, training=True, start_batch=start),
+        prepare,
+    )
     trainer.fit()
     return [line for line in read_log(folder) if "loss" in line]
 
@@ -260,7 +299,11 @@ def train_on_shards(folder, urls, data, **options):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_samples_are_skipped_counted_and_reported(data, tmp_path, workers):
     urls = [write_shard(tmp_path / "00.tar", 40, FAULTS)]
-    kept = [key for batch in make_loader(urls, ImageTextConfig(resolution=32, max_bad_share=0.5), training=False) for key in batch["keys"]]
+    kept = [
+        key
+        for batch in make_loader(urls, ImageTextConfig(resolution=32, max_bad_share=0.5), training=False)
+        for key in batch["keys"]
+    ]
     assert kept == [f"good-{n:03d}" for n in range(40)]
     lines = train_on_shards(tmp_path / "run", urls, data, max_bad_share=0.5, num_workers=workers)
     skipped = [line["skipped"] for line in lines]
@@ -279,5 +322,7 @@ def test_a_tar_that_ends_early_is_counted(data, tmp_path):
 
 def test_more_broken_samples_than_allowed_are_an_error(data, tmp_path):
     urls = [write_shard(tmp_path / "00.tar", 24, FAULTS)]
-    with pytest.raises(ValueError, match=r"could not be used, more than max_bad_share=0.1 allows; the last: "):
+    with pytest.raises(
+        ValueError, match=r"could not be used, more than max_bad_share=0.1 allows; the last: "
+    ):
         train_on_shards(tmp_path / "run", urls, data, max_bad_share=0.1)

@@ -84,16 +84,25 @@ def test_killed_run_equals_uninterrupted(whole, data, tmp_path):
     for moment in MOMENTS:
         assert run(tmp_path, data, moment) == -signal.SIGKILL, moment
         for checkpoint in checkpoints(tmp_path):  # complete or absent
-            assert json.loads((checkpoint / "trainer_state.json").read_text())["step"] == int(checkpoint.name.split("-")[1])
+            assert json.loads((checkpoint / "trainer_state.json").read_text())["step"] == int(
+                checkpoint.name.split("-")[1]
+            )
             assert load_file(checkpoint / "ema_model" / "model.safetensors")
     assert run(tmp_path, data) == 0
 
-    for name in ("model.safetensors", f"checkpoint-{STEPS}/model.safetensors", f"checkpoint-{STEPS}/ema_model/model.safetensors",
-                 f"checkpoint-{STEPS}/unwrapped_model/model.safetensors"):
+    for name in (
+        "model.safetensors",
+        f"checkpoint-{STEPS}/model.safetensors",
+        f"checkpoint-{STEPS}/ema_model/model.safetensors",
+        f"checkpoint-{STEPS}/unwrapped_model/model.safetensors",
+    ):
         ours, theirs = load_file(tmp_path / name), load_file(whole / name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
-    assert [p.name for p in checkpoints(tmp_path)] == [f"checkpoint-{STEPS - SAVE_EVERY}", f"checkpoint-{STEPS}"]
+    assert [p.name for p in checkpoints(tmp_path)] == [
+        f"checkpoint-{STEPS - SAVE_EVERY}",
+        f"checkpoint-{STEPS}",
+    ]
     assert not list(tmp_path.glob(f"{PARTIAL}*"))
     pick = lambda folder: [(line["step"], line["loss"], line["learning_rate"]) for line in read_log(folder)]
     assert pick(tmp_path) == pick(whole)
@@ -108,7 +117,15 @@ def test_resumed_run_never_passes_the_last_step(whole, data):
 
 def test_paths(whole, data, tmp_path):
     end = f"training.max_train_steps={STEPS}"
-    trainer = tiny_trainer(tmp_path / "a", data, end, f"experiment.resume_from_checkpoint={whole}/checkpoint-{STEPS}/", callbacks=[])
+    trainer = tiny_trainer(
+        tmp_path / "a",
+        data,
+        end,
+        f"experiment.resume_from_checkpoint={whole}/checkpoint-{STEPS}/",
+        callbacks=[],
+    )
     assert trainer.fit().step == STEPS
     with pytest.raises(FileNotFoundError, match="checkpoint-999"):
-        tiny_trainer(tmp_path / "b", data, "experiment.resume_from_checkpoint=checkpoint-999", callbacks=[]).fit()
+        tiny_trainer(
+            tmp_path / "b", data, "experiment.resume_from_checkpoint=checkpoint-999", callbacks=[]
+        ).fit()

@@ -28,8 +28,17 @@ def exact_logits(ids, hidden, step):
 
 
 def counts_of(sampler, steps, rows=12_000, temperature=1.0):
-    ids = generate_ids(exact_logits, torch.full((rows, N), V), V, steps=steps, schedule="linear", temperature=temperature,
-                       generator=seeded(), sampler=sampler, grid=(1, N))
+    ids = generate_ids(
+        exact_logits,
+        torch.full((rows, N), V),
+        V,
+        steps=steps,
+        schedule="linear",
+        temperature=temperature,
+        generator=seeded(),
+        sampler=sampler,
+        grid=(1, N),
+    )
     return (ids @ torch.tensor([V**2, V, 1])).bincount(minlength=len(STATES))
 
 
@@ -37,7 +46,9 @@ def p_value(counts, probabilities):
     "Pearson's chi-square: the probability of counts at least this far off, if the probabilities are right."
     expected = probabilities.double() * counts.sum()
     statistic = ((counts - expected) ** 2 / expected).sum()
-    return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2, dtype=torch.float64), statistic / 2))
+    return float(
+        torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2, dtype=torch.float64), statistic / 2)
+    )
 
 
 def total_variation(counts):
@@ -73,9 +84,13 @@ def test_known_tokens_stay_and_nothing_is_left_hidden(name):
     start[~known] = 5
     flat = lambda ids, hidden, step: torch.zeros(int(hidden.sum()), 5)
     for steps in (1, 3, 20):
-        drawn, records = generate_ids(flat, start, 5, steps=steps, sampler=name, grid=(2, 5), generator=seeded(), return_steps=True)
+        drawn, records = generate_ids(
+            flat, start, 5, steps=steps, sampler=name, grid=(2, 5), generator=seeded(), return_steps=True
+        )
         assert (drawn < 5).all() and torch.equal(drawn[known], ids[known])
-        assert torch.equal(drawn, generate_ids(flat, start, 5, steps=steps, sampler=name, grid=(2, 5), generator=seeded()))
+        assert torch.equal(
+            drawn, generate_ids(flat, start, 5, steps=steps, sampler=name, grid=(2, 5), generator=seeded())
+        )
         revealed = torch.stack([record["hidden"] for record in records])
         if name != "remasking":
             assert not (revealed[1:] & ~revealed[:-1]).any()
@@ -125,7 +140,9 @@ def test_an_id_far_out_on_the_line_is_reached_with_double_precision_alone(monkey
     "Between 1 - 2^-28 and 1 lies an id; u = 1 - 2^-30 falls on it, unless u has lost its last bits."
     bits = {None: 53, torch.float32: 24, torch.float16: 11}[dtype]
     near_one = math.floor((1 - 2.0**-30) * 2**bits) / 2**bits
-    monkeypatch.setattr(noise, "exact_noise", lambda shape, *rest: torch.full(shape, near_one, dtype=torch.float64))
+    monkeypatch.setattr(
+        noise, "exact_noise", lambda shape, *rest: torch.full(shape, near_one, dtype=torch.float64)
+    )
     logits = torch.tensor([[0.0, -28 * math.log(2)]])
     assert bool(sample_tokens(logits)[0] == 1) == reached
 
@@ -153,7 +170,20 @@ def test_a_sampler_of_ones_own_is_a_setting():
 
     settings = GenerationConfig(sampler="last_first", sampler_params={"stop": 2.0})
     flat = lambda ids, hidden, step: torch.zeros(int(hidden.sum()), 2)
-    _, records = generate_ids(flat, torch.full((1, 4), 2), 2, steps=4, schedule="linear", sampler=settings.token_sampler(), return_steps=True)
-    assert [record["hidden"][0].int().tolist() for record in records] == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    _, records = generate_ids(
+        flat,
+        torch.full((1, 4), 2),
+        2,
+        steps=4,
+        schedule="linear",
+        sampler=settings.token_sampler(),
+        return_steps=True,
+    )
+    assert [record["hidden"][0].int().tolist() for record in records] == [
+        [1, 1, 1, 0],
+        [1, 1, 0, 0],
+        [1, 0, 0, 0],
+        [0, 0, 0, 0],
+    ]
     with pytest.raises(ValueError, match="takes \\['stop'\\]"):
         settings.override(sampler_params={"start": 1})

@@ -11,7 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from musekit.models.uvit import MaskGiTUViT
-from musekit.training.callbacks import Checkpoint, Evaluate, Log, SampleImages, gradient_norms, token_diagnostics
+from musekit.training.callbacks import (
+    Checkpoint,
+    Evaluate,
+    Log,
+    SampleImages,
+    gradient_norms,
+    token_diagnostics,
+)
 from musekit.training.ema import evaluating
 from musekit.training.distributed import gathered
 from musekit.training.checkpoint import checkpoints
@@ -55,8 +62,16 @@ def run(folder, data, rank, accelerator, *overrides):
         average = torch.cat([p.flatten() for p in averaged.parameters()])
     held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in network.parameters())
     weights = gathered(network)
-    return {"weights": weights, "average": average, "held": held, "all": sum(w.numel() for w in weights.values()), "drawn": drawn,
-            "lengths": list(gradient_norms(trainer).values()), "entropy": token_diagnostics(trainer, "image_entropy"), "step": trainer.step}
+    return {
+        "weights": weights,
+        "average": average,
+        "held": held,
+        "all": sum(w.numel() for w in weights.values()),
+        "drawn": drawn,
+        "lengths": list(gradient_norms(trainer).values()),
+        "entropy": token_diagnostics(trainer, "image_entropy"),
+        "step": trainer.step,
+    }
 
 
 def pieces(folder, data, rank):
@@ -64,7 +79,12 @@ def pieces(folder, data, rank):
 
 
 def one_step(folder, data, rank):
-    trainer = tiny_trainer(folder, data, callbacks=[], accelerator=in_pieces(cpu_ram_efficient_loading=bool(os.environ.get("LOADED_BY_ONE"))))
+    trainer = tiny_trainer(
+        folder,
+        data,
+        callbacks=[],
+        accelerator=in_pieces(cpu_ram_efficient_loading=bool(os.environ.get("LOADED_BY_ONE"))),
+    )
     trainer.train_step()
     return gathered(trainer.network)
 
@@ -74,7 +94,14 @@ def whole_models(folder, data, rank):
 
 
 def half_way(folder, data, rank):
-    return run(folder, data, rank, in_pieces(), "training.max_train_steps=12", "experiment.resume_from_checkpoint=checkpoint-9")
+    return run(
+        folder,
+        data,
+        rank,
+        in_pieces(),
+        "training.max_train_steps=12",
+        "experiment.resume_from_checkpoint=checkpoint-9",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +113,9 @@ def both(data, tmp_path_factory):
 def test_pieces_train_like_whole_models(both):
     folder, cut, whole = both
     curve = lambda name: torch.tensor([line["loss"] for line in read_log(folder / name) if "loss" in line])
-    assert torch.allclose(curve("pieces"), curve("whole"), rtol=0, atol=1e-5) and len(curve("pieces")) == STEPS
+    assert (
+        torch.allclose(curve("pieces"), curve("whole"), rtol=0, atol=1e-5) and len(curve("pieces")) == STEPS
+    )
     for name, weight in whole[0]["weights"].items():
         assert torch.allclose(cut[0]["weights"][name], weight, rtol=0, atol=1e-4), name
     assert torch.allclose(cut[0]["average"], whole[0]["average"], rtol=0, atol=1e-4)
@@ -103,7 +132,9 @@ def test_each_process_holds_a_piece(both):
 def test_evaluation_and_drawing_wait_for_nobody(both):
     folder, cut, whole = both
     assert cut[0]["drawn"] == cut[1]["drawn"] == whole[0]["drawn"] == [5, 10, 12]
-    told = lambda name: [(line["step"], line["eval_examples"]) for line in read_log(folder / name) if "eval_loss" in line]
+    told = lambda name: [
+        (line["step"], line["eval_examples"]) for line in read_log(folder / name) if "eval_loss" in line
+    ]
     assert told("pieces") == told("whole") == [(4, 15), (8, 15), (12, 15)]
 
 
@@ -124,7 +155,9 @@ def test_a_resumed_run_in_pieces_has_the_same_bits(both, data):
     again = launch(half_way, folder / "pieces", data)
     for rank in (0, 1):
         assert again[rank]["step"] == 12 and torch.equal(again[rank]["average"], cut[rank]["average"])
-        assert all(torch.equal(again[rank]["weights"][name], weight) for name, weight in cut[rank]["weights"].items())
+        assert all(
+            torch.equal(again[rank]["weights"][name], weight) for name, weight in cut[rank]["weights"].items()
+        )
 
 
 def test_weights_that_one_process_loads_reach_all(data, tmp_path):
@@ -135,7 +168,13 @@ def test_weights_that_one_process_loads_reach_all(data, tmp_path):
 
 def half_precision(folder, data, rank):
     cut = os.environ.get("IN_PIECES")
-    trainer = tiny_trainer(folder, data, "training.mixed_precision=bf16", callbacks=[], accelerator=in_pieces("bf16") if cut else None)
+    trainer = tiny_trainer(
+        folder,
+        data,
+        "training.mixed_precision=bf16",
+        callbacks=[],
+        accelerator=in_pieces("bf16") if cut else None,
+    )
     losses = []
     for _ in range(4):
         trainer.train_step()
@@ -166,21 +205,33 @@ def with_deepspeed():
     return accelerator
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed, and a compiler for its operators")
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed, and a compiler for its operators"
+)
 def test_deepspeed_trains_like_whole_models(both, data, tmp_path):
     folder, _, whole = both
     launch(deepspeed, tmp_path, data, environment={"DS_ACCELERATOR": "cpu"})
     curve = lambda folder: torch.tensor([line["loss"] for line in read_log(folder) if "loss" in line])
-    assert torch.allclose(curve(tmp_path), curve(folder / "whole"), rtol=0, atol=1e-4) and len(curve(tmp_path)) == STEPS
+    assert (
+        torch.allclose(curve(tmp_path), curve(folder / "whole"), rtol=0, atol=1e-4)
+        and len(curve(tmp_path)) == STEPS
+    )
     stored = MaskGiTUViT.from_pretrained(tmp_path / "checkpoint-12" / "ema_model")
-    assert torch.allclose(torch.cat([p.flatten() for p in stored.parameters()]), whole[0]["average"], rtol=0, atol=1e-3)
+    assert torch.allclose(
+        torch.cat([p.flatten() for p in stored.parameters()]), whole[0]["average"], rtol=0, atol=1e-3
+    )
     before = load_file(tmp_path / "model.safetensors")
     launch(deepspeed_again, tmp_path, data, environment={"DS_ACCELERATOR": "cpu"})
-    assert all(torch.equal(weight, before[name]) for name, weight in load_file(tmp_path / "model.safetensors").items())
+    assert all(
+        torch.equal(weight, before[name])
+        for name, weight in load_file(tmp_path / "model.safetensors").items()
+    )
 
 
 def deepspeed(folder, data, rank, *overrides):
-    trainer = tiny_trainer(folder, data, *overrides, callbacks=[Log(1), Checkpoint(3)], accelerator=with_deepspeed())
+    trainer = tiny_trainer(
+        folder, data, *overrides, callbacks=[Log(1), Checkpoint(3)], accelerator=with_deepspeed()
+    )
     trainer.fit()
     return {"step": trainer.step}
 

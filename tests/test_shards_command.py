@@ -53,7 +53,10 @@ def write_source(path, rows, **columns):
 def hub_files(tmp_path_factory):
     """Three files of 420 rows under the address of a dataset on the hub."""
     folder = tmp_path_factory.mktemp("hub")
-    paths = {f"datasets/me/words/resolve/main/part-{i}.parquet": write_source(folder / str(i), texts(i, 420)) for i in range(3)}
+    paths = {
+        f"datasets/me/words/resolve/main/part-{i}.parquet": write_source(folder / str(i), texts(i, 420))
+        for i in range(3)
+    }
     return {address: path.read_bytes() for address, path in paths.items()}
 
 
@@ -68,7 +71,8 @@ WORDS = Dataset("words", "me/words", pattern="part-{0..2}.parquet")
 
 @pytest.fixture(scope="module")
 def first_set(tmp_path_factory):
-    """A cache folder with the data and the tokenizer of the original, as the trainer's preparation leaves them."""
+    """A cache folder with the data and the tokenizer of the original, as the trainer's preparation leaves
+    them."""
     folder = tmp_path_factory.mktemp("first")
     source = write_source(folder / "source.parquet", texts("original", 1_050))
     convert(dataset_of(str(source)), Options(folder / "cache", quiet=True), SMALL)
@@ -111,7 +115,9 @@ def run_convert(url, folder, layout, result=None, limit=None):
 def finish(server, cache, **options):
     """Runs a conversion to its end in a child; gives its error, None if it succeeded."""
     here, there = CHILDREN.Pipe()
-    child = CHILDREN.Process(target=run_convert, args=(server.url, str(cache.folder), SMALL, there), kwargs=options)
+    child = CHILDREN.Process(
+        target=run_convert, args=(server.url, str(cache.folder), SMALL, there), kwargs=options
+    )
     child.start()
     child.join(60)
     assert child.exitcode is not None
@@ -123,7 +129,10 @@ MILESTONES = {  # how far a run has come, in this order
     "downloading": lambda folder: list(folder.glob("raw_words/*.part")),
     "cutting": lambda folder: (folder / "partial-next" / "data").exists() or (folder / "next").exists(),
     "verifying": lambda folder: list_shards(folder / "partial-next" / "data") or (folder / "next").exists(),
-    "exchanging": lambda folder: (folder / "partial-next" / "data" / "manifest.json").exists() or (folder / "next").exists(),
+    "exchanging": (
+        lambda folder: (folder / "partial-next" / "data" / "manifest.json").exists()
+        or (folder / "next").exists()
+    ),
 }
 
 
@@ -145,7 +154,8 @@ def start(server, cache, layout=SMALL):
 
 
 def test_killed_at_thirty_moments(server, first_set, tmp_path):
-    """Six kills in each of five stretches of a run, at random, so that short stretches are met as well as long ones."""
+    """Six kills in each of five stretches of a run, at random, so that short stretches are met as well as
+    long ones."""
     old, chance, server.pause = digests(first_set), random.Random(0), 0.01
     for attempt in ("warm", "whole"):
         cache = new_cache(first_set, tmp_path / attempt)
@@ -175,13 +185,27 @@ def test_killed_at_thirty_moments(server, first_set, tmp_path):
         assert digests(cache.backup("climbmix") / "data") == old
         assert (cache.backup("climbmix") / "tokenizer" / "tokenizer.pkl").read_text() == "of the original"
         shutil.rmtree(cache.folder)
-    print(f"whole run {times[-1]:.2f} s; 30 kills, alive when killed while {stretches}; found {found}; every next run finished")
+    print(
+        f"whole run {times[-1]:.2f} s; 30 kills, alive when killed while {stretches}; found {found}; every"
+        " next run finished"
+    )
     assert sum(stretches.values()) >= 10 and found["old"] > 0
 
 
 def test_workers_end_with_a_killed_parent(cache, tmp_path):
     old, source = digests(cache.data), write_source(tmp_path / "source.parquet", texts("many", 3_000))
-    command = [sys.executable, "-m", "musekit.shards", "--from", source, "--cache-dir", cache.folder, "--processes", "2", "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "musekit.shards",
+        "--from",
+        source,
+        "--cache-dir",
+        cache.folder,
+        "--processes",
+        "2",
+        "--quiet",
+    ]
     with subprocess.Popen(command) as process:
         while process.poll() is None and len(workers := workers_of(process.pid)) < 2:
             time.sleep(0.01)
@@ -205,14 +229,20 @@ def workers_of(pid):
 @pytest.mark.parametrize("validation", ["last", "first"])
 def test_the_result_is_what_was_asked_for(server, cache, hub_files, validation):
     layout = Layout(rows_per_shard=200, rows_per_group=50, num_shards=4, validation=validation)
-    manifest = convert(WORDS, Options(cache.folder, quiet=True, connection=Connection(endpoint=server.url)), layout)
+    manifest = convert(
+        WORDS, Options(cache.folder, quiet=True, connection=Connection(endpoint=server.url)), layout
+    )
     kept = [text for part in range(3) for text in texts(part, 420) if len(text) >= 50][:1_000]
     names = list_shards(cache.data)[:-1]
     order = [VALIDATION_SHARD, *names] if validation == "first" else [*names, VALIDATION_SHARD]
-    assert [text for name in order for text in pq.read_table(cache.data / name).column("text").to_pylist()] == kept
+    assert [
+        text for name in order for text in pq.read_table(cache.data / name).column("text").to_pylist()
+    ] == kept
     assert manifest == read_manifest(cache.data) and manifest["kept"] == 1_000
     assert {shard["name"]: shard["sha256"] for shard in manifest["shards"]} == digests(cache.data)
-    assert [source["bytes"] for source in manifest["sources"]] == [len(content) for content in hub_files.values()]
+    assert [source["bytes"] for source in manifest["sources"]] == [
+        len(content) for content in hub_files.values()
+    ]
 
 
 def test_only_what_was_asked_for_is_converted(server, cache):
@@ -238,7 +268,8 @@ def test_executors_give_the_same_bytes(server, cache, engine):
 def test_polars_is_missed_before_anything_is_fetched(server, cache, monkeypatch, capsys):
     polars_engine._import.cache_clear()
     monkeypatch.setitem(sys.modules, "polars", None)
-    assert main(["--from", f"{server.url}/a.parquet", "--engine", "polars", "--cache-dir", str(cache.folder)]) == 1
+    arguments = ["--from", f"{server.url}/a.parquet", "--engine", "polars", "--cache-dir", str(cache.folder)]
+    assert main(arguments) == 1
     assert "pip install 'musekit[polars]'" in capsys.readouterr().err and not server.requests
     with pytest.raises(SystemExit):
         main(["climbmix", "--engine", "duckdb"])
@@ -261,7 +292,9 @@ def test_the_second_of_two_runs_is_refused(server, cache):
 def small_disk(folder, size, options=""):
     """A file system of so many bytes; the test is skipped where nobody may mount one."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}{options}", "tmpfs", folder], capture_output=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}{options}", "tmpfs", folder], capture_output=True
+    )
     if done.returncode:
         pytest.skip("no right to mount a small disk")
     try:
@@ -273,9 +306,13 @@ def small_disk(folder, size, options=""):
 def test_a_full_disk_anywhere_loses_nothing(server, first_set, tmp_path):
     old, failures = digests(first_set), {"asked beforehand": 0, "new set": 0, "none": 0}
     on_disk = lambda files: sum(-(-size // 4096) * 4096 for size in files)
-    here, sources = on_disk(path.stat().st_size for path in first_set.iterdir()), on_disk(map(len, server.files.values()))
+    here, sources = on_disk(path.stat().st_size for path in first_set.iterdir()), on_disk(
+        map(len, server.files.values())
+    )
     sizes = [here + sources // 3, here + sources - 50_000]
-    sizes += [here + sources + extra for extra in (50_000, *range(int(0.75 * sources), int(1.2 * sources), 16_384))]
+    sizes += [
+        here + sources + extra for extra in (50_000, *range(int(0.75 * sources), int(1.2 * sources), 16_384))
+    ]
     for size in sizes:
         with small_disk(tmp_path / "disk", size) as disk:
             cache = new_cache(first_set, disk / "cache")
@@ -287,7 +324,9 @@ def test_a_full_disk_anywhere_loses_nothing(server, first_set, tmp_path):
             else:
                 assert read_manifest(cache.data)["dataset"] == "words"
             verify_shards(cache.data, SMALL)
-            assert {backup.name for backup in list_backups(cache.folder) if not backup.problem} <= {"climbmix"}
+            assert {backup.name for backup in list_backups(cache.folder) if not backup.problem} <= {
+                "climbmix"
+            }
             failures["none" if not error else "asked beforehand" if "are free" in error else "new set"] += 1
     print(f"disk full: {failures}")
     assert all(failures.values()), failures
@@ -312,7 +351,9 @@ def test_a_disk_that_fills_up_while_downloading(server, first_set, tmp_path):
         fill(disk)
         child.join(60)
         error = here.recv()
-        assert ("No space left" in error or "are free" in error) and str(cache.folder / "raw_words") in error, error
+        assert ("No space left" in error or "are free" in error) and str(
+            cache.folder / "raw_words"
+        ) in error, error
         assert digests(cache.data) == old and (cache.tokenizer / "tokenizer.pkl").exists()
         (disk / "filler").unlink()
         server.pause = 0
@@ -374,7 +415,9 @@ def test_a_cache_that_cannot_be_written(server, first_set, tmp_path, capsys):
 
 def assert_one_line(capsys, *told):
     said = capsys.readouterr().err
-    assert said.startswith("musekit-shards: ") and said.count("\n") == 1 and all(part in said for part in told), said
+    assert (
+        said.startswith("musekit-shards: ") and said.count("\n") == 1 and all(part in said for part in told)
+    ), said
 
 
 def corrupt_page(path):
@@ -387,21 +430,44 @@ def corrupt_page(path):
 LONG = "a text of more than fifty characters, as every text should be that is kept"
 
 
-@pytest.mark.parametrize("make, arguments, told", [
-    (lambda path: pq.write_table(pa.table({"body": [LONG] * 9}), path), [], "no column 'text'"),
-    (lambda path: pq.write_table(pa.table({"text": [1, 2, 3]}), path), [], "not text"),
-    (lambda path: pq.write_table(pa.table({"text": [b"bytes"]}), path), [], "not text"),
-    (lambda path: pq.write_table(pa.table({"text": pa.array([None] * 5, pa.string())}), path), [], "5 no text"),
-    (lambda path: pq.write_table(pa.table({"text": ["short"] * 5}), path), [], "5 too short"),
-    (lambda path: pq.write_table(pa.table({"text": pa.array([], pa.string())}), path), [], "0 read"),
-    (lambda path: write_source(path, [LONG] * 9, score=["high"] * 9), ["--score-column", "score", "--min-score", "1"], "number"),
-    (lambda path: write_source(path, [LONG] * 9, score=[1] * 9), ["--score-column", "score", "--min-score", "3"], "9 low score"),
-    (lambda path: write_source(path, [LONG] * 9), ["--score-column", "score", "--min-score", "3"], "no column 'score'"),
-    (lambda path: corrupt_page(write_source(path, texts("corrupt", 900))), [], "source.parquet"),
-    (lambda path: path.write_bytes(write_source(path, [LONG] * 9).read_bytes()[:-20]), [], "source.parquet"),
-    (lambda path: path.write_text("<!DOCTYPE html>"), [], "source.parquet"),
-    (lambda path: path.write_bytes(b""), [], "source.parquet"),
-])
+@pytest.mark.parametrize(
+    "make, arguments, told",
+    [
+        (lambda path: pq.write_table(pa.table({"body": [LONG] * 9}), path), [], "no column 'text'"),
+        (lambda path: pq.write_table(pa.table({"text": [1, 2, 3]}), path), [], "not text"),
+        (lambda path: pq.write_table(pa.table({"text": [b"bytes"]}), path), [], "not text"),
+        (
+            lambda path: pq.write_table(pa.table({"text": pa.array([None] * 5, pa.string())}), path),
+            [],
+            "5 no text",
+        ),
+        (lambda path: pq.write_table(pa.table({"text": ["short"] * 5}), path), [], "5 too short"),
+        (lambda path: pq.write_table(pa.table({"text": pa.array([], pa.string())}), path), [], "0 read"),
+        (
+            lambda path: write_source(path, [LONG] * 9, score=["high"] * 9),
+            ["--score-column", "score", "--min-score", "1"],
+            "number",
+        ),
+        (
+            lambda path: write_source(path, [LONG] * 9, score=[1] * 9),
+            ["--score-column", "score", "--min-score", "3"],
+            "9 low score",
+        ),
+        (
+            lambda path: write_source(path, [LONG] * 9),
+            ["--score-column", "score", "--min-score", "3"],
+            "no column 'score'",
+        ),
+        (lambda path: corrupt_page(write_source(path, texts("corrupt", 900))), [], "source.parquet"),
+        (
+            lambda path: path.write_bytes(write_source(path, [LONG] * 9).read_bytes()[:-20]),
+            [],
+            "source.parquet",
+        ),
+        (lambda path: path.write_text("<!DOCTYPE html>"), [], "source.parquet"),
+        (lambda path: path.write_bytes(b""), [], "source.parquet"),
+    ],
+)
 def test_bad_sources(cache, tmp_path, capsys, make, arguments, told):
     source, old = tmp_path / "source.parquet", digests(cache.data)
     make(source)
@@ -411,32 +477,69 @@ def test_bad_sources(cache, tmp_path, capsys, make, arguments, told):
     assert {path.name for path in cache.folder.iterdir()} == {".lock", "data", "tokenizer", "backup_climbmix"}
 
 
-@pytest.mark.parametrize("arguments, status, told", [
-    (["fineweb-edo"], 1, "Did you mean 'fineweb-edu'"), (["--num-shards", "-1"], 2, "'-1'"), (["x", "--num-source", "0"], 2, "'0'"),
-    (["x", "--workers", "many"], 2, "'many'"), (["x", "--min-characters", "-5"], 2, "'-5'"), (["x", "--codec", "gzip"], 2, "gzip"),
-    (["x", "--min-score", "-1"], 2, "'-1'"), (["x", "--validation", "middle"], 2, "middle"), (["x", "--no-such"], 2, "no-such"),
-    (["--from", "nothing/*.parquet"], 1, "nothing/*.parquet"), (["--repo", "me/words"], 1, "pattern"),
-    (["x", "--datasets", "nothing.yaml"], 1, "nothing.yaml"), (["fineweb", "--score-column", "s"], 1, "min_score"),
-    (["--restore", "--cache-dir", "nowhere"], 1, "does not exist"), (["a/b", "--from", __file__], 1, "a/b"),
-    (["fineweb", "--num-shards", "7000"], 1, "7000"), (["--pattern", "a.parquet"], 2, "--repo"), (["--restore", "--dry-run"], 2, "not allowed"),
-    (["--repo", "a/b", "--pattern", "0.parquet", "1.parquet", "2.parquet"], 2, "quotes"), (["--datasets", "own.yaml"], 2, "own.yaml"),
-    (["--repo", "a/b", "--pattern", "0.parquet", "data/1.parquet", "--dry-run"], 1, "quotes"), (["x", "--datasets", "broken.yaml"], 1, "broken.yaml"),
-    (["x", "--datasets", "number.yaml"], 1, "files=[5]"), (["x", "--datasets", "count.yaml"], 1, "count.yaml: x"), (["fineweb", "--num-shards", "6543"], 1, "at most 6542"),
-    (["--repo", "https://a/b", "--pattern", "0.parquet"], 1, "owner/name"), (["--repo", "a/b", "--pattern", "*.parquet?x=1"], 1, "question mark"),
-    (["fineweb", "--cache-dir", "broken.yaml"], 1, "no folder"), (["--from", "https://a/*.parquet"], 1, "braces"),
-    (["--from", "a.parquet", "--repo", "a/b"], 2, "not allowed"), (["fineweb", "--pattern", "a.parquet"], 2, "--repo"),
-    (["words", "--restore"], 2, "behind --restore"), (["--restore", "--text-column", "body"], 2, "behind --restore"),
-    (["--list-backups", "--quiet"], 2, "--cache-dir and --layout alone"), (["--restore", "--processes", "2"], 2, "behind --restore"),
-    (["--from", __file__, "--revision", "v2"], 1, "revision"), (["x", "--datasets", "revision.yaml"], 1, "revision"),
-    (["--from", "https://a/b.parquet", "--num-source", "0"], 2, "'0'"), (["--from", "https://a/b/%2e%2e"], 1, "ends in a folder"),
-    (["--from", "HTTPS://a/*.parquet"], 1, "braces"), (["own.parquet"], 1, "--from"), (["me/words"], 1, "--repo"), (["https://a/b.parquet"], 1, "--from"),
-    (["fineweb", "--cache-dir", ""], 1, "no folder"), (["fineweb", "--cache-dir", "s3://a/b"], 1, "no folder"), (["x", "--min-score", "inf"], 2, "'inf'"),
-    (["--list-backups", "--cache-dir", "broken.yaml"], 1, "no folder"), (["--restore", "--cache-dir", "broken.yaml"], 1, "no folder"),
-    (["fineweb", "--remote", "--processes", "2"], 2, "everything twice"), (["--repo", "a/b", "--pattern", "{0..3.parquet"], 1, "a--b': pattern="),
-    (["2024", "--datasets", "files.yaml"], 1, "files.yaml: 2024: no file matches 'gone/*.parquet'"), (["x", "--datasets", "files.yaml"], 1, "2024"),
-    (["fineweb", "--download-dir", "cache/backup_a/raw"], 1, "trainer's"), (["fineweb", "--download-dir", "s3://a/b"], 1, "no folder"),
-    (["--from", "https://"], 1, "https://"), (["--from", "http://["], 1, "http://["), (["--from", "s3://a/b.parquet"], 1, "s3://a/b.parquet"),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "arguments, status, told",
+    [
+        (["fineweb-edo"], 1, "Did you mean 'fineweb-edu'"),
+        (["--num-shards", "-1"], 2, "'-1'"),
+        (["x", "--num-source", "0"], 2, "'0'"),
+        (["x", "--workers", "many"], 2, "'many'"),
+        (["x", "--min-characters", "-5"], 2, "'-5'"),
+        (["x", "--codec", "gzip"], 2, "gzip"),
+        (["x", "--min-score", "-1"], 2, "'-1'"),
+        (["x", "--validation", "middle"], 2, "middle"),
+        (["x", "--no-such"], 2, "no-such"),
+        (["--from", "nothing/*.parquet"], 1, "nothing/*.parquet"),
+        (["--repo", "me/words"], 1, "pattern"),
+        (["x", "--datasets", "nothing.yaml"], 1, "nothing.yaml"),
+        (["fineweb", "--score-column", "s"], 1, "min_score"),
+        (["--restore", "--cache-dir", "nowhere"], 1, "does not exist"),
+        (["a/b", "--from", __file__], 1, "a/b"),
+        (["fineweb", "--num-shards", "7000"], 1, "7000"),
+        (["--pattern", "a.parquet"], 2, "--repo"),
+        (["--restore", "--dry-run"], 2, "not allowed"),
+        (["--repo", "a/b", "--pattern", "0.parquet", "1.parquet", "2.parquet"], 2, "quotes"),
+        (["--datasets", "own.yaml"], 2, "own.yaml"),
+        (["--repo", "a/b", "--pattern", "0.parquet", "data/1.parquet", "--dry-run"], 1, "quotes"),
+        (["x", "--datasets", "broken.yaml"], 1, "broken.yaml"),
+        (["x", "--datasets", "number.yaml"], 1, "files=[5]"),
+        (["x", "--datasets", "count.yaml"], 1, "count.yaml: x"),
+        (["fineweb", "--num-shards", "6543"], 1, "at most 6542"),
+        (["--repo", "https://a/b", "--pattern", "0.parquet"], 1, "owner/name"),
+        (["--repo", "a/b", "--pattern", "*.parquet?x=1"], 1, "question mark"),
+        (["fineweb", "--cache-dir", "broken.yaml"], 1, "no folder"),
+        (["--from", "https://a/*.parquet"], 1, "braces"),
+        (["--from", "a.parquet", "--repo", "a/b"], 2, "not allowed"),
+        (["fineweb", "--pattern", "a.parquet"], 2, "--repo"),
+        (["words", "--restore"], 2, "behind --restore"),
+        (["--restore", "--text-column", "body"], 2, "behind --restore"),
+        (["--list-backups", "--quiet"], 2, "--cache-dir and --layout alone"),
+        (["--restore", "--processes", "2"], 2, "behind --restore"),
+        (["--from", __file__, "--revision", "v2"], 1, "revision"),
+        (["x", "--datasets", "revision.yaml"], 1, "revision"),
+        (["--from", "https://a/b.parquet", "--num-source", "0"], 2, "'0'"),
+        (["--from", "https://a/b/%2e%2e"], 1, "ends in a folder"),
+        (["--from", "HTTPS://a/*.parquet"], 1, "braces"),
+        (["own.parquet"], 1, "--from"),
+        (["me/words"], 1, "--repo"),
+        (["https://a/b.parquet"], 1, "--from"),
+        (["fineweb", "--cache-dir", ""], 1, "no folder"),
+        (["fineweb", "--cache-dir", "s3://a/b"], 1, "no folder"),
+        (["x", "--min-score", "inf"], 2, "'inf'"),
+        (["--list-backups", "--cache-dir", "broken.yaml"], 1, "no folder"),
+        (["--restore", "--cache-dir", "broken.yaml"], 1, "no folder"),
+        (["fineweb", "--remote", "--processes", "2"], 2, "everything twice"),
+        (["--repo", "a/b", "--pattern", "{0..3.parquet"], 1, "a--b': pattern="),
+        (["2024", "--datasets", "files.yaml"], 1, "files.yaml: 2024: no file matches 'gone/*.parquet'"),
+        (["x", "--datasets", "files.yaml"], 1, "2024"),
+        (["fineweb", "--download-dir", "cache/backup_a/raw"], 1, "trainer's"),
+        (["fineweb", "--download-dir", "s3://a/b"], 1, "no folder"),
+        (["--from", "https://"], 1, "https://"),
+        (["--from", "http://["], 1, "http://["),
+        (["--from", "s3://a/b.parquet"], 1, "s3://a/b.parquet"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, status, told):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.yaml").write_text("x: [1")
@@ -452,19 +555,30 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, status,
     assert_one_line(capsys, told)
 
 
-@pytest.mark.parametrize("more, told", [
-    (["--remote"], "note        --remote has no effect: all files are on this machine"),
-    (["--workers", "8"], "note        --workers has no effect: all files are on this machine"),
-    (["--workers", "8", "--download-dir", "raw"], "note        --workers and --download-dir have no effect: all files are on this machine"),
-    ([], ""),
-], ids=str)
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        (["--remote"], "note        --remote has no effect: all files are on this machine"),
+        (["--workers", "8"], "note        --workers has no effect: all files are on this machine"),
+        (
+            ["--workers", "8", "--download-dir", "raw"],
+            "note        --workers and --download-dir have no effect: all files are on this machine",
+        ),
+        ([], ""),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("way", [[], ["--dry-run"], ["--quiet"]], ids=str)
-def test_options_for_servers_say_so_where_all_files_are_here(cache, tmp_path, monkeypatch, capsys, more, told, way):
+def test_options_for_servers_say_so_where_all_files_are_here(
+    cache, tmp_path, monkeypatch, capsys, more, told, way
+):
     monkeypatch.chdir(tmp_path)
     source = write_source(tmp_path / "source.parquet", texts("here", 900))
     assert main(["--from", str(source), "--cache-dir", str(cache.folder), *more, *way]) == 0
     said = capsys.readouterr().out
-    assert [line for line in said.splitlines() if "no effect" in line] == ([told] if told and way != ["--quiet"] else [])
+    assert [line for line in said.splitlines() if "no effect" in line] == (
+        [told] if told and way != ["--quiet"] else []
+    )
     assert not (tmp_path / "raw").exists()
     assert not list(cache.folder.glob("raw_*"))
 
@@ -480,7 +594,17 @@ def test_options_for_servers_are_not_called_useless_where_one_file_is_on_a_serve
 def test_no_name_is_help_and_exit_2(capsys):
     assert main([]) == 2
     said = capsys.readouterr().out
-    for option in ("--num-shards", "--num-source", "--download-dir", "--dry-run", "--restore", "--list-backups", "--skip-backup", "--workers", "--cache-dir"):
+    for option in (
+        "--num-shards",
+        "--num-source",
+        "--download-dir",
+        "--dry-run",
+        "--restore",
+        "--list-backups",
+        "--skip-backup",
+        "--workers",
+        "--cache-dir",
+    ):
         assert option in said
     assert "fineweb-edu-high" in said and "--from" in said
 
@@ -517,7 +641,9 @@ def test_there_and_back_on_the_command_line(server, cache, monkeypatch, capsys):
 
 def test_no_cache_folder_is_an_empty_list(tmp_path, capsys):
     assert main(["--list-backups", "--cache-dir", str(tmp_path / "none")]) == 0
-    assert capsys.readouterr().out == f"no backups in {tmp_path / 'none'}\n" and not (tmp_path / "none").exists()
+    assert (
+        capsys.readouterr().out == f"no backups in {tmp_path / 'none'}\n" and not (tmp_path / "none").exists()
+    )
 
 
 def test_skip_backup_and_a_missing_file(server, cache, monkeypatch, capsys):
@@ -534,7 +660,14 @@ def test_skip_backup_and_a_missing_file(server, cache, monkeypatch, capsys):
 def test_two_repositories_with_one_last_name_are_kept_apart(server, cache, monkeypatch, capsys, shared):
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.chdir(cache.folder.parent)
-    place, made = ["--pattern", "part-{0..1}.parquet", "--quiet", "--cache-dir", str(cache.folder), *shared], {}
+    place, made = [
+        "--pattern",
+        "part-{0..1}.parquet",
+        "--quiet",
+        "--cache-dir",
+        str(cache.folder),
+        *shared,
+    ], {}
     for number, owner in enumerate(("alice", "bob")):
         for part in range(2):
             source = server.files[f"datasets/me/words/resolve/main/part-{part + number}.parquet"]
@@ -554,8 +687,15 @@ def test_two_repositories_with_one_last_name_are_kept_apart(server, cache, monke
         assert read_manifest(cache.data)["shards"] == made[owner]
 
 
-@pytest.mark.parametrize("arguments", [["--from", "own.parquet"], ["--repo", "me/words", "--pattern", "part-0.parquet"],
-                                       ["--datasets", "own.yaml"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--from", "own.parquet"],
+        ["--repo", "me/words", "--pattern", "part-0.parquet"],
+        ["--datasets", "own.yaml"],
+    ],
+    ids=" ".join,
+)
 def test_nothing_of_ones_own_passes_for_the_catalogue(cache, monkeypatch, capsys, arguments):
     monkeypatch.chdir(cache.folder.parent)
     write_source(cache.folder.parent / "own.parquet", [LONG] * 9)
@@ -566,17 +706,33 @@ def test_nothing_of_ones_own_passes_for_the_catalogue(cache, monkeypatch, capsys
 
 @pytest.mark.parametrize("more", [[], ["--remote"], ["--processes", "2"]], ids=str)
 def test_addresses_beside_local_files(server, cache, tmp_path, capsys, more):
-    own, folder = write_source(tmp_path / "own.parquet", texts("own", 300)), f"{server.url}/datasets/me/words/resolve/main"
+    own, folder = (
+        write_source(tmp_path / "own.parquet", texts("own", 300)),
+        f"{server.url}/datasets/me/words/resolve/main",
+    )
     files = [f"{folder}/part-0.parquet", str(own), f"{folder}/part-{{1..2}}.parquet"]
     server.moods["datasets/me/words/resolve/main/part-1.parquet"] = [(503, {})]
     place = ["--cache-dir", str(cache.folder), "--quiet", *more]
     assert main(["--from", *files, *place]) == 0
-    rows = [text for seed, count in ((0, 420), ("own", 300), (1, 420), (2, 420)) for text in texts(seed, count) if len(text) >= 50]
-    kept = [text for name in list_shards(cache.data) for text in pq.read_table(cache.data / name).column("text").to_pylist()]
+    rows = [
+        text
+        for seed, count in ((0, 420), ("own", 300), (1, 420), (2, 420))
+        for text in texts(seed, count)
+        if len(text) >= 50
+    ]
+    kept = [
+        text
+        for name in list_shards(cache.data)
+        for text in pq.read_table(cache.data / name).column("text").to_pylist()
+    ]
     assert kept == rows and len(server.requests) > 3
     manifest, host = read_manifest(cache.data), server.url.removeprefix("http://").replace(":", "--")
-    assert [source["from"] for source in manifest["sources"]] == [f"{folder}/part-0.parquet", str(own),
-                                                                  f"{folder}/part-1.parquet", f"{folder}/part-2.parquet"]
+    assert [source["from"] for source in manifest["sources"]] == [
+        f"{folder}/part-0.parquet",
+        str(own),
+        f"{folder}/part-1.parquet",
+        f"{folder}/part-2.parquet",
+    ]
     assert manifest["dataset"] == f"{host}--datasets--me--words--resolve--main"
     server.requests.clear()
     assert main(["--from", *files, *place]) == 0 and bool(server.requests) == ("--remote" in more)
@@ -589,7 +745,11 @@ BUSY = (503, {"Retry-After": "7000"})
 
 def assert_never_told(folder, said):
     """No file, no name of a file and no line that was printed holds a part of the secret."""
-    found = [path for path in folder.rglob("*") if "s3cret" in path.name or path.is_file() and b"s3cret" in path.read_bytes()]
+    found = [
+        path
+        for path in folder.rglob("*")
+        if "s3cret" in path.name or path.is_file() and b"s3cret" in path.read_bytes()
+    ]
     assert not found and "s3cret" not in said, (found, said)
 
 
@@ -601,11 +761,26 @@ def test_a_signature_is_never_written_down_or_told(server, cache, capsys, more):
     for _ in range(2):  # the second set is made of what was fetched, and the first becomes a backup
         assert main(["--from", signed, "--num-shards", "1", "--cache-dir", str(cache.folder), *more]) == 0
     assert_never_told(cache.folder, "".join(capsys.readouterr()))
-    assert "--dry-run" in more or read_manifest(cache.data)["sources"][0]["from"] == f"{server.url}/texts/part-0.parquet"
+    assert (
+        "--dry-run" in more
+        or read_manifest(cache.data)["sources"][0]["from"] == f"{server.url}/texts/part-0.parquet"
+    )
 
 
-@pytest.mark.parametrize("mood", ["good", (404, {}), (403, {}), BUSY, "page", "no ranges", (302, {"Location": f"ftp://a/b?sig={SECRET}"}),
-                                  (302, {"Location": f"http://127.0.0.1:9/b?sig={SECRET}"})], ids=str)
+@pytest.mark.parametrize(
+    "mood",
+    [
+        "good",
+        (404, {}),
+        (403, {}),
+        BUSY,
+        "page",
+        "no ranges",
+        (302, {"Location": f"ftp://a/b?sig={SECRET}"}),
+        (302, {"Location": f"http://127.0.0.1:9/b?sig={SECRET}"}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_signature_is_not_told_by_a_failure(server, cache, capsys, monkeypatch, mood, remote):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
@@ -617,30 +792,63 @@ def test_a_signature_is_not_told_by_a_failure(server, cache, capsys, monkeypatch
     assert_never_told(cache.folder, str(caught.value) + "".join(capsys.readouterr()))
 
 
-@pytest.mark.parametrize("columns", [["--text-column", "body"], ["--text-column", "number"], ["--score-column", "text", "--min-score", "1"]], ids=str)
+@pytest.mark.parametrize(
+    "columns",
+    [["--text-column", "body"], ["--text-column", "number"], ["--score-column", "text", "--min-score", "1"]],
+    ids=str,
+)
 def test_a_signature_is_not_told_by_what_is_wrong_with_a_file(server, cache, capsys, columns):
     path = write_source(cache.folder.parent / "source.parquet", [LONG] * 9, number=[1] * 9)
     server.files[f"texts/part-0.parquet?sig={SECRET}"] = path.read_bytes()
-    assert main(["--from", f"{server.url}/texts/part-0.parquet?sig={SECRET}", "--remote", "--quiet", "--cache-dir", str(cache.folder), *columns]) == 1
+    assert (
+        main([
+            "--from",
+            f"{server.url}/texts/part-0.parquet?sig={SECRET}",
+            "--remote",
+            "--quiet",
+            "--cache-dir",
+            str(cache.folder),
+            *columns,
+        ])
+        == 1
+    )
     said = capsys.readouterr().err
     assert f"{server.url}/texts/part-0.parquet" in said
     assert_never_told(cache.folder, said)
 
 
-@pytest.mark.parametrize("arguments", [
-    ["--from", f"https://a/{{0..2.parquet?sig={SECRET}"], ["--from", f"https://a/*.parquet?sig={SECRET}"], [f"https://a/b.parquet?sig={SECRET}"],
-    ["--from", "https://me:s3cret@a/b.parquet"], ["x", "--datasets", "own.yaml"], ["x", "--datasets", "broken.yaml"],
-    ["--repo", "a/b", "--pattern", "a.parquet", "x", f"https://a/b.parquet?sig={SECRET}"], ["--from", f"s3://a/b.parquet?sig={SECRET}"],
-    ["--from", f"ftp://u:s3cret@a/b.parquet?sig={SECRET}"], ["--from", f"http:/a/b.parquet?sig={SECRET}"], ["--from", f"https:a/b.parquet?sig={SECRET}"],
-    ["y", "--datasets", "own.yaml"], ["x", "--datasets", f"https://a/own.yaml?sig={SECRET}"], ["--repo", "https://u:s3cret@a/o/n", "--pattern", "x"],
-    ["--repo", f"a/b?sig={SECRET}", "--pattern", "x"], ["--repo", "a/b", "--pattern", f"x*.parquet?sig={SECRET}"],
-    ["--repo", "a/b", "--pattern", f"{{0..3.parquet?sig={SECRET}"], ["--restore", f"https://a/x?sig={SECRET}"],
-    ["fineweb", "--num-shards", f"https://u:s3cret@a?sig={SECRET}"], ["fineweb", "--download-dir", f"s3://u:s3cret@a/b?sig={SECRET}"],
-], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--from", f"https://a/{{0..2.parquet?sig={SECRET}"],
+        ["--from", f"https://a/*.parquet?sig={SECRET}"],
+        [f"https://a/b.parquet?sig={SECRET}"],
+        ["--from", "https://me:s3cret@a/b.parquet"],
+        ["x", "--datasets", "own.yaml"],
+        ["x", "--datasets", "broken.yaml"],
+        ["--repo", "a/b", "--pattern", "a.parquet", "x", f"https://a/b.parquet?sig={SECRET}"],
+        ["--from", f"s3://a/b.parquet?sig={SECRET}"],
+        ["--from", f"ftp://u:s3cret@a/b.parquet?sig={SECRET}"],
+        ["--from", f"http:/a/b.parquet?sig={SECRET}"],
+        ["--from", f"https:a/b.parquet?sig={SECRET}"],
+        ["y", "--datasets", "own.yaml"],
+        ["x", "--datasets", f"https://a/own.yaml?sig={SECRET}"],
+        ["--repo", "https://u:s3cret@a/o/n", "--pattern", "x"],
+        ["--repo", f"a/b?sig={SECRET}", "--pattern", "x"],
+        ["--repo", "a/b", "--pattern", f"x*.parquet?sig={SECRET}"],
+        ["--repo", "a/b", "--pattern", f"{{0..3.parquet?sig={SECRET}"],
+        ["--restore", f"https://a/x?sig={SECRET}"],
+        ["fineweb", "--num-shards", f"https://u:s3cret@a?sig={SECRET}"],
+        ["fineweb", "--download-dir", f"s3://u:s3cret@a/b?sig={SECRET}"],
+    ],
+    ids=" ".join,
+)
 def test_a_mistake_in_a_secret_address_is_one_line_without_it(tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cache").mkdir()
-    (tmp_path / "own.yaml").write_text(f"x: {{files: 'https://me:s3cret@a/b.parquet'}}\ny: {{files: 'htp://a/b.parquet?sig={SECRET}'}}")
+    (tmp_path / "own.yaml").write_text(
+        f"x: {{files: 'https://me:s3cret@a/b.parquet'}}\ny: {{files: 'htp://a/b.parquet?sig={SECRET}'}}"
+    )
     (tmp_path / "broken.yaml").write_text(f"x: {{files: https://a/b?sig={SECRET}]}}")
     try:
         assert main([*arguments, "--cache-dir", "cache"]) == 1
@@ -649,15 +857,23 @@ def test_a_mistake_in_a_secret_address_is_one_line_without_it(tmp_path, monkeypa
     said = capsys.readouterr().err
     assert said.startswith("musekit-shards: ") and said.count("\n") == 1 and "s3cret" not in said, said
     assert ("leave out" in said) == ("me:" in str(arguments) or arguments == ["x", "--datasets", "own.yaml"])
-    assert ("only local files, http://" in said) == any(scheme in str(arguments) for scheme in ("s3://a", "ftp:", "http:/a", "'y'"))
+    assert ("only local files, http://" in said) == any(
+        scheme in str(arguments) for scheme in ("s3://a", "ftp:", "http:/a", "'y'")
+    )
 
 
 def test_one_entry_of_a_file_of_datasets_needs_no_other(cache, tmp_path, monkeypatch):
     write_source(tmp_path / "mine" / "tiny.parquet", texts("tiny", 90))
-    (tmp_path / "mine" / "own.yaml").write_text("gone: {files: gone/*.parquet}\n2024: {files: [tiny.parquet, '*y.parquet']}")
+    (tmp_path / "mine" / "own.yaml").write_text(
+        "gone: {files: gone/*.parquet}\n2024: {files: [tiny.parquet, '*y.parquet']}"
+    )
     monkeypatch.chdir(tmp_path)
     assert main(["2024", "--datasets", "mine/own.yaml", "--quiet", "--cache-dir", str(cache.folder)]) == 0
-    assert (manifest := read_manifest(cache.data))["dataset"] == "2024" and manifest["rows"] == 90 and len(manifest["sources"]) == 1
+    assert (
+        (manifest := read_manifest(cache.data))["dataset"] == "2024"
+        and manifest["rows"] == 90
+        and len(manifest["sources"]) == 1
+    )
 
 
 def test_what_is_told_of_the_bytes_that_came(server, cache, monkeypatch, capsys):
@@ -675,15 +891,30 @@ def test_a_validation_shard_of_a_few_rows_is_told(cache, tmp_path, capsys):
     rows = 2 * Layout.rows_per_shard + 1
     pq.write_table(pa.table({"text": [LONG] * rows}), tmp_path / "many.parquet", row_group_size=8192)
     for more, held_out in (([], 1), (["--validation", "first"], Layout.rows_per_shard)):
-        assert main(["--from", str(tmp_path / "many.parquet"), "--cache-dir", str(cache.folder), "--skip-backup", *more]) == 0
+        assert (
+            main([
+                "--from",
+                str(tmp_path / "many.parquet"),
+                "--cache-dir",
+                str(cache.folder),
+                "--skip-backup",
+                *more,
+            ])
+            == 0
+        )
         assert pq.read_metadata(cache.data / VALIDATION_SHARD).num_rows == held_out
         told = "only 1 row held out: there were no more rows; --validation first holds out a whole shard"
-        assert (told in (said := capsys.readouterr().out)) == (held_out == 1) and ("held out" in said) == (held_out == 1)
+        assert (told in (said := capsys.readouterr().out)) == (held_out == 1) and ("held out" in said) == (
+            held_out == 1
+        )
 
 
 @pytest.mark.parametrize("count, total", [([], 5), (["--num-source", "2"], 2)], ids=str)
 def test_the_first_files_or_all_of_them(server, cache, count, total):
-    files = [f"{server.url}/datasets/me/words/resolve/main/part-{{0..2}}.parquet", *[f"{server.url}/x/part-{part}.parquet" for part in (3, 4)]]
+    files = [
+        f"{server.url}/datasets/me/words/resolve/main/part-{{0..2}}.parquet",
+        *[f"{server.url}/x/part-{part}.parquet" for part in (3, 4)],
+    ]
     for part, content in zip((3, 4), list(server.files.values())):
         server.files[f"x/part-{part}.parquet"] = content
     assert main(["--from", *files, *count, "--quiet", "--cache-dir", str(cache.folder)]) == 0
@@ -697,12 +928,16 @@ def test_the_first_files_or_all_of_them(server, cache, count, total):
 def test_the_token_is_advised_for_the_hub_alone(server, cache, monkeypatch, capsys, more, hub):
     monkeypatch.setenv("HF_ENDPOINT", server.url if hub else "http://127.0.0.1:9")
     server.moods["a.parquet"] = [(401, {})]
-    assert main(["--from", f"{server.url}/a.parquet", "--quiet", "--cache-dir", str(cache.folder), *more]) == 1
+    assert (
+        main(["--from", f"{server.url}/a.parquet", "--quiet", "--cache-dir", str(cache.folder), *more]) == 1
+    )
     said = capsys.readouterr().err
     assert ("HF_TOKEN" in said) == hub and ("signature" in said) != hub and said.count("\n") == 1
     monkeypatch.setenv("HF_TOKEN", "hf_s3cret")
     server.moods["a.parquet"] = [(403, {})]
-    assert main(["--from", f"{server.url}/a.parquet", "--quiet", "--cache-dir", str(cache.folder), *more]) == 1
+    assert (
+        main(["--from", f"{server.url}/a.parquet", "--quiet", "--cache-dir", str(cache.folder), *more]) == 1
+    )
     said = capsys.readouterr().err
     assert ("was refused" in said) == hub and "s3cret" not in said
 
@@ -710,15 +945,32 @@ def test_the_token_is_advised_for_the_hub_alone(server, cache, monkeypatch, caps
 @pytest.mark.parametrize("more", [[], ["--remote"]], ids=str)
 def test_the_token_of_a_login_goes_to_the_hub_alone(server, hub_files, tmp_path, more):
     (tmp_path / "token").write_text("hf_s3cret\n")
-    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_TOKEN_PATH": str(tmp_path / "token"), "HF_TOKEN": ""}
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": server.url,
+        "HF_TOKEN_PATH": str(tmp_path / "token"),
+        "HF_TOKEN": "",
+    }
     with MoodyServer(hub_files) as store:
         path = "datasets/me/words/resolve/main/part-0.parquet"
         elsewhere = store.url.replace("127.0.0.1", "localhost")
         server.moods[path] = [(302, {"Location": f"{elsewhere}/{path}"})] * 99
-        command = [sys.executable, "-m", "musekit.shards", "--from", f"{server.url}/{path}", f"{elsewhere}/{path[:-9]}1.parquet", "--cache-dir", tmp_path, *more]
+        command = [
+            sys.executable,
+            "-m",
+            "musekit.shards",
+            "--from",
+            f"{server.url}/{path}",
+            f"{elsewhere}/{path[:-9]}1.parquet",
+            "--cache-dir",
+            tmp_path,
+            *more,
+        ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert {token for *_, token in server.requests} == {"Bearer hf_s3cret"} and {token for *_, token in store.requests} == {None}
+        assert {token for *_, token in server.requests} == {"Bearer hf_s3cret"} and {
+            token for *_, token in store.requests
+        } == {None}
     manifest = (tmp_path / "data" / "manifest.json").read_text()
     assert "s3cret" not in done.stdout + done.stderr + manifest
 
@@ -727,10 +979,25 @@ def test_the_token_of_a_login_goes_to_the_hub_alone(server, hub_files, tmp_path,
 def test_advice_is_that_of_the_hub(server, cache, monkeypatch, capsys, more):
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     path = "datasets/me/words/resolve/main/part-0.parquet"
-    arguments = ["--repo", "me/words", "--pattern", "part-0.parquet", "--quiet", "--cache-dir", str(cache.folder), *more]
+    arguments = [
+        "--repo",
+        "me/words",
+        "--pattern",
+        "part-0.parquet",
+        "--quiet",
+        "--cache-dir",
+        str(cache.folder),
+        *more,
+    ]
     for headers, told in (
-        ({"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, ["401", "(Repository not found)", "check the repository for a mistake"]),
-        ({"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to me/words is restricted."}, ["(Access to me/words is restricted)", "accept its terms"]),
+        (
+            {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"},
+            ["401", "(Repository not found)", "check the repository for a mistake"],
+        ),
+        (
+            {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to me/words is restricted."},
+            ["(Access to me/words is restricted)", "accept its terms"],
+        ),
         ({}, ["the name may be mistyped", "hf auth login"]),
     ):
         server.moods[path] = [(401, headers)]
@@ -744,11 +1011,18 @@ def test_advice_is_that_of_the_hub(server, cache, monkeypatch, capsys, more):
 
 
 @pytest.mark.parametrize("more", [[], ["--remote"]], ids=str)
-@pytest.mark.parametrize("path, content, told", [
-    ("datasets/me/words/blob/main/0.parquet", b"<!doctype html>", "write /resolve/ for /blob/"),
-    ("datasets/me/words/raw/main/0.parquet", b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
-    ("datasets/me/words/resolve/main/0.parquet", b"PARE" + bytes(99), "is encrypted; only"),
-])
+@pytest.mark.parametrize(
+    "path, content, told",
+    [
+        ("datasets/me/words/blob/main/0.parquet", b"<!doctype html>", "write /resolve/ for /blob/"),
+        (
+            "datasets/me/words/raw/main/0.parquet",
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "a pointer of Git LFS",
+        ),
+        ("datasets/me/words/resolve/main/0.parquet", b"PARE" + bytes(99), "is encrypted; only"),
+    ],
+)
 def test_what_stands_for_a_file_is_asked_for_once(server, cache, capsys, more, path, content, told):
     server.files[path] = content
     assert main(["--from", f"{server.url}/{path}", "--quiet", "--cache-dir", str(cache.folder), *more]) == 1
@@ -759,15 +1033,33 @@ def test_what_stands_for_a_file_is_asked_for_once(server, cache, capsys, more, p
 @pytest.mark.parametrize("more", [[], ["--remote"], ["--dry-run"]], ids=str)
 def test_an_encrypted_column_is_one_line(server, tmp_path, more):
     """In a process of its own, which Arrow's reader would end."""
-    options = encryption.EncryptionConfiguration("footer", column_keys={"column": ["text"]}, plaintext_footer=True)
-    keys = encryption.CryptoFactory(Keys).file_encryption_properties(encryption.KmsConnectionConfig(), options)
+    options = encryption.EncryptionConfiguration(
+        "footer", column_keys={"column": ["text"]}, plaintext_footer=True
+    )
+    keys = encryption.CryptoFactory(Keys).file_encryption_properties(
+        encryption.KmsConnectionConfig(), options
+    )
     path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": texts("a", 500), "body": texts("a", 500)}), path, encryption_properties=keys)
+    pq.write_table(
+        pa.table({"text": texts("a", 500), "body": texts("a", 500)}), path, encryption_properties=keys
+    )
     server.files["a.parquet"] = path.read_bytes()
     source = f"{server.url}/a.parquet" if more == ["--remote"] else str(path)
-    command = [sys.executable, "-m", "musekit.shards", "--from", source, "--cache-dir", tmp_path / "cache", *more]
+    command = [
+        sys.executable,
+        "-m",
+        "musekit.shards",
+        "--from",
+        source,
+        "--cache-dir",
+        tmp_path / "cache",
+        *more,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (1, f"musekit-shards: {source}: column 'text' is encrypted; only files without encryption are read.\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"musekit-shards: {source}: column 'text' is encrypted; only files without encryption are read.\n",
+    )
     done = subprocess.run([*command, "--text-column", "body"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -787,17 +1079,30 @@ class Keys(encryption.KmsClient):
 
 def test_too_few_row_groups_for_eight_processes(cache, tmp_path, capsys):
     write_source(tmp_path / "a.parquet", texts("a", 12_000))
-    arguments = ["--from", str(tmp_path / "a.parquet"), "--min-characters", "0", "--cache-dir", str(cache.folder)]
+    arguments = [
+        "--from",
+        str(tmp_path / "a.parquet"),
+        "--min-characters",
+        "0",
+        "--cache-dir",
+        str(cache.folder),
+    ]
     assert main(arguments) == 0
     said = capsys.readouterr().out
-    assert "warning     2 row groups in the largest validation shard" in said and "training shard:" not in said
+    assert (
+        "warning     2 row groups in the largest validation shard" in said and "training shard:" not in said
+    )
 
 
 def test_a_file_whose_name_is_a_pattern(cache, tmp_path):
     write_source(tmp_path / "data[1].parquet", texts("a", 500))
     write_source(tmp_path / "data1.parquet", texts("b", 500))
-    assert main(["--from", str(tmp_path / "data[1].parquet"), "--quiet", "--cache-dir", str(cache.folder)]) == 0
-    assert [Path(source["from"]).name for source in read_manifest(cache.data)["sources"]] == ["data[1].parquet"]
+    assert (
+        main(["--from", str(tmp_path / "data[1].parquet"), "--quiet", "--cache-dir", str(cache.folder)]) == 0
+    )
+    assert [Path(source["from"]).name for source in read_manifest(cache.data)["sources"]] == [
+        "data[1].parquet"
+    ]
 
 
 def test_addresses_in_capitals_and_numbers(tmp_path, capsys):
@@ -807,8 +1112,16 @@ def test_addresses_in_capitals_and_numbers(tmp_path, capsys):
     assert "3 of 3 files" in said and "HTTP://127.0.0.1:9/a.parquet" in said and "[::1]:8000" in said
 
 
-@pytest.mark.parametrize("mood, told", [("page", "not Parquet"), ((404, {}), "404"), ("truncated", "bytes instead of|not whole"),
-                                        ((503, {}), "503")], ids=str)
+@pytest.mark.parametrize(
+    "mood, told",
+    [
+        ("page", "not Parquet"),
+        ((404, {}), "404"),
+        ("truncated", "bytes instead of|not whole"),
+        ((503, {}), "503"),
+    ],
+    ids=str,
+)
 def test_what_an_address_gives_is_never_taken_for_data(server, cache, mood, told):
     old, address = digests(cache.data), "datasets/me/words/resolve/main/part-0.parquet"
     server.moods[address] = [mood] * 9
@@ -820,17 +1133,48 @@ def test_what_an_address_gives_is_never_taken_for_data(server, cache, mood, told
 
 def test_a_dry_run_of_addresses_and_local_files(tmp_path, capsys):
     own = write_source(tmp_path / "own.parquet", [LONG] * 9)
-    assert main(["--from", "http://127.0.0.1:9/a.parquet", str(own), "--dry-run", "--cache-dir", str(tmp_path / "cache")]) == 0
-    assert "download of unknown size, " in (said := capsys.readouterr().out) and "are read here" in said and "127.0.0.1:9/a.parquet" in said
+    assert (
+        main([
+            "--from",
+            "http://127.0.0.1:9/a.parquet",
+            str(own),
+            "--dry-run",
+            "--cache-dir",
+            str(tmp_path / "cache"),
+        ])
+        == 0
+    )
+    assert (
+        "download of unknown size, " in (said := capsys.readouterr().out)
+        and "are read here" in said
+        and "127.0.0.1:9/a.parquet" in said
+    )
     assert "at most 10 + 1 shards of 86,016 rows, 946,176 rows in all, about 627 MB" in said
     assert main(["--from", str(own), "--dry-run", "--cache-dir", str(tmp_path / "cache")]) == 0
     assert "at most 1 + 1 shards of 86,016 rows, 9 rows in all, about 5.97 kB" in capsys.readouterr().out
-    assert main(["--from", str(own), "--text-column", "body", "--dry-run", "--cache-dir", str(tmp_path / "cache")]) == 1
+    assert (
+        main(
+            ["--from", str(own), "--text-column", "body", "--dry-run", "--cache-dir", str(tmp_path / "cache")]
+        )
+        == 1
+    )
     assert_one_line(capsys, "no column 'body'")
 
 
-DAMAGED_MANIFESTS = ["{", "[]", "null", "\udcff", '{"shards": 1}', '{"dataset": "mine", "shards": [{}]}', '{"shards": [{"name": 3, "sha256": ""}]}',
-                     '{"dataset": 5}', '{"dataset": ["a"]}', '{"dataset": "a/b"}', '{"dataset": "../../up"}', '{"shards": [{"name": "../a", "sha256": ""}]}']
+DAMAGED_MANIFESTS = [
+    "{",
+    "[]",
+    "null",
+    "\udcff",
+    '{"shards": 1}',
+    '{"dataset": "mine", "shards": [{}]}',
+    '{"shards": [{"name": 3, "sha256": ""}]}',
+    '{"dataset": 5}',
+    '{"dataset": ["a"]}',
+    '{"dataset": "a/b"}',
+    '{"dataset": "../../up"}',
+    '{"shards": [{"name": "../a", "sha256": ""}]}',
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGED_MANIFESTS)
@@ -840,7 +1184,10 @@ def test_a_damaged_manifest_stops_nothing(server, cache, damage):
     assert finish(server, cache) is None
     assert [backup.name for backup in list_backups(cache.folder) if not backup.problem] == ["unknown"]
     assert "unknown" in backups_table(cache.folder)
-    assert main(["--restore", "unknown", "--quiet", "--cache-dir", str(cache.folder)]) == 0 and digests(cache.data) == old
+    assert (
+        main(["--restore", "unknown", "--quiet", "--cache-dir", str(cache.folder)]) == 0
+        and digests(cache.data) == old
+    )
 
 
 def test_what_is_not_ours_is_left_alone(server, cache):
@@ -850,7 +1197,9 @@ def test_what_is_not_ours_is_left_alone(server, cache):
     with pytest.raises(ValueError, match="notes.txt is not a shard"):
         convert(WORDS, replace(options, skip_backup=True), SMALL)
     convert(WORDS, options, SMALL)
-    assert (cache.backup("climbmix") / "data" / "notes.txt").read_text() == "precious" and (cache.folder / "partial-work").is_dir()
+    assert (cache.backup("climbmix") / "data" / "notes.txt").read_text() == "precious" and (
+        cache.folder / "partial-work"
+    ).is_dir()
     cache.next.mkdir()
     with pytest.raises(ValueError, match="not ours"):
         convert(WORDS, options, SMALL)
@@ -863,8 +1212,17 @@ def test_again_and_again_keeps_one_backup(server, cache):
     assert sorted(backup.name for backup in list_backups(cache.folder)) == ["climbmix", "words"]
 
 
-@pytest.mark.parametrize("trouble, told", [((404, {}), "check the repository"), ((401, {}), "HF_TOKEN"), ("no ranges", "download it instead"), ("page", "not Parquet but a web page"),
-                                           ((429, {"Retry-After": "7000"}), "7,000 s")], ids=str)
+@pytest.mark.parametrize(
+    "trouble, told",
+    [
+        ((404, {}), "check the repository"),
+        ((401, {}), "HF_TOKEN"),
+        ("no ranges", "download it instead"),
+        ("page", "not Parquet but a web page"),
+        ((429, {"Retry-After": "7000"}), "7,000 s"),
+    ],
+    ids=str,
+)
 def test_troubles_of_reading_in_place_are_one_line(server, cache, monkeypatch, capsys, trouble, told):
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     old, server.moods["datasets/me/words/resolve/main/part-0.parquet"] = digests(cache.data), [trouble] * 9
@@ -878,7 +1236,9 @@ def test_a_broken_table_of_contents_is_set_aside_and_fetched_again(server, cache
     address = "datasets/me/words/resolve/main/part-0.parquet"
     whole = server.files[address]
     server.files[address] = whole[:-300] + b"?" * 250 + whole[-50:]
-    options = Options(cache.folder, quiet=True, connection=Connection(endpoint=server.url, sleep=lambda seconds: None))
+    options = Options(
+        cache.folder, quiet=True, connection=Connection(endpoint=server.url, sleep=lambda seconds: None)
+    )
     with pytest.raises(ConnectionError, match="not whole Parquet"):
         convert(WORDS, options, SMALL)
     server.files[address] = whole
@@ -888,7 +1248,16 @@ def test_a_broken_table_of_contents_is_set_aside_and_fetched_again(server, cache
 @pytest.mark.parametrize("more", [[], ["--processes", "2"]], ids=str)
 def test_a_damaged_download_is_set_aside_and_fetched_again(server, cache, monkeypatch, capsys, more):
     monkeypatch.setenv("HF_ENDPOINT", server.url)
-    arguments = ["--repo", "me/words", "--pattern", "part-{0..2}.parquet", "--quiet", "--cache-dir", str(cache.folder), *more]
+    arguments = [
+        "--repo",
+        "me/words",
+        "--pattern",
+        "part-{0..2}.parquet",
+        "--quiet",
+        "--cache-dir",
+        str(cache.folder),
+        *more,
+    ]
     address = "datasets/me/words/resolve/main/part-1.parquet"
     whole = server.files[address]
     server.files[address] = whole[:2000] + bytes(2000) + whole[4000:]
@@ -908,8 +1277,21 @@ def test_a_token_is_never_told(cache, monkeypatch, capsys):
 @pytest.mark.parametrize("more", [[], ["--processes", "2"]], ids=str)
 def test_ctrl_c_is_one_line(server, cache, more):
     server.pause, old = 0.3, digests(cache.data)
-    command = [sys.executable, "-m", "musekit.shards", "--repo", "me/words", "--pattern", "part-{0..2}.parquet", "--cache-dir", cache.folder, *more]
-    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in the background of a script Ctrl-C is ignored
+    command = [
+        sys.executable,
+        "-m",
+        "musekit.shards",
+        "--repo",
+        "me/words",
+        "--pattern",
+        "part-{0..2}.parquet",
+        "--cache-dir",
+        cache.folder,
+        *more,
+    ]
+    listen = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # in the background of a script Ctrl-C is ignored
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": listen}
     with subprocess.Popen(command, env=os.environ | {"HF_ENDPOINT": server.url}, **options) as process:
         while not server.requests:
@@ -924,9 +1306,19 @@ def test_ctrl_c_is_one_line(server, cache, more):
 
 
 def test_the_download_folder_may_not_be_the_trainers(server, cache):
-    for place in (cache.data, cache.data / "raw", cache.folder, cache.tokenizer, cache.next, cache.folder / "partial-x" / "raw", cache.backup("climbmix")):
+    for place in (
+        cache.data,
+        cache.data / "raw",
+        cache.folder,
+        cache.tokenizer,
+        cache.next,
+        cache.folder / "partial-x" / "raw",
+        cache.backup("climbmix"),
+    ):
         with pytest.raises(ValueError, match="choose another"):
-            options = Options(cache.folder, download_dir=place, quiet=True, connection=Connection(endpoint=server.url))
+            options = Options(
+                cache.folder, download_dir=place, quiet=True, connection=Connection(endpoint=server.url)
+            )
             convert(WORDS, options, SMALL)
 
 
@@ -934,7 +1326,19 @@ def test_a_damaged_file_of_a_server_is_not_to_be_deleted(server, cache, monkeypa
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     address = "datasets/me/words/resolve/main/part-1.parquet"
     server.files[address] = server.files[address][:2000] + bytes(2000) + server.files[address][4000:]
-    assert main(["--repo", "me/words", "--pattern", "part-{0..1}.parquet", "--remote", "--quiet", "--cache-dir", str(cache.folder)]) == 1
+    assert (
+        main([
+            "--repo",
+            "me/words",
+            "--pattern",
+            "part-{0..1}.parquet",
+            "--remote",
+            "--quiet",
+            "--cache-dir",
+            str(cache.folder),
+        ])
+        == 1
+    )
     assert_one_line(capsys, "part-1.parquet, row group 0", "tell its publisher")
 
 
@@ -949,14 +1353,25 @@ def test_ctrl_c_before_the_command_is_loaded(monkeypatch, capsys):
 
 @pytest.mark.parametrize("asked", [["--list-backups"], ["fineweb", "--dry-run"]], ids=str)
 def test_nobody_reads_on(cache, asked):
-    command = f"{sys.executable} -m musekit.shards {' '.join(asked)} --cache-dir {cache.folder} | true; exit ${{PIPESTATUS[0]}}"
+    command = (
+        f"{sys.executable} -m musekit.shards {' '.join(asked)} --cache-dir {cache.folder} | true; exit"
+        " ${PIPESTATUS[0]}"
+    )
     done = subprocess.run(["bash", "-c", f"sleep 0.1; {command}"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_import_is_light_and_quick():
-    code = "import time; start = time.process_time(); import musekit.shards.command, sys; print(time.process_time() - start, 'torch' in sys.modules)"
-    times = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() for _ in range(3)]
+    code = (
+        "import time; start = time.process_time(); import musekit.shards.command, sys;"
+        " print(time.process_time() - start, 'torch' in sys.modules)"
+    )
+    times = [
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.split()
+        for _ in range(3)
+    ]
     assert min(float(seconds) for seconds, _ in times) < 0.5 and {torch for _, torch in times} == {"False"}
 
 
@@ -964,4 +1379,14 @@ def test_a_manifest_can_be_read_by_anyone(server, cache):
     convert(WORDS, Options(cache.folder, quiet=True, connection=Connection(endpoint=server.url)), SMALL)
     manifest = json.loads((cache.data / "manifest.json").read_text())
     assert manifest["dataset"] == "words" and manifest["backup"] == "backup_climbmix"
-    assert {"sources", "selection", "layout", "rows", "kept", "dropped", "shards", "made_by", "date"} <= manifest.keys()
+    assert {
+        "sources",
+        "selection",
+        "layout",
+        "rows",
+        "kept",
+        "dropped",
+        "shards",
+        "made_by",
+        "date",
+    } <= manifest.keys()

@@ -50,12 +50,26 @@ def ranges(server):
     return [asked for _, asked, _ in server.requests]
 
 
-@pytest.mark.parametrize("moods, expected", [
-    ([(500, {})], [1]), ([(502, {}), (503, {})], [1, 2]), ([(429, {"Retry-After": "7"})], [7]), ([(429, {"RateLimit": '"api";r=0;t=55'})], [55]),
-    (["cut"], [1]), (["cut"] * 4, [1] * 4), ([(503, {}), (503, {}), "cut", (503, {}), (503, {})], [1, 2, 1, 1, 2]),
-    (["promise more"], [1]), (["no ranges"], []), (["cut", "no ranges"], [1]), (["truncated"], [1]), (["slow"], []), (["cut", (416, {})], [1, 1]),
-    ([(408, {}), "cut", (520, {})], [1, 1, 1]),
-], ids=str)
+@pytest.mark.parametrize(
+    "moods, expected",
+    [
+        ([(500, {})], [1]),
+        ([(502, {}), (503, {})], [1, 2]),
+        ([(429, {"Retry-After": "7"})], [7]),
+        ([(429, {"RateLimit": '"api";r=0;t=55'})], [55]),
+        (["cut"], [1]),
+        (["cut"] * 4, [1] * 4),
+        ([(503, {}), (503, {}), "cut", (503, {}), (503, {})], [1, 2, 1, 1, 2]),
+        (["promise more"], [1]),
+        (["no ranges"], []),
+        (["cut", "no ranges"], [1]),
+        (["truncated"], [1]),
+        (["slow"], []),
+        (["cut", (416, {})], [1, 1]),
+        ([(408, {}), "cut", (520, {})], [1, 1, 1]),
+    ],
+    ids=str,
+)
 def test_troubles_that_pass(server, connection, waits, tmp_path, moods, expected):
     server.moods["a.parquet"] = list(moods)
     source = fetch(f"{server.url}/a.parquet", tmp_path / "a.parquet", connection)
@@ -71,7 +85,9 @@ def test_what_is_no_file_is_not_asked_for_again_and_loses_nothing(server, connec
     assert (len(server.requests), waits) == (2, [1]) and "\n" not in str(caught.value)
     assert FILES["a.parquet"].startswith((tmp_path / "a.parquet.part").read_bytes())
     fetch(f"{server.url}/a.parquet", tmp_path / "a.parquet", connection)
-    assert ranges(server)[2].startswith("bytes=") and (tmp_path / "a.parquet").read_bytes() == FILES["a.parquet"]
+    assert (
+        ranges(server)[2].startswith("bytes=") and (tmp_path / "a.parquet").read_bytes() == FILES["a.parquet"]
+    )
 
 
 def test_a_cut_is_resumed_and_the_rest_alone_travels(server, connection, tmp_path):
@@ -89,7 +105,13 @@ def test_a_newer_version_is_not_glued_to_the_older(server, connection, tmp_path,
         original = FILES["a.parquet"]
         (tmp_path / "a.parquet.part").write_bytes(original[:300_000])
         url = f"{server.url}/a.parquet"
-        facts = {"url": url, "address": hashlib.sha256(url.encode()).hexdigest(), "size": len(original), "sha256": hashlib.sha256(original).hexdigest(), "md5": None}
+        facts = {
+            "url": url,
+            "address": hashlib.sha256(url.encode()).hexdigest(),
+            "size": len(original),
+            "sha256": hashlib.sha256(original).hexdigest(),
+            "md5": None,
+        }
         (tmp_path / "a.parquet.json").write_text(json.dumps(facts | {"etag": facts["sha256"]}))
         server.files["a.parquet"], server.moods["a.parquet"] = NEWER, []
     assert fetch(f"{server.url}/a.parquet", tmp_path / "a.parquet", connection).path.read_bytes() == NEWER
@@ -101,15 +123,23 @@ def test_retry_after_as_a_date(server, connection, waits, tmp_path):
     assert 27 < waits[0] <= 30
 
 
-@pytest.mark.parametrize("status, kind, told", [
-    (404, FileNotFoundError, "check the repository"), (410, FileNotFoundError, "410"), (401, ValueError, "HF_TOKEN"),
-    (403, ValueError, "accept its terms"), (400, ValueError, "400"),
-])
+@pytest.mark.parametrize(
+    "status, kind, told",
+    [
+        (404, FileNotFoundError, "check the repository"),
+        (410, FileNotFoundError, "410"),
+        (401, ValueError, "HF_TOKEN"),
+        (403, ValueError, "accept its terms"),
+        (400, ValueError, "400"),
+    ],
+)
 def test_answers_that_stay_fail_at_once(server, connection, waits, tmp_path, status, kind, told):
     server.moods["a.parquet"] = [(status, {})]
     with pytest.raises(kind, match=told) as caught:
         fetch(f"{server.url}/a.parquet", tmp_path / "a.parquet", connection)
-    assert (len(server.requests), waits, list(tmp_path.iterdir())) == (1, [], []) and "\n" not in str(caught.value)
+    assert (len(server.requests), waits, list(tmp_path.iterdir())) == (1, [], []) and "\n" not in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize("mood", ["truncated", (503, {})], ids=str)
@@ -127,13 +157,20 @@ def test_five_attempts_and_never_taken_for_data(server, connection, waits, tmp_p
 @pytest.mark.parametrize("kind", ["sha256", "md5"])
 def test_checksums(server, connection, tmp_path, kind):
     content = FILES["a.parquet"]
-    given = {"sha256": {"X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Linked-Size": len(content)},
-             "md5": {"Content-MD5": b64encode(hashlib.md5(content).digest()).decode()}}[kind]
+    given = {
+        "sha256": {
+            "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
+            "X-Linked-Size": len(content),
+        },
+        "md5": {"Content-MD5": b64encode(hashlib.md5(content).digest()).decode()},
+    }[kind]
     server.extra["a.parquet"], server.moods["a.parquet"] = given, ["garbled"]
     assert fetch(f"{server.url}/a.parquet", tmp_path / "a.parquet", connection).path.read_bytes() == content
     assert not (tmp_path / "a.parquet.bad").exists() and len(server.requests) == 2
     server.moods["b.parquet"], server.extra["b.parquet"] = [], given
-    with pytest.raises(ConnectionError, match=f"{kind} is not" if kind == "md5" else "bytes instead of|sha256 is not"):
+    with pytest.raises(
+        ConnectionError, match=f"{kind} is not" if kind == "md5" else "bytes instead of|sha256 is not"
+    ):
         fetch(f"{server.url}/b.parquet", tmp_path / "b.parquet", connection)
 
 
@@ -155,7 +192,9 @@ def test_complete_files_need_no_server(server, connection, tmp_path):
 def test_files_without_a_note_are_compared_with_the_server(server, connection, tmp_path):
     (tmp_path / "a.parquet").write_bytes(FILES["a.parquet"])
     (tmp_path / "b.parquet").write_bytes(FILES["b.parquet"][:-1])
-    sources = download_all([f"{server.url}/{name}.parquet" for name in "ab"], tmp_path, connection, quiet=True)
+    sources = download_all(
+        [f"{server.url}/{name}.parquet" for name in "ab"], tmp_path, connection, quiet=True
+    )
     assert all(source.path.read_bytes() == FILES[source.path.name] for source in sources)
     assert (tmp_path / "b.parquet.old").exists() and not (tmp_path / "a.parquet.old").exists()
 
@@ -168,13 +207,18 @@ def test_a_file_of_another_address_is_set_aside(server, connection, tmp_path):
     assert (tmp_path / "a.parquet.old").read_bytes() == FILES["a.parquet"]
 
 
-@pytest.mark.parametrize("change, kept", [("nothing", True), ("content", False), ("size", False), ("weak", False), ("damaged", False)])
+@pytest.mark.parametrize(
+    "change, kept",
+    [("nothing", True), ("content", False), ("size", False), ("weak", False), ("damaged", False)],
+)
 def test_a_renewed_signature_fetches_nothing_that_is_here(server, connection, tmp_path, change, kept):
     path, content = tmp_path / "a.parquet", FILES["a.parquet"]
     etags = ['W/"1"'] * 2 if change == "weak" else ['"1"', '"2"' if change == "content" else '"1"']
     for number, etag in enumerate(etags):
         name = f"a.parquet?sig={number}"
-        server.files[name], server.extra[name] = NEWER if number and change == "size" else content, {"ETag": etag}
+        server.files[name], server.extra[name] = NEWER if number and change == "size" else content, {
+            "ETag": etag
+        }
     fetch(f"{server.url}/a.parquet?sig=0", path, connection)
     if change == "damaged":
         path.write_bytes(content[:-9] + b"?" + content[-8:])
@@ -202,7 +246,11 @@ def test_the_token_is_told_to_the_hub_alone(server, tmp_path):
     with MoodyServer(FILES) as store:
         elsewhere = store.url.replace("127.0.0.1", "localhost")
         sha256 = hashlib.sha256(FILES["a.parquet"]).hexdigest()
-        headers = {"Location": f"{elsewhere}/a.parquet", "X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": len(FILES["a.parquet"])}
+        headers = {
+            "Location": f"{elsewhere}/a.parquet",
+            "X-Linked-Etag": f'"{sha256}"',
+            "X-Linked-Size": len(FILES["a.parquet"]),
+        }
         server.moods["a.parquet"] = [(302, headers), (302, headers)]
         store.moods["a.parquet"] = ["cut"]
         fetch(f"{server.url}/a.parquet", tmp_path / "a.parquet", connection)

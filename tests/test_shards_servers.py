@@ -1,4 +1,5 @@
-"""Every odd answer of a web server, to downloads and to reading in place: the file is right, or there is an error of one line."""
+"""Every odd answer of a web server, to downloads and to reading in place: the file is right, or there is
+an error of one line."""
 import os
 import subprocess
 import sys
@@ -21,7 +22,13 @@ def parquet_bytes(rows=6000):
     random = np.random.default_rng(0)
     texts = [random.bytes(32).hex() for _ in range(rows)]
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"other": range(rows), "text": texts}), sink, compression="none", row_group_size=1000, use_dictionary=False)
+    pq.write_table(
+        pa.table({"other": range(rows), "text": texts}),
+        sink,
+        compression="none",
+        row_group_size=1000,
+        use_dictionary=False,
+    )
     return sink.getvalue().to_pybytes()
 
 
@@ -33,24 +40,51 @@ RIGHT = ""
 BUSY = (ConnectionError, "attempt 5 of 5")
 UNCLEAR = (ValueError, "sent another range than was requested")
 EXPECTED = {
-    "good": (RIGHT, RIGHT), "broken": (RIGHT, RIGHT), "eighths": (RIGHT, RIGHT), "stingy": (RIGHT, RIGHT), "anonymous": (RIGHT, RIGHT),
-    "weak": (RIGHT, RIGHT), "dated": (RIGHT, RIGHT), "empty": (BUSY, BUSY), "nothing": ((ValueError, "does not send the requested file"), UNCLEAR),
-    "shifted": (RIGHT, UNCLEAR), "earlier": (RIGHT, RIGHT),
-    "star": (RIGHT, (ValueError, "does not say how long the file is")), "no-range": (RIGHT, UNCLEAR), "words": (RIGHT, UNCLEAR), "units": (RIGHT, UNCLEAR),
-    "backwards": (RIGHT, UNCLEAR), "beyond": (RIGHT, UNCLEAR), "digits": (RIGHT, UNCLEAR),
-    "always-a-part": (RIGHT, RIGHT), "always-unclear": ((ValueError, "which one is unclear"), UNCLEAR),
+    "good": (RIGHT, RIGHT),
+    "broken": (RIGHT, RIGHT),
+    "eighths": (RIGHT, RIGHT),
+    "stingy": (RIGHT, RIGHT),
+    "anonymous": (RIGHT, RIGHT),
+    "weak": (RIGHT, RIGHT),
+    "dated": (RIGHT, RIGHT),
+    "empty": (BUSY, BUSY),
+    "nothing": ((ValueError, "does not send the requested file"), UNCLEAR),
+    "shifted": (RIGHT, UNCLEAR),
+    "earlier": (RIGHT, RIGHT),
+    "star": (RIGHT, (ValueError, "does not say how long the file is")),
+    "no-range": (RIGHT, UNCLEAR),
+    "words": (RIGHT, UNCLEAR),
+    "units": (RIGHT, UNCLEAR),
+    "backwards": (RIGHT, UNCLEAR),
+    "beyond": (RIGHT, UNCLEAR),
+    "digits": (RIGHT, UNCLEAR),
+    "always-a-part": (RIGHT, RIGHT),
+    "always-unclear": ((ValueError, "which one is unclear"), UNCLEAR),
     "always-star": (RIGHT, (ValueError, "does not say how long")),
-    "multipart": (RIGHT, UNCLEAR), "no-length": (RIGHT, RIGHT), "chunked": (RIGHT, RIGHT), "chunked-broken": (RIGHT, RIGHT),
-    "zipped": (RIGHT, (ValueError, "compresses")), "whole": (RIGHT, (ValueError, "does not support range requests")), "whole-as-a-part": (RIGHT, UNCLEAR),
-    "no-such-part": (RIGHT, (ValueError, "no byte 0")), "more": (RIGHT, RIGHT), "busy": (BUSY, BUSY),
-    "missing": ((FileNotFoundError, "404"), (FileNotFoundError, "404")), "forbidden": ((ValueError, "403"), (ValueError, "403")),
-    "teapot": ((ValueError, "418"), (ValueError, "418")), "strange": ((ValueError, "999"), (ValueError, "999")),
-    "page": ((ValueError, "a web page"), (ValueError, "a web page")), "page-part": ((ValueError, "a web page"), (ValueError, "a web page")),
-    "pointer": ((ValueError, "Git LFS"), (ValueError, "Git LFS")), "json": ((ValueError, "begins with"), (ValueError, "begins with")),
-    "circle": ((ValueError, "never end"), (ValueError, "never end")), "ftp": ((ValueError, "InvalidSchema"), (ValueError, "InvalidSchema")),
+    "multipart": (RIGHT, UNCLEAR),
+    "no-length": (RIGHT, RIGHT),
+    "chunked": (RIGHT, RIGHT),
+    "chunked-broken": (RIGHT, RIGHT),
+    "zipped": (RIGHT, (ValueError, "compresses")),
+    "whole": (RIGHT, (ValueError, "does not support range requests")),
+    "whole-as-a-part": (RIGHT, UNCLEAR),
+    "no-such-part": (RIGHT, (ValueError, "no byte 0")),
+    "more": (RIGHT, RIGHT),
+    "busy": (BUSY, BUSY),
+    "missing": ((FileNotFoundError, "404"), (FileNotFoundError, "404")),
+    "forbidden": ((ValueError, "403"), (ValueError, "403")),
+    "teapot": ((ValueError, "418"), (ValueError, "418")),
+    "strange": ((ValueError, "999"), (ValueError, "999")),
+    "page": ((ValueError, "a web page"), (ValueError, "a web page")),
+    "page-part": ((ValueError, "a web page"), (ValueError, "a web page")),
+    "pointer": ((ValueError, "Git LFS"), (ValueError, "Git LFS")),
+    "json": ((ValueError, "begins with"), (ValueError, "begins with")),
+    "circle": ((ValueError, "never end"), (ValueError, "never end")),
+    "ftp": ((ValueError, "InvalidSchema"), (ValueError, "InvalidSchema")),
     "endless": (RIGHT, RIGHT),
     "bracket": ((ValueError, "cannot be requested"), (ValueError, "cannot be requested")),
-    "nowhere": ((ConnectionError, "refused"), (ConnectionError, "refused")), "slow": (RIGHT, RIGHT),
+    "nowhere": ((ConnectionError, "refused"), (ConnectionError, "refused")),
+    "slow": (RIGHT, RIGHT),
     "changing": ((ConnectionError, "attempt 5 of 5"), (ValueError, "was changed")),
     "changing-size": ((ConnectionError, "another version"), (ValueError, "was changed")),
 }
@@ -128,7 +162,9 @@ def test_no_byte_is_thrown_away_in_place(server):
 
 
 def test_a_file_without_a_version_that_another_run_began_is_compared(server, tmp_path):
-    path, connection = tmp_path / "a.parquet", Connection(sleep=lambda seconds: None, attempts=1, longest_wait=0)
+    path, connection = tmp_path / "a.parquet", Connection(
+        sleep=lambda seconds: None, attempts=1, longest_wait=0
+    )
     url = f"{server.url}/anonymous/a.parquet"
     with pytest.raises(ConnectionError, match="what has arrived is kept"):
         fetch(url, path, connection)

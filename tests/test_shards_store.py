@@ -1,4 +1,5 @@
-"""The cache folder: exchanges that are killed, locks, backups of several kinds, folders that cannot be written."""
+"""The cache folder: exchanges that are killed, locks, backups of several kinds, folders that cannot be
+written."""
 import errno
 import itertools
 import json
@@ -18,7 +19,15 @@ from musekit.shards.command import backups_table
 from musekit.shards.rechunk import Layout, rechunk
 from musekit.shards.plan import list_shards, verify_shards
 from musekit.utils.files import exchange_folders, lock, need_space
-from musekit.shards.store import Cache, back_up, damaged_shard, finish_interrupted, list_backups, new_set, restore
+from musekit.shards.store import (
+    Cache,
+    back_up,
+    damaged_shard,
+    finish_interrupted,
+    list_backups,
+    new_set,
+    restore,
+)
 
 LAYOUT = Layout(rows_per_shard=20, rows_per_group=5, num_shards=3)
 
@@ -30,7 +39,9 @@ def sets(tmp_path_factory):
     for name in ("old", "new"):
         folder = tmp_path_factory.mktemp(name)
         source = folder / "source.txt"
-        pq.write_table(pa.table({"text": [f"{name} text {row}, ".ljust(60 + row, ".") for row in range(90)]}), source)
+        pq.write_table(
+            pa.table({"text": [f"{name} text {row}, ".ljust(60 + row, ".") for row in range(90)]}), source
+        )
         made[name] = folder / "data", rechunk([source], folder / "data", layout=LAYOUT).shards
     return made
 
@@ -78,7 +89,10 @@ def test_killed_exchanges(cache, sets, how):
         missing += not cache.data.exists()
         if how == "one step":
             name = set_in_place(cache.data, sets)  # whole even before anybody mends anything
-            if cache.tokenizer.exists() and (text := (cache.tokenizer / "tokenizer.pkl").read_text()) != "of the old set":
+            if (
+                cache.tokenizer.exists()
+                and (text := (cache.tokenizer / "tokenizer.pkl").read_text()) != "of the old set"
+            ):
                 assert text == str(folders[name]), "a tokenizer of the other set stands beside the data"
         finish_interrupted(cache)
         seen.append(set_in_place(cache.data, sets))
@@ -147,10 +161,17 @@ def test_an_exchange_that_the_system_refuses_changes_nothing(cache, sets, monkey
         raise OSError(code, os.strerror(code), *names[:1])
 
     rename = os.rename
-    monkeypatch.setattr(os, "rename", lambda source, target: (refuse if late and source == cache.next / "data" else rename)(source, target))
+    monkeypatch.setattr(
+        os,
+        "rename",
+        lambda source, target: (refuse if late and source == cache.next / "data" else rename)(source, target),
+    )
     with pytest.raises(OSError, match=f"{os.strerror(code)}.*old set is in place"):
         begin(cache, sets, (lambda *names: False) if late else refuse)
-    assert set_in_place(cache.data, sets) == "old" and (cache.tokenizer / "tokenizer.pkl").read_text() == "of the old set"
+    assert (
+        set_in_place(cache.data, sets) == "old"
+        and (cache.tokenizer / "tokenizer.pkl").read_text() == "of the old set"
+    )
     assert {path.name for path in cache.folder.iterdir()} == {"data", "tokenizer"}
     monkeypatch.setattr(os, "rename", rename)
     begin(cache, sets, exchange_folders)
@@ -168,7 +189,10 @@ def test_what_was_written_since_the_exchange_does_not_undo_it(cache, sets, excha
         begin(cache, sets, die)
     (cache.data / ("shard_00009.parquet.tmp" if what == "a new file" else list_shards(cache.data)[0])).touch()
     finish_interrupted(cache)
-    assert set_in_place(cache.data, sets) == "new" and (cache.tokenizer / "tokenizer.pkl").read_text() == "of the new set"
+    assert (
+        set_in_place(cache.data, sets) == "new"
+        and (cache.tokenizer / "tokenizer.pkl").read_text() == "of the new set"
+    )
     assert (cache.data / "shard_00009.parquet.tmp").exists() == (exchanged and what == "a new file")
 
 
@@ -178,7 +202,11 @@ def test_a_journal_that_tells_nothing_moves_nothing(cache, sets, journal):
     (cache.next / "journal.json").write_text(journal)
     with pytest.raises(ValueError, match="next is not what its journal.json says"):
         finish_interrupted(cache)
-    assert set_in_place(cache.data, sets) == "old" and cache.tokenizer.exists() and set_in_place(cache.next / "data", sets) == "new"
+    assert (
+        set_in_place(cache.data, sets) == "old"
+        and cache.tokenizer.exists()
+        and set_in_place(cache.next / "data", sets) == "new"
+    )
 
 
 @pytest.mark.parametrize("step", range(6))
@@ -197,16 +225,24 @@ def test_a_tokenizer_is_restored_beside_equal_shards(cache, sets, monkeypatch, s
         restore(cache, "climbmix", skip_backup=True)
     except Died:
         monkeypatch.setattr(os, "rename", rename)
-        began = cache.next.exists() or not cache.tokenizer.exists() or (cache.folder / "partial-done").exists()
+        began = (
+            cache.next.exists() or not cache.tokenizer.exists() or (cache.folder / "partial-done").exists()
+        )
         finish_interrupted(cache)
         assert began or (cache.tokenizer / "tokenizer.pkl").read_text() == "another"
         if not began:
             return
-    assert set_in_place(cache.data, sets) == "old" and (cache.tokenizer / "tokenizer.pkl").read_text() == "of the old set"
+    assert (
+        set_in_place(cache.data, sets) == "old"
+        and (cache.tokenizer / "tokenizer.pkl").read_text() == "of the old set"
+    )
 
 
 def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
-    program = "import sys, time; from musekit.utils.files import lock\nwith lock(sys.argv[1]): print(1, flush=True); time.sleep(60)"
+    program = (
+        "import sys, time; from musekit.utils.files import lock\nwith lock(sys.argv[1]): print(1,"
+        " flush=True); time.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         with pytest.raises(ValueError, match=f"process {process.pid}"), lock(tmp_path):
@@ -237,7 +273,9 @@ def test_backups_are_copies_where_there_are_no_links(cache, sets, monkeypatch):
     monkeypatch.setattr(store.os, "link", refuse)
     kept = back_up(cache)
     name = list_shards(cache.data)[0]
-    assert not (kept / "data" / name).samefile(cache.data / name) and set_in_place(kept / "data", sets) == "old"
+    assert (
+        not (kept / "data" / name).samefile(cache.data / name) and set_in_place(kept / "data", sets) == "old"
+    )
 
 
 def test_a_killed_backup_is_absent(cache, sets):
@@ -276,11 +314,16 @@ def test_backups_of_the_earlier_script(cache, sets):
     old_script_backup(cache, "fineweb-edu", sets["old"][0], days_ago=9)  # the original, truly
     old_script_backup(cache, "slimpajama", sets["new"][0], days_ago=3)  # made of fineweb-edu
     found = list_backups(cache.folder)
-    assert [(backup.name, backup.origin, backup.shards) for backup in found] == [("fineweb-edu", "climbmix", 4), ("slimpajama", "climbmix", 4)]
+    assert [(backup.name, backup.origin, backup.shards) for backup in found] == [
+        ("fineweb-edu", "climbmix", 4),
+        ("slimpajama", "climbmix", 4),
+    ]
     with new_set(cache) as aside:
         shutil.copytree(sets["new"][0], aside / "data", dirs_exist_ok=True)
     assert restore(cache).name == "fineweb-edu" and set_in_place(cache.data, sets) == "old"
-    assert restore(cache, "backup_slimpajama").name == "slimpajama" and set_in_place(cache.data, sets) == "new"
+    assert (
+        restore(cache, "backup_slimpajama").name == "slimpajama" and set_in_place(cache.data, sets) == "new"
+    )
 
 
 def test_unknown_data_are_not_called_the_original(cache, sets):
@@ -302,7 +345,11 @@ def test_unreadable_backups_are_named_and_not_fatal(cache, sets):
     empty.mkdir()
     (empty / "source.txt").write_text("climbmix\n")
     problems = {backup.name: backup.problem for backup in list_backups(cache.folder)}
-    assert {name for name, problem in problems.items() if not problem} == {"climbmix", "broken-manifest", "list-manifest"} and len(problems) == 6
+    assert {name for name, problem in problems.items() if not problem} == {
+        "climbmix",
+        "broken-manifest",
+        "list-manifest",
+    } and len(problems) == 6
     assert restore(cache).origin == "climbmix"
     for name in ("unfinished", "file", "empty"):
         with pytest.raises(ValueError, match="cannot be restored"):
@@ -311,7 +358,8 @@ def test_unreadable_backups_are_named_and_not_fatal(cache, sets):
 
 
 def shards_of(cache, sets, known):
-    """Backs the old set up, with a manifest or without; the backup, and the path and the content of one of its shards."""
+    """Backs the old set up, with a manifest or without; the backup, and the path and the content of one of
+    its shards."""
     shards = [{"name": shard.name, "sha256": shard.sha256} for shard in sets["old"][1]]
     if known:
         (cache.data / "manifest.json").write_text(json.dumps({"dataset": "mine", "shards": shards}))
@@ -335,7 +383,9 @@ DAMAGES = {
 def test_a_damaged_backup_is_not_restored(cache, sets, damage, known):
     kept, shard, content = shards_of(cache, sets, known)
     shard.write_bytes(DAMAGES[damage](content))
-    refused_and_shown(cache, sets, shard, damage in ("truncated", "gone wrong"))  # the others show when all of it is read
+    refused_and_shown(
+        cache, sets, shard, damage in ("truncated", "gone wrong")
+    )  # the others show when all of it is read
 
 
 def test_a_backup_without_a_shard_is_not_restored(cache, sets):
@@ -348,7 +398,10 @@ def refused_and_shown(cache, sets, shard, shows):
     with pytest.raises(ValueError, match=shard.name):
         restore(cache)
     backup, = list_backups(cache.folder)
-    assert damaged_shard(backup) == (shard.name if shows else "") and (shard.name in backups_table(cache.folder)) == shows
+    assert (
+        damaged_shard(backup) == (shard.name if shows else "")
+        and (shard.name in backups_table(cache.folder)) == shows
+    )
     assert set_in_place(cache.data, sets) == "old"
 
 
@@ -367,7 +420,10 @@ def test_a_damaged_original_is_not_passed_over_for_another(cache, sets):
     (other / "data" / shard.name).write_bytes(content)
     (other / "source.txt").write_text("other")
     shard.write_bytes(content[:-30])
-    assert [(backup.origin, damaged_shard(backup)) for backup in list_backups(cache.folder)] == [("climbmix", shard.name), ("other", "")]
+    assert [(backup.origin, damaged_shard(backup)) for backup in list_backups(cache.folder)] == [
+        ("climbmix", shard.name),
+        ("other", ""),
+    ]
     with pytest.raises(ValueError, match=f"climbmix.*{shard.name}"):
         restore(cache)
     assert restore(cache, "other").name == "other" and set_in_place(cache.data, sets) == "old"
@@ -381,12 +437,17 @@ def test_no_room_for_a_copy_is_one_line(cache, sets, monkeypatch):
     monkeypatch.setattr(store.shutil, "copy2", refuse)
     with pytest.raises(OSError, match="No space left on device: .*shard_00000.parquet") as caught:
         back_up(cache)
-    assert not isinstance(caught.value, shutil.Error) and {path.name for path in cache.folder.iterdir()} == {"data", "tokenizer"}
+    assert not isinstance(caught.value, shutil.Error) and {path.name for path in cache.folder.iterdir()} == {
+        "data",
+        "tokenizer",
+    }
 
 
 def test_mounted_folders_are_refused(cache, monkeypatch):
     monkeypatch.setattr("pathlib.Path.is_mount", lambda path: path == cache.data)
-    with pytest.raises(ValueError, match=f"data is mounted, which cannot be exchanged; mount {cache.folder} instead"):
+    with pytest.raises(
+        ValueError, match=f"data is mounted, which cannot be exchanged; mount {cache.folder} instead"
+    ):
         Cache(cache.folder)
 
 

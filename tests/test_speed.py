@@ -8,9 +8,21 @@ from musekit.models.uvit import MaskGiTUViT
 from musekit.inference.pipeline import TokenPipeline
 
 SETTINGS = dict(
-    vocab_size=33, codebook_size=32, hidden_size=32, in_channels=24, block_out_channels=(24,), num_res_blocks=2,
-    block_num_heads=3, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, encoder_hidden_size=12,
-    cond_embed_dim=10, micro_cond_encode_dim=8, micro_cond_embed_dim=40, default_shape=(6, 6),
+    vocab_size=33,
+    codebook_size=32,
+    hidden_size=32,
+    in_channels=24,
+    block_out_channels=(24,),
+    num_res_blocks=2,
+    block_num_heads=3,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    encoder_hidden_size=12,
+    cond_embed_dim=10,
+    micro_cond_encode_dim=8,
+    micro_cond_embed_dim=40,
+    default_shape=(6, 6),
 )
 READERS = ("encoder_proj", "cond_embed.0", "down_blocks.0.attention_blocks.1.attention.key",
            "up_blocks.0.res_blocks.0.adaLN_modulation", "transformer_layers.1.crossattention.value")
@@ -52,7 +64,9 @@ def test_a_generation_reads_its_conditions_once_and_asks_for_hidden_tokens_alone
     model = make_model()
     seen = counted(model, READERS)
     pipeline = TokenPipeline(model, micro_conds=(48, 48, 0, 0, 5.0))
-    _, records = pipeline.ids(conditions=conditions(), negative_prompt=nothing(), steps=6, seed=0, return_steps=True)
+    _, records = pipeline.ids(
+        conditions=conditions(), negative_prompt=nothing(), steps=6, seed=0, return_steps=True
+    )
     hidden = [2 * 36] + [int(record["hidden"].sum()) for record in records[:-1]]
     assert {name: seen[name] for name in READERS} == dict.fromkeys(READERS, 1)
     assert len(records) == 6 and seen["head"] == 2 * sum(hidden) < 2 * 6 * 72
@@ -61,7 +75,14 @@ def test_a_generation_reads_its_conditions_once_and_asks_for_hidden_tokens_alone
 @pytest.mark.parametrize("grid", ((6, 6), (4, 10), (3, 7)))
 def test_any_grid_and_batch_size_draws_what_raw_conditions_draw(grid):
     model = make_model()
-    given = dict(conditions=conditions(), negative_prompt=nothing(), num_images_per_prompt=2, grid=grid, seed=3, steps=4)
+    given = dict(
+        conditions=conditions(),
+        negative_prompt=nothing(),
+        num_images_per_prompt=2,
+        grid=grid,
+        seed=3,
+        steps=4,
+    )
     ids = TokenPipeline(model, micro_conds=(48, 48, 0, 0, 5.0)).ids(**given)
     assert ids.shape == (4, grid[0] * grid[1]) and ids.max() < 32
     for batch_size in (1, 3):
@@ -89,8 +110,15 @@ class Adapted(torch.nn.Linear):
     "Not nn.Linear itself, so that nothing may be fused with it."
 
 
-@pytest.mark.parametrize("changes", ({}, {"use_bias": True}, {"norm_type": "layernorm", "force_down_up_sample": True},
-                                     {"ln_elementwise_affine": False}))
+@pytest.mark.parametrize(
+    "changes",
+    (
+        {},
+        {"use_bias": True},
+        {"norm_type": "layernorm", "force_down_up_sample": True},
+        {"ln_elementwise_affine": False},
+    ),
+)
 def test_fused_and_plain_ways_have_the_same_gradients(changes):
     model = make_model(**changes)
     loss, fused = step(model)

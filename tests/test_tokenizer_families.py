@@ -8,7 +8,13 @@ from musekit.data.packing import write_shards
 from musekit.recipes.text_to_image import Recipe, find_data, make_vq_model
 from musekit.recipes.configure import configure
 
-SMALL = {"resolution": 16, "hidden_channels": 32, "channel_mult": [1, 1, 1], "num_res_blocks": 1, "z_channels": 32}
+SMALL = {
+    "resolution": 16,
+    "hidden_channels": 32,
+    "channel_mult": [1, 1, 1],
+    "num_res_blocks": 1,
+    "z_channels": 32,
+}
 FRESH = {
     "vqgan": {"num_embeddings": 16, "quantized_embed_dim": 8},
     "vqgan fsq": {"quantizer": "fsq", "quantizer_params": {"levels": [4, 4]}},
@@ -22,7 +28,9 @@ FRESH = {
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     everything = set(range(len(WORDINGS)))
-    write_shards(make_samples(range(20), 1, set(COMBINATIONS), lambda *combination: everything, seed=0), folder)
+    write_shards(
+        make_samples(range(20), 1, set(COMBINATIONS), lambda *combination: everything, seed=0), folder
+    )
     return folder
 
 
@@ -31,14 +39,27 @@ def made_tokenizer(folder, shards, name, **section):
     vq_model = {"type": name.split()[0], **section}
     text = {"type": "clip", "train": {"steps": 1, "hidden_size": 32, "layers": 1}}
     transformer = {
-        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "in_channels": 16,
-        "block_out_channels": [16], "num_res_blocks": 1, "block_num_heads": 2,
-        "micro_cond_encode_dim": 4, "micro_cond_embed_dim": 20,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "in_channels": 16,
+        "block_out_channels": [16],
+        "num_res_blocks": 1,
+        "block_num_heads": 2,
+        "micro_cond_encode_dim": 4,
+        "micro_cond_embed_dim": 20,
     }
     given = {
-        "experiment": {"output_dir": str(folder)}, "data": str(shards),
+        "experiment": {"output_dir": str(folder)},
+        "data": str(shards),
         "dataset": {"preprocessing": {"resolution": 16, "max_seq_length": 20}, "params": {"min_size": 0}},
-        "model": {"vq_model": vq_model, "text_encoder": text, "architecture": "uvit", "transformer": transformer},
+        "model": {
+            "vq_model": vq_model,
+            "text_encoder": text,
+            "architecture": "uvit",
+            "transformer": transformer,
+        },
         "training": {"max_train_steps": 1, "batch_size": 4, "encode_first": True},
     }
     OmegaConf.save(given, folder / "given.yaml")
@@ -52,7 +73,9 @@ def test_made_by_one_run_and_given_to_another(tmp_path, shards, name):
     (tmp_path / "first").mkdir()
     (tmp_path / "second").mkdir()
     training = {"steps": 12, "log_every": 12}
-    folder, data, trained = made_tokenizer(tmp_path / "first", shards, name, params=SMALL | FRESH[name], train=training)
+    folder, data, trained = made_tokenizer(
+        tmp_path / "first", shards, name, params=SMALL | FRESH[name], train=training
+    )
     other, _, loaded = made_tokenizer(tmp_path / "second", shards, name, pretrained=str(folder / "vq_model"))
     pixels = next(data.pool.batches(4))["pixel_values"]
     ids = trained.get_code(pixels)

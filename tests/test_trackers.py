@@ -1,4 +1,5 @@
-"""Trackers by name, through the libraries themselves: numbers, pictures, and a resume that goes on in the same curves."""
+"""Trackers by name, through the libraries themselves: numbers, pictures, and a resume that goes on in the
+same curves."""
 import os
 import shutil
 import sqlite3
@@ -12,9 +13,17 @@ from musekit.training.log import check_trackers, read_log
 from musekit.training.distributed import make_accelerator
 from toy_training import tiny_trainer, write_data
 
-os.environ.setdefault("TRACKIO_DIR", tempfile.mkdtemp())  # trackio looks at it when it is imported, which no module here does
-EVERY = ["experiment.log_every=1", "experiment.generate_every=4", "experiment.save_every=3",
-         "experiment.log_token_probability_distributions_every=4", "experiment.project=toys", "experiment.name=first"]
+os.environ.setdefault(
+    "TRACKIO_DIR", tempfile.mkdtemp()
+)  # trackio looks at it when it is imported, which no module here does
+EVERY = [
+    "experiment.log_every=1",
+    "experiment.generate_every=4",
+    "experiment.save_every=3",
+    "experiment.log_token_probability_distributions_every=4",
+    "experiment.project=toys",
+    "experiment.name=first",
+]
 
 
 def run(folder, tracker, steps):
@@ -44,7 +53,16 @@ def test_tensorboard(tmp_path):
     events = EventAccumulator(str(tmp_path / "run" / "toys"))
     events.Reload()
     seen = {event.step: event.value for event in events.Scalars("loss")}
-    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6, 7, 8], "what is written again counts once"
+    assert [event.step for event in events.Scalars("loss")] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+    ], "what is written again counts once"
     wrote = {line["step"]: line["loss"] for line in read_log(tmp_path / "run") if "loss" in line}
     assert seen == pytest.approx(wrote)
     assert {"samples", "token_probabilities"} <= set(events.Tags()["images"])

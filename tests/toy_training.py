@@ -56,29 +56,69 @@ def write_data(path):
 def tiny_model():
     torch.manual_seed(0)
     return MaskGiTUViT(
-        vocab_size=65, codebook_size=64, hidden_size=32, in_channels=16, block_out_channels=(16,), num_res_blocks=1,
-        block_num_heads=2, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, encoder_hidden_size=16,
-        cond_embed_dim=16, micro_cond_encode_dim=8, micro_cond_embed_dim=40, hidden_dropout=0.1,
+        vocab_size=65,
+        codebook_size=64,
+        hidden_size=32,
+        in_channels=16,
+        block_out_channels=(16,),
+        num_res_blocks=1,
+        block_num_heads=2,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+        encoder_hidden_size=16,
+        cond_embed_dim=16,
+        micro_cond_encode_dim=8,
+        micro_cond_embed_dim=40,
+        hidden_dropout=0.1,
     )
 
 
 def tiny_trainer(folder, data, *overrides, callbacks=None, accelerator=None):
     torch.set_num_threads(1)
-    config = load_config(None, [
-        f"experiment.output_dir={folder}", f"data={data}", "model.architecture=uvit", "experiment.log_every=2",
-        "training.batch_size=3", "training.gradient_accumulation_steps=2", "training.use_ema=true", "training.max_grad_norm=1",
-        "training.ema_decay=0.9", f"training.max_train_steps={STEPS}", "optimizer.params.learning_rate=1e-2",
-        "lr_scheduler.scheduler=cosine", "lr_scheduler.params.warmup_steps=2", "training.mask_contiguous_region_prob=0.3",
-        "experiment.resume_from_checkpoint=latest", *overrides,
-    ])
+    config = load_config(
+        None,
+        [
+            f"experiment.output_dir={folder}",
+            f"data={data}",
+            "model.architecture=uvit",
+            "experiment.log_every=2",
+            "training.batch_size=3",
+            "training.gradient_accumulation_steps=2",
+            "training.use_ema=true",
+            "training.max_grad_norm=1",
+            "training.ema_decay=0.9",
+            f"training.max_train_steps={STEPS}",
+            "optimizer.params.learning_rate=1e-2",
+            "lr_scheduler.scheduler=cosine",
+            "lr_scheduler.params.warmup_steps=2",
+            "training.mask_contiguous_region_prob=0.3",
+            "experiment.resume_from_checkpoint=latest",
+            *overrides,
+        ],
+    )
     dataset, world = EncodedDataset(data), {}
 
     def batches(start):
-        return encoded_loader(dataset, config.training.batch_size, training=True, seed=config.training.seed, start_batch=start, **world)
+        return encoded_loader(
+            dataset,
+            config.training.batch_size,
+            training=True,
+            seed=config.training.seed,
+            start_batch=start,
+            **world,
+        )
 
     if callbacks is None:
         callbacks = [Log(config.experiment.log_every), Checkpoint(SAVE_EVERY, limit=2)]
-    trainer = Trainer(tiny_model(), batches, config, unconditional=dataset.unconditional, callbacks=callbacks, accelerator=accelerator)
+    trainer = Trainer(
+        tiny_model(),
+        batches,
+        config,
+        unconditional=dataset.unconditional,
+        callbacks=callbacks,
+        accelerator=accelerator,
+    )
     world |= {"rank": trainer.accelerator.process_index, "world_size": trainer.accelerator.num_processes}
     return trainer
 
@@ -107,8 +147,14 @@ def launch(function, folder, data, processes=2, environment=()):
 
 def _enter(rank, function, folder, data, processes, port, environment):
     os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", **environment,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+        **environment,
     }
     os.makedirs(folder, exist_ok=True)
     torch.save(function(folder, data, rank), f"{folder}/rank{rank}.pt")

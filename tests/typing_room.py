@@ -1,5 +1,6 @@
-"""A folder in which bash types commands: `musekit`, its Python and its launchers are asked of one server, which has imported the
-slow libraries and forks for each of them; everything else about a command is as in a process of its own."""
+"""A folder in which bash types commands: `musekit`, its Python and its launchers are asked of one server,
+which has imported the slow libraries and forks for each of them; everything else about a command is as in a
+process of its own."""
 import json
 import os
 import runpy
@@ -16,19 +17,35 @@ CLIENT = """#!{python} -IS
 import json, os, socket, sys
 server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 server.connect({address!r})
-asked = {{"module": {module!r}, "arguments": sys.argv[1:], "folder": os.getcwd(), "environment": dict(os.environ)}}
+asked = {{
+    "module": {module!r}, "arguments": sys.argv[1:], "folder": os.getcwd(), "environment": dict(os.environ),
+}}
 socket.send_fds(server, [json.dumps(asked).encode()], [0, 1, 2])
 sys.exit(int(server.recv(16) or b"1"))
 """
 PRELOADED = [
-    "musekit.recipes.memory", "musekit.recipes.survey", "musekit.recipes.demo", "musekit.recipes.encode", "musekit.evaluation.evaluate", "musekit.plots", "musekit.inference.sheets", "musekit.cli",
-    "musekit.shards.command", "musekit.models.uvit", "sklearn.datasets", "sklearn.linear_model", "transformers.optimization",
-    "torch._dynamo", "accelerate.commands.launch", "torch.distributed.launcher.api",
+    "musekit.recipes.memory",
+    "musekit.recipes.survey",
+    "musekit.recipes.demo",
+    "musekit.recipes.encode",
+    "musekit.evaluation.evaluate",
+    "musekit.plots",
+    "musekit.inference.sheets",
+    "musekit.cli",
+    "musekit.shards.command",
+    "musekit.models.uvit",
+    "sklearn.datasets",
+    "sklearn.linear_model",
+    "transformers.optimization",
+    "torch._dynamo",
+    "accelerate.commands.launch",
+    "torch.distributed.launcher.api",
 ]
 
 
 def run(module, arguments, folder, environment):
-    "What `python -m module arguments` does; for a module of None the arguments are Python's own: -m MODULE or a file."
+    """What `python -m module arguments` does; for a module of None the arguments are Python's own: -m
+    MODULE or a file."""
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -88,8 +105,13 @@ def serve(address):
                 pass
 
 
-MODULES = {"musekit": "musekit", "musekit-shards": "musekit.shards", "accelerate": "accelerate.commands.accelerate_cli",
-           "torchrun": "torch.distributed.run", "python": None}
+MODULES = {
+    "musekit": "musekit",
+    "musekit-shards": "musekit.shards",
+    "accelerate": "accelerate.commands.accelerate_cli",
+    "torchrun": "torch.distributed.run",
+    "python": None,
+}
 
 
 def make_environment(folder):
@@ -98,7 +120,10 @@ def make_environment(folder):
     packages, = (folder / "lib").glob("python*/site-packages")
     paths = [path for path in sys.path if path.endswith("site-packages")] + [ROOT]
     (packages / "shared.pth").write_text("\n".join(paths) + "\n")
-    for name, module in (("jupyter", "jupyter"), ("jupyter-lab", "jupyterlab")):  # the first looks for the second beside itself
+    for name, module in (
+        ("jupyter", "jupyter"),
+        ("jupyter-lab", "jupyterlab"),
+    ):  # the first looks for the second beside itself
         write_script(folder / "bin" / name, f'#!/bin/sh\nexec "{folder}/bin/python" -m {module} "$@"\n')
     (folder / ".installed").touch()
 
@@ -115,9 +140,21 @@ def typing_room(folder, **environment):
     address = str(folder / ".typed")
     make_environment(folder / ".venv")
     for name, module in MODULES.items():
-        write_script(folder / ".venv/bin" / name, CLIENT.format(python=sys.executable, address=address, module=module))
-    variables = {**os.environ, **environment, "HOME": str(folder / "home"), "HF_HOME": str(folder / "home/hub"), "OMP_NUM_THREADS": "1",
-                 "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "110", "PYTHONPATH": ROOT, "VIRTUAL_ENV": str(folder / ".venv")}
+        write_script(
+            folder / ".venv/bin" / name, CLIENT.format(python=sys.executable, address=address, module=module)
+        )
+    variables = {
+        **os.environ,
+        **environment,
+        "HOME": str(folder / "home"),
+        "HF_HOME": str(folder / "home/hub"),
+        "OMP_NUM_THREADS": "1",
+        "MPLBACKEND": "Agg",
+        "CUDA_VISIBLE_DEVICES": "",
+        "COLUMNS": "110",
+        "PYTHONPATH": ROOT,
+        "VIRTUAL_ENV": str(folder / ".venv"),
+    }
     variables["PATH"] = f"{folder}/.venv/bin:{variables['PATH']}"
     variables.pop("HF_HUB_OFFLINE", None)
     (folder / "home").mkdir()
@@ -125,7 +162,9 @@ def typing_room(folder, **environment):
 
     def type_in(lines):
         command = ["bash", "-e", "-o", "pipefail", "-c", lines]
-        return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        return subprocess.run(
+            command, cwd=folder, env=variables, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
 
     try:
         while not os.path.exists(address):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .masking import NOISE_TYPES
-from .decoding import generate_ids, temperatures
+from .decoding import correct_ids, generate_ids, keep_plausible, temperatures
 from .samplers import get_sampler
 from .schedules import get_schedule
 from ..utils.seeds import resolve_seed
@@ -80,10 +80,13 @@ class GenerationConfig:
     sampler_params: dict = field(default_factory=dict)  # of the sampler, e.g. eta of "remasking"
     guidance_power: float = 3.0  # of guidance_schedule "power-cosine"
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # part of the steps; the weight is 1 elsewhere
+    min_p: float = 0.0  # lowest probability of a sampled id without guidance, relative to the likeliest id's
+    corrections: int = 0  # sweeps that replace tokens below min_p after decoding, see `correct_ids`
 
     def __post_init__(self):
         self.steps = whole_numbers("steps", self.steps, 1)
         self._check_types()
+        self.corrections = whole_numbers("corrections", self.corrections, 0)
         self.guidance_interval = tuple(self.guidance_interval)
         if isinstance(self.temperature, list):
             self.temperature = tuple(self.temperature)
@@ -91,6 +94,10 @@ class GenerationConfig:
             raise ValueError(f"guidance_scale must not be negative or infinite, got {self.guidance_scale}")
         if not 0 < self.sampling_temperature < math.inf:
             raise ValueError(f"sampling_temperature must be above 0, got {self.sampling_temperature}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be 0 to 1, got {self.min_p}")
+        if self.corrections and not self.min_p:
+            raise ValueError("corrections need min_p above 0, such as 0.1, which says what is implausible")
         if self.noise_type not in NOISE_TYPES:
             raise ValueError(f"noise_type must be one of {NOISE_TYPES}, got {self.noise_type!r}")
         self.guidance_weights()
@@ -148,13 +155,15 @@ def guided_logits(
     hidden: Tensor,  # (B, N) bool, True at the M masked positions
     conditions: dict[str, Tensor],  # from `join_conditions`, each (2B, ...)
     weight: float,  # guidance weight of this step
+    min_p: float = 0.0,  # ids that are implausible with the prompt alone get -inf, see `keep_plausible`
 ) -> Tensor:  # (M, V)
     "Guided logits of the masked positions."
     if weight in (0, 1):
         half = slice(0, len(ids)) if weight else slice(len(ids), None)
-        return forward(ids, {name: rows[half] for name, rows in conditions.items()}, hidden)
+        logits = forward(ids, {name: rows[half] for name, rows in conditions.items()}, hidden)
+        return keep_plausible(logits, logits, min_p)
     with_prompt, without = forward(torch.cat([ids, ids]), conditions, torch.cat([hidden, hidden])).chunk(2)
-    return guide(with_prompt, without, weight)
+    return keep_plausible(guide(with_prompt, without, weight), with_prompt, min_p)
 
 # %% ../../nbs/01_core/07_guidance.ipynb #7b7a3263
 def take_rows(
@@ -202,6 +211,31 @@ def _generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
+def _rows_to_compute(batch, hidden):
+    "The conditions of the rows with masked tokens, and which rows these are."
+    incomplete = hidden.any(1)
+    if incomplete.all():
+        return batch, incomplete
+    return {name: value[incomplete.repeat(len(value) // len(incomplete))]
+            for name, value in batch.items()}, incomplete
+
+
+def _prompt_of_row(input_ids, conditions):
+    "The number of each row's prompt (B,)."
+    rows = len(input_ids)
+    num_prompts = max((len(value) for value in conditions.values()), default=rows)
+    if rows % num_prompts:
+        raise ValueError(f"{rows} rows must be a multiple of {num_prompts} prompts")
+    return torch.arange(rows, device=input_ids.device) // (rows // num_prompts)
+
+
+def _record(records, ids, step, callback):
+    "Adds the record of a correction."
+    records.append({**records[-1], "sampled": ids, "ids": ids})
+    if callback:
+        callback(step, records[-1])
+
+
 def generate_guided(
     forward: Callable[[Tensor, dict, Tensor], Tensor],  # (ids, conditions, hidden) -> logits (M, V)
     input_ids: Tensor,  # (B, N) int64, the mask id where masked
@@ -221,10 +255,6 @@ def generate_guided(
     "Image ids by parallel decoding with guidance (Chang et al. 2023, section 2.7)."
     batch_size = whole_numbers("batch_size", batch_size, 1)
     seed = resolve_seed(seed, len(input_ids))
-    num_prompts = max((len(value) for value in conditions.values()), default=len(input_ids))
-    if len(input_ids) % num_prompts:
-        raise ValueError(f"{len(input_ids)} rows must be a multiple of {num_prompts} prompts")
-    prompt_of_row = torch.arange(len(input_ids), device=input_ids.device) // (len(input_ids) // num_prompts)
     weights = config.guidance_weights()
     is_guided = any(weight != 1 for weight in weights)
 
@@ -232,28 +262,37 @@ def generate_guided(
         batch = take_rows(conditions, rows)
         return prepare(join_conditions(batch, take_rows(unconditional, rows)) if is_guided else batch)
 
-    batches = prompt_of_row.split(batch_size)
+    batches = _prompt_of_row(input_ids, conditions).split(batch_size)
     cached = _prepare_once(prepared, batches)
 
-    def logits_fn(ids, hidden, step):
+    def image_logits(*inputs):
+        return forward(*inputs)[..., :codebook_size]
+
+    def logits_of(ids, hidden, weight, min_p):
         logits = []
         split = zip(ids.split(batch_size), hidden.split(batch_size), batches, cached)
         for batch_ids, batch_hidden, rows, batch in split:
             batch = batch or prepared(rows)
-            incomplete = batch_hidden.any(1)
-            if not incomplete.all():
-                batch = {name: value[incomplete.repeat(len(value) // len(incomplete))]
-                         for name, value in batch.items()}
+            batch, incomplete = _rows_to_compute(batch, batch_hidden)
             if incomplete.any():
-                logits.append(guided_logits(forward, batch_ids[incomplete], batch_hidden[incomplete], batch,
-                                            weights[step]))
+                rows = batch_ids[incomplete], batch_hidden[incomplete]
+                logits.append(guided_logits(image_logits, *rows, batch, weight, min_p))
         return torch.cat(logits)
 
-    return generate_ids(
-        logits_fn, input_ids, mask_token_id, steps=config.steps, temperature=config.temperature,
+    unknown = input_ids == mask_token_id
+    shared = {"generator": _generator(seed), "noise_type": config.noise_type, "codebook_size": codebook_size}
+    ids, records = generate_ids(
+        lambda ids, hidden, step: logits_of(ids, hidden, weights[step], config.min_p),
+        input_ids, mask_token_id, steps=config.steps, temperature=config.temperature,
         sampling_temperature=config.sampling_temperature, schedule=config.mask_schedule(),
-        generator=_generator(seed),
-        callback=callback, return_steps=return_steps,
-        noise_type=config.noise_type, unknown=input_ids == mask_token_id, codebook_size=codebook_size,
-        sampler=config.token_sampler(), grid=grid,
+        callback=callback, return_steps=True, unknown=unknown, sampler=config.token_sampler(), grid=grid,
+        **shared,
     )
+
+    def unguided(ids, hidden):
+        return logits_of(ids, hidden, min(1.0, config.guidance_scale), 0.0)
+
+    for sweep in range(config.corrections if records else 0):
+        ids = correct_ids(unguided, ids, unknown, mask_token_id, min_p=config.min_p, **shared)
+        _record(records, ids, config.steps + sweep, callback)
+    return (ids, records) if return_steps else ids

@@ -159,7 +159,7 @@ def evaluate(
     config: MetricsConfig | None = None,
     classifier: Callable[[Tensor], Tensor] | None = None,  # pixels -> (B, classes); None: the extractor's
     progress: bool | None = False,  # as in `watched`
-) -> dict:  # JSON types: of `compare_features`, "doubts", and if measured "agreement", "inception_score"
+) -> dict:  # JSON types: of `compare_features`, "doubts", and if measured agreement, clean, inception_score
     "Generates images and compares them with real ones."
     config = config or MetricsConfig()
     if not prompts:
@@ -169,11 +169,15 @@ def evaluate(
     classifier = classifier or _own_classifier(extractor)
     alignments = []
     probabilities = []
+    clean = []
+    cleanness = getattr(extractor, "cleanness", None)
 
     def batches():
         for batch, pixels in draw_images(pipeline, prompts, config, progress):
             if judge:
                 alignments.extend(judge(pixels, batch).tolist())
+            if cleanness:
+                clean.extend(cleanness(pixels).tolist())
             if classifier:
                 probabilities.append(classifier(pixels).cpu())
             yield pixels
@@ -183,6 +187,8 @@ def evaluate(
     if judge:
         error = float(np.std(alignments) / len(alignments) ** 0.5)
         result |= {"agreement": float(np.mean(alignments)), "agreement_error": error}
+    if cleanness:
+        result["clean"] = float(np.mean(clean))
     if classifier:
         result["inception_score"] = inception_score(torch.cat(probabilities))
     return {"extractor": extractor_name(extractor), **result, "doubts": _doubts(real, fake)}
@@ -317,6 +323,7 @@ _MEANING = {
     "precision": ("precision", "share of generated images among the real ones, up to 1"),
     "recall": ("recall", "share of real images among the generated ones, up to 1"),
     "agreement": ("agreement", "of images with their prompts, up to 1"),
+    "clean": ("clean", "share of images without off-colour specks, up to 1"),
     "inception_score": ("Inception score", "1 to the number of classes; high if certain and varied"),
 }
 

@@ -170,6 +170,10 @@ class DigitFeatures:
         coverage = self.judge(self._levels(pixels))["coverage"]
         return torch.from_numpy(self._digits.predict_proba(coverage))
 
+    def cleanness(self, pixels: Tensor) -> Tensor:  # (B,) 1 if clean, else 0
+        "Whether each image has (nearly) no colours besides mixtures of its paper and its ink."
+        return torch.from_numpy(self.judge(self._levels(pixels))["clean"]).float()
+
     def agreement(
         self,
         pixels: Tensor,  # (B, 3, 32, 32)

@@ -10,6 +10,7 @@ import base64
 import html
 import io
 import math
+import threading
 from collections.abc import Callable
 
 import ipywidgets as widgets
@@ -92,6 +93,7 @@ class Panel(Closing):
         beside: tuple[widgets.Widget, ...] = (),  # further widgets after the controls
     ):
         self.draw, self.controls = draw, controls
+        self.lock = threading.RLock()  # JupyterLab may handle two controls in two threads
         self.picture, self.message = widgets.Image(format="png"), widgets.HTML()
         self.button = widgets.Button(description=button, button_style="primary") if button else None
         shown = [*controls.values(), *beside, *[self.button] * bool(button)]
@@ -121,10 +123,11 @@ class Panel(Closing):
         self.show(self.draw(**self.values()))
 
     def _again(self, change):
-        try:
-            self.update()
-        except Exception as error:  # else it would be lost in a log
-            self.say(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
+        with self.lock:
+            try:
+                self.update()
+            except Exception as error:  # else it would be lost in a log
+                self.say(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
 
     def _repr_mimebundle_(self, **options):
         bundle = super()._repr_mimebundle_(**options) | {"image/png": still(self.picture.value)}

@@ -238,7 +238,7 @@ def _train_vq_model(recipe, data, folder):
             f"tokenizer's {model.codebook_size} codes; add images, or give model.vq_model.params a smaller "
             "codebook."
         )
-    batches = pool.batches(64, options.seed)
+    batches = pool.batches(options.batch_size, options.seed)
     precision = config.training.mixed_precision
     train_vq_model(model, batches, options, folder=folder, precision=precision, progress=recipe.progress)
 

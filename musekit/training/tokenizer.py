@@ -96,6 +96,7 @@ class VQTrainingConfig(Section):
     "The short configuration of a tokenizer trained on the way to a transformer."
     steps: int = setting(500, "optimizer steps", low=1)
     learning_rate: float = setting(2e-3, "highest learning rate", above=0)
+    batch_size: int = setting(64, "images in a step", low=1)
     log_every: int = setting(50, "steps between log lines", low=1)
     seed: int = setting(0, "seed of all randomness", low=0)
 
@@ -106,7 +107,8 @@ class VQTrainingConfig(Section):
             experiment=Run(output_dir=str(folder), log_every=self.log_every),
             optimizer=OptimizerSection(params=params),
             lr_scheduler=LRSchedulerSection("cosine", SchedulerParams(self.steps // 10)),
-            training=Steps(seed=self.seed, max_train_steps=self.steps, max_grad_norm=1.0),
+            training=Steps(
+                batch_size=self.batch_size, seed=self.seed, max_train_steps=self.steps, max_grad_norm=1.0),
         )
 
 # %% ../../nbs/04_training/12_tokenizer.ipynb #08fc30c1

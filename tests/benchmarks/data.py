@@ -1,12 +1,14 @@
-"""How fast pictures and tokens are read: the kit's loader beside WebDataset with torchvision's transforms, Parquet beside tars.
+"""How fast pictures and tokens are read: the kit's loader beside WebDataset with torchvision's transforms,
+Parquet beside tars.
 
-    python tests/benchmarks/data.py              # 1,024 JPEGs of 512 x 512 to 256, 9 rounds; made once, in --folder
+    python tests/benchmarks/data.py              # 1,024 JPEGs of 512 x 512 to 256, 9 rounds, in --folder
     python tests/benchmarks/data.py --quick      # 3 rounds of fewer batches
     python tests/benchmarks/data.py --size 1600 1200      # other pictures
 
-All contenders live in one process and take turns, a few batches each, so that whatever else the machine is doing meets all of
-them; a ratio is taken within a round, and the median of the rounds is printed with the smallest and the largest. "core" counts the
-time that the process and its workers spend on a core, "clock" the time that passes. Files are read from the disk's cache.
+All contenders live in one process and take turns, a few batches each, so that whatever else the machine is
+doing meets all of them; a ratio is taken within a round, and the median of the rounds is printed with the
+smallest and the largest. "core" counts the time that the process and its workers spend on a core, "clock" the
+time that passes. Files are read from the disk's cache.
 """
 import argparse
 import io
@@ -65,8 +67,13 @@ def picture_shards(folder, size, count):
 # ---- pictures: the contenders, endless iterators of batches ----
 
 def kit(urls, workers):
-    config = ImageTextConfig(resolution=RESOLUTION, random_flip=True, batch_size=BATCH, shuffle_buffer_size=BUFFER,
-                             num_workers=workers)
+    config = ImageTextConfig(
+        resolution=RESOLUTION,
+        random_flip=True,
+        batch_size=BATCH,
+        shuffle_buffer_size=BUFFER,
+        num_workers=workers,
+    )
     return iter(make_loader(urls, config, training=True))
 
 
@@ -75,7 +82,11 @@ def resize_shorter(image):
     width, height = image.size
     if min(width, height) == RESOLUTION:
         return image
-    size = (RESOLUTION, RESOLUTION * height // width) if width <= height else (RESOLUTION * width // height, RESOLUTION)
+    size = (
+        (RESOLUTION, RESOLUTION * height // width)
+        if width <= height
+        else (RESOLUTION * width // height, RESOLUTION)
+    )
     return image.resize(size, Image.BILINEAR)
 
 
@@ -123,7 +134,10 @@ class States:
     """In place of a text encoder: 77 states of 768 numbers and a pooled one."""
 
     def __call__(self, texts):
-        return {"encoder_hidden_states": torch.randn(len(texts), 77, 768), "cond_embeds": torch.randn(len(texts), 768)}
+        return {
+            "encoder_hidden_states": torch.randn(len(texts), 77, 768),
+            "cond_embeds": torch.randn(len(texts), 768),
+        }
 
     def unconditional(self, zeros=False):
         return {name: value[0] for name, value in self([""]).items()}
@@ -141,7 +155,9 @@ def token_files(folder, count, files=8):
         write_tars(rows, folder / "tokens", prefix="tokens", samples_per_shard=count // files)
         write_unconditional(folder / "tokens", encoder.unconditional())
         one = {name: row.clone() for name, row in States().unconditional().items()}
-        encoder.unconditional = lambda zeros=False: one  # files that belong together have the same empty prompt
+        encoder.unconditional = (
+            lambda zeros=False: one
+        )  # files that belong together have the same empty prompt
         for number in range(files):
             encode_dataset(part, encoder, folder / "columns" / f"{number}.parquet")
 
@@ -149,7 +165,9 @@ def token_files(folder, count, files=8):
 def token_contenders(folder, count):
     token_files(folder, count)
     config = ImageTextConfig(batch_size=BATCH, shuffle_buffer_size=BUFFER)
-    read = lambda form, dtype: iter(open_encoded(folder / form, dtype=dtype, **NAMES).loader(config, training=True))
+    read = lambda form, dtype: iter(
+        open_encoded(folder / form, dtype=dtype, **NAMES).loader(config, training=True)
+    )
     return {
         "tars": partial(read, "tokens", torch.float32),
         "Parquet": partial(read, "columns", torch.float32),
@@ -204,7 +222,9 @@ def tell(title, taken, items, unit):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "musekit-benchmark")

@@ -1,4 +1,5 @@
-"""How fast the U-ViT trains and draws, and in how much memory, beside diffusers' UVit2DModel and AmusedPipeline.
+"""How fast the U-ViT trains and draws, and in how much memory, beside diffusers' UVit2DModel and
+AmusedPipeline.
 
     python tests/benchmarks/models.py                  # the CPU, hidden 384, 6 layers, 256 tokens, batch 8
     python tests/benchmarks/models.py --quick          # a small model, few repetitions: does everything run?
@@ -7,11 +8,13 @@
     python tests/benchmarks/models.py --profile        # and where the time goes, operator by operator
     python tests/benchmarks/models.py --threads 1 --cpu-time   # on a machine that is busy with other things
 
-Both models have the same weights, are checked to give the same logits, and run in turn in one process, so that whatever
-else the machine is doing meets both; in float32, and again under bfloat16 autocast. A ratio is theirs / ours of one pair; median and 10-90 % of the pairs are printed. The
-peer's step is what its users write: logits for all tokens, F.cross_entropy with ignore_index, clipping, AdamW with its defaults. Ours is
-the trainer's: logits of masked tokens, masked_cross_entropy, the same clipping, AdamW with fused=True (optimizer.name: fused_adamw). Generation is 12
-guided steps from given text states to tokens; no image is decoded on either side.
+Both models have the same weights, are checked to give the same logits, and run in turn in one process, so
+that whatever else the machine is doing meets both; in float32, and again under bfloat16 autocast. A ratio is
+theirs / ours of one pair; median and 10-90 % of the pairs are printed. The peer's step is what its users
+write: logits for all tokens, F.cross_entropy with ignore_index, clipping, AdamW with its defaults. Ours is
+the trainer's: logits of masked tokens, masked_cross_entropy, the same clipping, AdamW with fused=True
+(optimizer.name: fused_adamw). Generation is 12 guided steps from given text states to tokens; no image is
+decoded on either side.
 """
 import argparse
 import contextlib
@@ -39,12 +42,31 @@ try:
 except ImportError:
     sys.exit("This compares with diffusers, which is not installed here: pip install diffusers==0.42.1")
 
-# "target" is aMUSEd-256 with every width times 0.375 (three residual blocks a stage, as published) and 6 of 22 layers
+# "target" is aMUSEd-256 with every width times 0.375 (three residual blocks a stage, as published) and 6 of
+# 22 layers
 SIZES = {
-    "tiny": dict(hidden_size=64, in_channels=48, block_out_channels=48, num_res_blocks=1, block_num_heads=2,
-                 num_hidden_layers=2, num_attention_heads=2, intermediate_size=176, sample_size=8),
-    "target": dict(hidden_size=384, in_channels=288, block_out_channels=288, num_res_blocks=3, block_num_heads=6,
-                   num_hidden_layers=6, num_attention_heads=6, intermediate_size=1056, sample_size=16),
+    "tiny": dict(
+        hidden_size=64,
+        in_channels=48,
+        block_out_channels=48,
+        num_res_blocks=1,
+        block_num_heads=2,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=176,
+        sample_size=8,
+    ),
+    "target": dict(
+        hidden_size=384,
+        in_channels=288,
+        block_out_channels=288,
+        num_res_blocks=3,
+        block_num_heads=6,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        intermediate_size=1056,
+        sample_size=16,
+    ),
     "amused": dict(sample_size=16),
 }
 TEXT_LENGTH, STEPS, GUIDANCE = 77, 12, 10.0
@@ -94,7 +116,9 @@ def our_logits(model, batch, **options):
 
 def their_loss(model, batch):
     logits = their_logits(model, batch)
-    return F.cross_entropy(logits.float(), batch["labels"].view(len(logits), *logits.shape[2:]), ignore_index=-100)
+    return F.cross_entropy(
+        logits.float(), batch["labels"].view(len(logits), *logits.shape[2:]), ignore_index=-100
+    )
 
 
 def our_loss(model, batch):
@@ -124,25 +148,35 @@ class Training:
 def generators(theirs, ours, rows, device):
     """Two functions that decode `rows` images from the same text."""
     generator = torch.Generator().manual_seed(1)
-    text, nothing = ([part.to(device) for part in random_text(ours.config, rows, generator)] for _ in range(2))
+    text, nothing = (
+        [part.to(device) for part in random_text(ours.config, rows, generator)] for _ in range(2)
+    )
     scheduler = AmusedScheduler(mask_token_id=ours.config.mask_token_id)
     peer = AmusedPipeline(None, None, None, theirs, scheduler)
     peer.set_progress_bar_config(disable=True)
     side = 8 * default_shape(ours)[0]
     how = GenerationConfig(STEPS, GUIDANCE, temperature=(2.0, 0.0))
-    pipeline = TokenPipeline(ours, generation=how, micro_conds=(side, side, 0, 0, 6.0), grid=default_shape(ours))
+    pipeline = TokenPipeline(
+        ours, generation=how, micro_conds=(side, side, 0, 0, 6.0), grid=default_shape(ours)
+    )
     names = "encoder_hidden_states", "cond_embeds"
     options = dict(guidance_scale=GUIDANCE, num_inference_steps=STEPS, output_type="latent")
     return (
-        lambda: peer(prompt_embeds=text[1], encoder_hidden_states=text[0], negative_prompt_embeds=nothing[1],
-                     negative_encoder_hidden_states=nothing[0], **options),
-        lambda: pipeline.ids(conditions=dict(zip(names, text)), negative_prompt=dict(zip(names, nothing)), seed=0),
+        lambda: peer(
+            prompt_embeds=text[1],
+            encoder_hidden_states=text[0],
+            negative_prompt_embeds=nothing[1],
+            negative_encoder_hidden_states=nothing[0],
+            **options,
+        ),
+        lambda: pipeline.ids(
+            conditions=dict(zip(names, text)), negative_prompt=dict(zip(names, nothing)), seed=0
+        ),
     )
 
 
 def default_shape(model):
     return getattr(model, "_orig_mod", model).default_shape
-
 
 
 # ---- measuring ----
@@ -174,7 +208,9 @@ def race(contenders, repeats, device, clock):
     rounds, loads = [], []
     for index in range(repeats):
         order = list(enumerate(contenders))
-        measured = {who: timed(function, device, clock) for who, function in (order if index % 2 else order[::-1])}
+        measured = {
+            who: timed(function, device, clock) for who, function in (order if index % 2 else order[::-1])
+        }
         rounds.append([measured[who][0] for who in range(len(contenders))])
         loads.append(statistics.mean(load for _, load in measured.values()))
     return list(zip(*rounds)), statistics.median(loads)
@@ -219,7 +255,8 @@ def matrix_rate(device, precision, clock):
 
 
 def matrix_flops(training):
-    """Floating-point operations of one step's matrix products, attention's included, depthwise convolutions not."""
+    """Floating-point operations of one step's matrix products, attention's included, depthwise
+    convolutions not."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         training.forward().backward()
     training.optimizer.zero_grad()
@@ -253,21 +290,31 @@ def check(theirs, ours, batch):
         losses = their_loss(theirs, batch), our_loss(ours, batch)
     off = max((expected - logits).abs().max().item() for logits in (found, once))
     apart = (losses[0] - losses[1]).abs().item()
-    print(f"largest difference of logits {off:.1e} (their spread {expected.std():.2f}), of losses {apart:.1e}")
+    print(
+        f"largest difference of logits {off:.1e} (their spread {expected.std():.2f}), of losses {apart:.1e}"
+    )
     if off > 1e-4 or apart > 1e-5:
         sys.exit("The two models do not compute the same; times would mean nothing.")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, default="target")
     parser.add_argument("--batch", type=int, default=8, help="rows of a training step")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="of the CPU; all by default")
     parser.add_argument("--repeats", type=int, default=9, help="pairs of every measurement")
     parser.add_argument("--bf16", action="store_true", help="under bfloat16 autocast alone, without float32")
-    parser.add_argument("--cpu-time", action="store_true", help="count processor seconds of this process, of all "
-                        "its threads, not the clock's: with --threads 1 the load of others hardly shows")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help=(
+            "count processor seconds of this process, of all "
+            "its threads, not the clock's: with --threads 1 the load of others hardly shows"
+        ),
+    )
     parser.add_argument("--compile", action="store_true", help="ours through torch.compile too")
     parser.add_argument("--profile", action="store_true", help="where the time of a training step goes")
     parser.add_argument("--quick", action="store_true", help="a tiny model, three pairs")
@@ -285,8 +332,10 @@ def main():
     theirs, ours = make_pair(size, device)
     batches = [make_batch(ours, options.batch, device, seed) for seed in range(4)]
     grid = "x".join(map(str, ours.default_shape))
-    print(f"{size}: {sum(p.numel() for p in ours.parameters()) / 1e6:.1f} million parameters, grid {grid}, batch "
-          f"{options.batch}, {device}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
+    print(
+        f"{size}: {sum(p.numel() for p in ours.parameters()) / 1e6:.1f} million parameters, grid {grid},"
+        f" batch {options.batch}, {device}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
+    )
     print(", ".join(f"{name} {value}" for name, value in SIZES[size].items()))
     check(theirs, ours, batches[0])
     models = [ours, torch.compile(ours)] if options.compile else [ours]
@@ -336,10 +385,13 @@ def main():
     for name, (their, our) in lines.items():
         print(f"{name:34s}{their / 2**20:11.0f}{our / 2**20:11.0f}   {our / their:.2f}")
 
-    print(f"\nmatrix products: {rate / 1e9:.0f} GFLOP/s at best; those of our step are {flops / 1e9:.0f} GFLOP: "
-          f"{flops / rate:.3f} s at this rate, {flops / rate / seconds[1]:.0%} of our fastest step ({seconds[1]:.3f} s) and "
-          f"{flops / rate / seconds[0]:.0%} of diffusers' ({seconds[0]:.3f} s).\nA step of nothing but these products "
-          f"would be {seconds[0] * rate / flops:.2f} times as fast as diffusers'.")
+    print(
+        f"\nmatrix products: {rate / 1e9:.0f} GFLOP/s at best; those of our step are {flops / 1e9:.0f} GFLOP:"
+        f" {flops / rate:.3f} s at this rate, {flops / rate / seconds[1]:.0%} of our fastest step"
+        f" ({seconds[1]:.3f} s) and {flops / rate / seconds[0]:.0%} of diffusers' ({seconds[0]:.3f} s).\nA"
+        f" step of nothing but these products would be {seconds[0] * rate / flops:.2f} times as fast as"
+        " diffusers'."
+    )
     if options.profile:
         for name, step in zip(("diffusers", "musekit"), steps):
             print_profile(name, step, options.device)

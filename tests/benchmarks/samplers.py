@@ -1,9 +1,11 @@
-"""Every sampler on the demo's model: how often pictures show what was asked for, and how much shapes of a digit differ.
+"""Every sampler on the demo's model: how often pictures show what was asked for, and how much shapes of a
+digit differ.
 
     musekit demo --out runs/demo
     python tests/benchmarks/samplers.py runs/demo/pipeline tests/benchmarks/samplers.json
 
-Draws 400 held-out prompts for each sampler, number of steps and seed. About forty minutes on one core with two seeds.
+Draws 400 held-out prompts for each sampler, number of steps and seed. About forty minutes on one core with
+two seeds.
 """
 import argparse
 import json
@@ -45,19 +47,33 @@ def settings():
     "What is compared, cheap ones first."
     for steps in STEPS:
         for name, options in SAMPLERS.items():
-            yield {"comparison": "samplers", "name": name, "steps": steps}, {"sampler": name, "steps": steps, **options}
+            yield {"comparison": "samplers", "name": name, "steps": steps}, {
+                "sampler": name,
+                "steps": steps,
+                **options,
+            }
     for name, options in GUIDANCE.items():
-        yield {"comparison": "guidance", "name": name, "steps": 16}, {"steps": 16, "guidance_scale": 3.0, **options}
+        yield {"comparison": "guidance", "name": name, "steps": 16}, {
+            "steps": 16,
+            "guidance_scale": 3.0,
+            **options,
+        }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pipeline")
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=400)
     options = parser.parse_args()
-    pipeline, judge, prompts = Pipeline.from_pretrained(options.pipeline), DigitJudge(), test_prompts(options.prompts)
+    pipeline, judge, prompts = (
+        Pipeline.from_pretrained(options.pipeline),
+        DigitJudge(),
+        test_prompts(options.prompts),
+    )
     rows = []
     for seed in range(options.seeds):
         for label, how in settings():

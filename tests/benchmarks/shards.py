@@ -1,12 +1,14 @@
-"""How fast, and in how much memory, text is cut into shards: the kit beside a plain loop, DuckDB, Polars and the codecs alone.
+"""How fast, and in how much memory, text is cut into shards: the kit beside a plain loop, DuckDB, Polars and
+the codecs alone.
 
-    python tests/benchmarks/shards.py            # 280,000 documents, 5 rounds; the made sources stay in --folder
+    python tests/benchmarks/shards.py            # 280,000 documents, 5 rounds; sources stay in --folder
     python tests/benchmarks/shards.py --short    # half of them, 3 rounds: about eight minutes on two cores
     python tests/benchmarks/shards.py --quick    # a tenth of them, 1 round: does it still run?
 
-Every run is a process of its own, and begins when the disk has nothing left to write. In each round all contenders run once, in turn,
-so that whatever else the machine is doing meets all of them; shares are of the plain loop in the same round. Medians of the rounds
-are printed, and of the shares the least and the greatest as well. Ours alone waits until its shards are on the disk (fsync).
+Every run is a process of its own, and begins when the disk has nothing left to write. In each round all
+contenders run once, in turn, so that whatever else the machine is doing meets all of them; shares are of the
+plain loop in the same round. Medians of the rounds are printed, and of the shares the least and the greatest
+as well. Ours alone waits until its shards are on the disk (fsync).
 """
 import argparse
 import json
@@ -48,7 +50,9 @@ def tables(documents, size=1000, seed=0):
     chances = np.cumsum(1 / (np.arange(len(words)) + 2.7))
     for start in range(0, documents, size):
         lengths = np.maximum(3, random.lognormal(np.log(345), 0.9, size)).astype(int)
-        drawn, ends = words[np.searchsorted(chances / chances[-1], random.random(lengths.sum()))], np.cumsum(lengths)
+        drawn, ends = words[np.searchsorted(chances / chances[-1], random.random(lengths.sum()))], np.cumsum(
+            lengths
+        )
         score = np.clip(random.normal(2.8, 0.6, size), 0, 5)
         names = [f"{number:032x}" for number in random.integers(2**62, size=size)]
         yield pa.table({
@@ -76,11 +80,14 @@ def make_source(path, documents, giant):
 
 
 def source_of(folder, documents, giant=False):
-    """The path of a source; made if need be, by another process, since a child starts with its parent's peak of memory."""
+    """The path of a source; made if need be, by another process, since a child starts with its parent's
+    peak of memory."""
     path = folder / f"{documents}{'-giant' if giant else ''}.parquet"
     if not path.exists():
         print(f"making {path} ...", flush=True)
-        subprocess.run([sys.executable, __file__, "--make", str(path), str(documents), str(int(giant))], check=True)
+        subprocess.run(
+            [sys.executable, __file__, "--make", str(path), str(documents), str(int(giant))], check=True
+        )
     return path
 
 
@@ -103,7 +110,13 @@ def plain(source, out):
 def write_list(texts, out, shards):
     """Writes a list of strings as one shard."""
     table = pa.table({"text": texts})
-    pq.write_table(table, f"{out}/shard_{shards:05d}.parquet", row_group_size=GROUP, compression="snappy", use_dictionary=False)
+    pq.write_table(
+        table,
+        f"{out}/shard_{shards:05d}.parquet",
+        row_group_size=GROUP,
+        compression="snappy",
+        use_dictionary=False,
+    )
 
 
 def musekit(source, out, codec="zstd"):
@@ -115,7 +128,8 @@ def musekit(source, out, codec="zstd"):
 
 
 def bare(source, out):
-    """The kit's two threads and its cutting, and nothing else: no reasons, no UTF-8 check, no SHA-256, no waiting for the disk."""
+    """The kit's two threads and its cutting, and nothing else: no reasons, no UTF-8 check, no SHA-256, no
+    waiting for the disk."""
     from itertools import chain, islice
 
     from musekit.shards.rechunk import CODECS, SCHEMA, Layout, regroup
@@ -129,8 +143,14 @@ def bare(source, out):
 
     groups, shards = read_ahead(regroup(kept(), Layout())), 0
     while (first := next(groups, None)) is not None:
-        with pq.ParquetWriter(f"{out}/shard_{shards:05d}.parquet", SCHEMA, compression="zstd", compression_level=CODECS["zstd"],
-                              use_dictionary=False, write_statistics=False) as writer:
+        with pq.ParquetWriter(
+            f"{out}/shard_{shards:05d}.parquet",
+            SCHEMA,
+            compression="zstd",
+            compression_level=CODECS["zstd"],
+            use_dictionary=False,
+            write_statistics=False,
+        ) as writer:
             for group in chain([first], islice(groups, ROWS // GROUP - 1)):
                 writer.write_batch(pa.record_batch([group], schema=SCHEMA))
         shards += 1
@@ -164,17 +184,29 @@ def duckdb(source, out):
     """DuckDB's COPY: row groups of 2,048, its smallest, 42 of them a file."""
     import duckdb
 
-    duckdb.sql(f"""COPY (SELECT text FROM '{source}' WHERE int_score >= 3 AND length(text) >= 50) TO '{out}/shards'
-        (FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1, ROW_GROUP_SIZE 2048, ROW_GROUPS_PER_FILE 42)""")
+    duckdb.sql(
+        f"""COPY (SELECT text FROM '{source}' WHERE int_score >= 3 AND length(text) >= 50) TO '{out}/shards'
+        (FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1,
+        ROW_GROUP_SIZE 2048, ROW_GROUPS_PER_FILE 42)"""
+    )
 
 
 def polars(source, out):
     """Polars' partitioned sink: the same row groups and shards."""
     import polars as pl
 
-    kept = pl.scan_parquet(source).filter((pl.col("int_score") >= 3) & (pl.col("text").str.len_chars() >= 50)).select("text")
-    kept.sink_parquet(pl.PartitionBy(out, max_rows_per_file=ROWS, approximate_bytes_per_file=2**62), compression="zstd",
-                      compression_level=1, row_group_size=GROUP, statistics=False)
+    kept = (
+        pl.scan_parquet(source)
+        .filter((pl.col("int_score") >= 3) & (pl.col("text").str.len_chars() >= 50))
+        .select("text")
+    )
+    kept.sink_parquet(
+        pl.PartitionBy(out, max_rows_per_file=ROWS, approximate_bytes_per_file=2**62),
+        compression="zstd",
+        compression_level=1,
+        row_group_size=GROUP,
+        statistics=False,
+    )
 
 
 def only_read(source, out):
@@ -199,7 +231,18 @@ def kept_rows(source):
     return [table.slice(start, GROUP).combine_chunks() for start in range(0, len(table), GROUP)]
 
 
-CONTENDERS = (plain, musekit, bare, musekit_snappy, musekit_polars, musekit_plan, duckdb, polars, only_read, only_write)
+CONTENDERS = (
+    plain,
+    musekit,
+    bare,
+    musekit_snappy,
+    musekit_polars,
+    musekit_plan,
+    duckdb,
+    polars,
+    only_read,
+    only_write,
+)
 
 
 # ---- measuring ----
@@ -213,14 +256,20 @@ def run_here(name, source, out):
     before, start = cpu_seconds(), time.perf_counter()
     contender(source, out, **more)
     wall, cpu = time.perf_counter() - start, cpu_seconds() - before
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
+    peak = (
+        max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        / 1024
+    )
     size = sum(path.stat().st_size for path in Path(out).rglob("*.parquet")) / 1e6
     return {"wall": wall, "cpu": cpu, "peak": peak, "size": size}
 
 
 def cpu_seconds():
     """CPU time of this process and its ended children."""
-    return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    return sum(
+        usage.ru_utime + usage.ru_stime
+        for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
 
 
 def measure(name, source, folder):
@@ -255,11 +304,17 @@ def compare(names, source, folder, rounds):
 
 def show(table):
     """The table as text: medians, and shares of the first contender with their spread."""
-    print(f"\n{'':16}{'wall s':>8}{'CPU s':>8}{'peak MB':>9}{'MB':>8}   {'wall':>6}{'':12}{'CPU':>6}{'':12}{'peak':>6}{'size':>6}")
+    print(
+        f"\n{'':16}{'wall s':>8}{'CPU s':>8}{'peak MB':>9}{'MB':>8}  "
+        f" {'wall':>6}{'':12}{'CPU':>6}{'':12}{'peak':>6}{'size':>6}"
+    )
     for name, row in table.items():
         median, share = row["median"], row["share"]
-        print(f"{name:16}{median['wall']:8.2f}{median['cpu']:8.2f}{median['peak']:9.0f}{median['size']:8.0f}   "
-              f"{spread(share['wall'])}{spread(share['cpu'])}{share['peak'][1]:6.2f}{share['size'][1]:6.2f}", flush=True)
+        print(
+            f"{name:16}{median['wall']:8.2f}{median['cpu']:8.2f}{median['peak']:9.0f}{median['size']:8.0f}   "
+            f"{spread(share['wall'])}{spread(share['cpu'])}{share['peak'][1]:6.2f}{share['size'][1]:6.2f}",
+            flush=True,
+        )
 
 
 def spread(share):
@@ -269,7 +324,8 @@ def spread(share):
 
 
 def far(source, folder, num_shards, rows_per_shard=ROWS):
-    """Cuts a source that stays on a web server; what travelled, as a share of what the rows need and of the file."""
+    """Cuts a source that stays on a web server; what travelled, as a share of what the rows need and of
+    the file."""
     from musekit.shards.remote import chunk_ranges
     from musekit.shards.rechunk import Layout, rechunk
     from musekit.shards.selection import Selection
@@ -279,14 +335,19 @@ def far(source, folder, num_shards, rows_per_shard=ROWS):
 
     layout = Layout(rows_per_shard, GROUP, num_shards=num_shards)
     with open(source, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-        with MoodyServer({"source.parquet": content}) as server, tempfile.TemporaryDirectory(dir=folder) as out:
+        with MoodyServer({"source.parquet": content}) as server, tempfile.TemporaryDirectory(
+            dir=folder
+        ) as out:
             report = rechunk([f"{server.url}/source.parquet"], out, Selection("text", "int_score", 3), layout)
             sent = server.sent
     metadata = pq.read_metadata(source)
     ranges = chunk_ranges(metadata, COLUMNS, range(-(-report.rows // 1000)))
     needed = sum(stop - start for start, stop in ranges)
-    print(f"  {num_shards} + 1 shards of {rows_per_shard:,} rows: {report.rows:,} rows read, {sent / 1e6:.1f} MB fetched, "
-          f"{sent / needed:.3f} of what the rows need, {sent / source.stat().st_size:.3f} of the file")
+    print(
+        f"  {num_shards} + 1 shards of {rows_per_shard:,} rows: {report.rows:,} rows read, {sent / 1e6:.1f}"
+        f" MB fetched, {sent / needed:.3f} of what the rows need, {sent / source.stat().st_size:.3f} of the"
+        " file"
+    )
 
 
 def main():
@@ -296,7 +357,9 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a tenth of the documents, 1 round")
     parser.add_argument("--documents", type=int, default=280_000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", choices=[each.__name__ for each in CONTENDERS], help="beside the plain loop")
+    parser.add_argument(
+        "--only", nargs="+", choices=[each.__name__ for each in CONTENDERS], help="beside the plain loop"
+    )
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "musekit-benchmark")
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--make", nargs=3, help=argparse.SUPPRESS)
@@ -311,16 +374,34 @@ def main():
     options.folder.mkdir(parents=True, exist_ok=True)
     names = ["plain", *(options.only or [each.__name__ for each in CONTENDERS if each is not plain])]
     load = os.getloadavg()[0]
-    print(f"{os.cpu_count()} cores, load {load:.1f}, {options.documents:,} documents, {options.rounds} rounds")
+    print(
+        f"{os.cpu_count()} cores, load {load:.1f}, {options.documents:,} documents, {options.rounds} rounds"
+    )
     show(compare(names, source_of(options.folder, options.documents), options.folder, options.rounds))
     print("\none giant row group:")
-    show(compare(["plain", "musekit"], source_of(options.folder, options.documents, giant=True), options.folder, min(3, options.rounds)))
+    show(
+        compare(
+            ["plain", "musekit"],
+            source_of(options.folder, options.documents, giant=True),
+            options.folder,
+            min(3, options.rounds),
+        )
+    )
     print("\na tenth of the source, whose peak of memory should be the same:")
-    show(compare(["plain", "musekit"], source_of(options.folder, options.documents // 10), options.folder, min(3, options.rounds)))
+    show(
+        compare(
+            ["plain", "musekit"],
+            source_of(options.folder, options.documents // 10),
+            options.folder,
+            min(3, options.rounds),
+        )
+    )
     print("\nstraight from a web server:")
     source = source_of(options.folder, options.documents)
     far(source, options.folder, 10)
-    far(source, options.folder, 1, options.documents // 10 // GROUP * GROUP)  # full long before the source ends
+    far(
+        source, options.folder, 1, options.documents // 10 // GROUP * GROUP
+    )  # full long before the source ends
     print(f"\nload at the end {os.getloadavg()[0]:.1f}")
 
 
