@@ -24,9 +24,9 @@ setup(
     url=settings["git_url"],
     license="Apache-2.0",
     packages=find_packages(include=["musekit", "musekit.*"]),
-    package_data={"musekit": ["configs/*.yaml"]},
+    package_data={"musekit": ["configs/*.yaml", "pretrained/*/*", "pretrained/*/*/*"]},
     python_requires=f">={settings['min_python']}",
     install_requires=lines("requirements"),
-    extras_require={"lab": lines("lab_requirements"), "dev": lines("dev_requirements")},
+    extras_require={name: lines(f"{name}_requirements") for name in ("lab", "polars", "dev")},
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["musekit=musekit._modidx:d"]},
 )

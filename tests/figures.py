@@ -184,9 +184,9 @@ def opened(data: str) -> Image.Image:
 
 def with_palette(data: str) -> str:
     """A PNG in at most 256 colours, if that is smaller."""
-    image, file = opened(data), io.BytesIO()
+    image, file = opened(data).convert("RGBA"), io.BytesIO()
     paper = Image.new("RGB", image.size, "white")
-    paper.paste(image, mask=image.getchannel("A") if image.mode == "RGBA" else None)
+    paper.paste(image, mask=image.getchannel("A"))
     dpi = {"dpi": image.info["dpi"]} if "dpi" in image.info else {}
     paper.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True, **dpi)
     smaller = base64.b64encode(file.getvalue()).decode()

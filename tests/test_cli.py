@@ -512,8 +512,11 @@ def test_demo(tmp_path, here):
     write_shards(some_digits(range(40)), digits / "train")
     write_shards(some_digits(range(1000, 1010)), digits / "test")
     (digits / "test_prompts.json").write_text("[]")  # the digits are there already, a handful of them
-    process = here(tmp_path, "demo", "--out", "run", "--prompts", "20", *TINY)
+    process = here(tmp_path, "demo", "--out", "run", "--prompts", "20", "--export", "copy", *TINY)
     assert (process.returncode, process.stderr) == (0, "")
+    assert "copy in half precision: copy, all three right" in process.stdout
+    card = (tmp_path / "copy" / "README.md").read_text()
+    assert "`musekit demo --out run --seed 0 --prompts 20 --export copy model.vq_model" in card
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["overall"]["count"] == 20 and set(results["groups"]) == {
         "unseen combination",

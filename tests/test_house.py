@@ -198,6 +198,34 @@ def test_import_is_instant(statement):
     }
 
 
+HEAVY = {"torch", "transformers", "accelerate", "matplotlib", "sklearn", "scipy"}
+
+
+def test_a_pipeline_is_imported_with_torch_alone():
+    loaded = loaded_by("from musekit.inference.pipeline import Pipeline")
+    assert "torch" in loaded and not loaded & (HEAVY - {"torch"})
+
+
+@pytest.mark.parametrize("arguments", [
+    ["generate", "--mistyped"], ["genrate"],
+    ["generate", "a three", "--model", "nofolder"], ["generate", "--again", "no.png"],
+    ["train", "nofile.yaml"], ["check", "nofile.yaml"],
+    ["train-tokenizer", "nofile.yaml"], ["encode", "nofile.yaml", "--out", "codes"],
+    ["evaluate", "nofolder", "data=digits"], ["plot", "nofolder"], ["push", "nofolder", "a/b"],
+], ids=" ".join)
+def test_a_mistyped_name_is_refused_at_once(arguments):
+    code = f"""import sys
+from musekit.cli import main
+try:
+    status = main({arguments!r})
+except SystemExit as end:
+    status = end.code
+print(status, *(name for name in sys.modules if '.' not in name))"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    status, *loaded = process.stdout.split()
+    assert status == "2" and not HEAVY & set(loaded)
+
+
 def test_the_face_of_the_package():
     assert {
         "Pipeline",

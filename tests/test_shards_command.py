@@ -25,6 +25,7 @@ import pytest
 
 from children import CHILDREN
 from moody_server import MoodyServer
+from musekit.shards import polars_engine
 from musekit.shards.catalog import Dataset, dataset_of
 from musekit.shards.command import backups_table, main
 from musekit.shards.convert import Options, convert
@@ -252,13 +253,27 @@ def test_only_what_was_asked_for_is_converted(server, cache):
     assert manifest["kept"] == 420 - manifest["dropped"].get("too short", 0) and len(server.requests) == 1
 
 
-def test_engines_give_the_same_bytes(server, cache):
-    shards = []
+@pytest.mark.parametrize("engine", ["arrow", "polars"])
+def test_executors_give_the_same_bytes(server, cache, engine):
+    pytest.importorskip("polars") if engine == "polars" else None
+    layout, shards = replace(SMALL, engine=engine), []
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         for changes in ({}, {"remote": True}, {"executor": pool}):
             options = Options(cache.folder, quiet=True, connection=Connection(endpoint=server.url), **changes)
-            shards.append(convert(WORDS, options, SMALL)["shards"])
+            shards.append(convert(WORDS, options, layout)["shards"])
     assert shards[0] == shards[1] == shards[2]
+    assert read_manifest(cache.data)["layout"]["engine"] == engine
+
+
+def test_polars_is_missed_before_anything_is_fetched(server, cache, monkeypatch, capsys):
+    polars_engine._import.cache_clear()
+    monkeypatch.setitem(sys.modules, "polars", None)
+    arguments = ["--from", f"{server.url}/a.parquet", "--engine", "polars", "--cache-dir", str(cache.folder)]
+    assert main(arguments) == 1
+    assert "pip install 'musekit[polars]'" in capsys.readouterr().err and not server.requests
+    with pytest.raises(SystemExit):
+        main(["climbmix", "--engine", "duckdb"])
+    assert "'duckdb'" in capsys.readouterr().err
 
 
 def test_the_second_of_two_runs_is_refused(server, cache):

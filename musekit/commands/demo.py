@@ -6,17 +6,25 @@
 __all__ = ['add_demo']
 
 # %% ../../nbs/10_commands/03_demo.ipynb #7239bbba
+import shlex
+
 from .options import disable_progress_bars, number_between, report_stop
 
 # %% ../../nbs/10_commands/03_demo.ipynb #3e7b7581
 def _run_demo(options):
-    from musekit.recipes.demo import demo
+    from musekit.recipes.demo import demo, export_demo
 
     disable_progress_bars()
     recipe = demo(options.out, [f"training.seed={options.seed}", *options.overrides], options.prompts)
+    settings = ["--out", options.out, "--seed", str(options.seed), "--prompts", str(options.prompts)]
+    if options.export:
+        settings += ["--export", options.export]
     if recipe.trainer.stop:
-        settings = ["--out", options.out, "--seed", str(options.seed), "--prompts", str(options.prompts)]
         return report_stop(recipe.trainer, "demo", *settings, *options.overrides)
+    if options.export and recipe.accelerator.is_main_process:
+        command = shlex.join(["musekit", "demo", *settings, *options.overrides])
+        results = export_demo(recipe.folder, options.export, command, recipe.results["prompts"])
+        print(f"copy in half precision: {options.export}, all three right {results['overall']['joint']:.1%}")
 
 
 def add_demo(commands):
@@ -36,5 +44,6 @@ def add_demo(commands):
     add("--seed", type=number_between(0), default=0, help="seed of all random numbers (default: %(default)s)")
     add("--prompts", type=number_between(1, 400), default=400, metavar="N",
         help="held-out prompts to generate and score, 1 to 400 (default: %(default)s)")
+    add("--export", metavar="FOLDER", help="also save the pipeline there in half precision, with its score")
     parser.set_defaults(run=_run_demo, words="overrides", resumes=True)
     return parser

@@ -15,10 +15,10 @@ from musekit.commands.options import (
 
 # %% ../../nbs/10_commands/06_encode.ipynb #dacdcff2
 def _run_encode(options):
+    paths, settings = files_and_settings("encode", options.arguments)  # before PyTorch is imported
     from musekit.recipes.encode import EncodeOptions, configure_encoding, encode_shards
 
     disable_progress_bars()
-    paths, settings = files_and_settings("encode", options.arguments)
     config = configure_encoding(paths, settings)
     encode_options = EncodeOptions(options.out, options.format, options.state_dtype, options.workers)
     print(encode_shards(config, encode_options, base_dir=folder_of(paths)))

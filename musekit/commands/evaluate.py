@@ -13,10 +13,12 @@ from argparse import RawDescriptionHelpFormatter
 from musekit.commands.options import (
     add_decoding_options, check_writable, decoding_settings, disable_progress_bars, number_between,
 )
+from ..utils.model_folder import model_folder
 from ..utils.validation import is_rehearsal
 
 # %% ../../nbs/10_commands/08_evaluate.ipynb #4dc8d039
 def _run_evaluate(options):
+    model_folder(options.model)  # refuses a wrong name before PyTorch is imported
     from musekit.evaluation.evaluate import describe_quality, evaluate_pipeline
     from musekit.utils.files import write_aside
 

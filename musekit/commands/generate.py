@@ -14,6 +14,7 @@ from musekit.commands.options import (
     add_decoding_options, check_writable, decoding_settings, disable_progress_bars, number_between,
     print_message,
 )
+from ..utils.model_folder import PACKAGED_MODEL, model_folder
 
 # %% ../../nbs/10_commands/07_generate.ipynb #d62ecc74
 def check_image_file(path: str):
@@ -42,6 +43,13 @@ def _input_files(options):
     "The paths of the images that a command reads."
     paths = [vars(options).get(name) for name in ("again", "image", "mask")]
     return [path for path in paths if path]
+
+
+def _check_inputs(options):
+    "Raises FileNotFoundError if an image that a command reads does not exist."
+    for path in _input_files(options):
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"there is no image {path}")
 
 
 def _free_name():
@@ -99,9 +107,11 @@ def _default_prompts(encoder, again=False):
 DEMO_MODEL = "runs/demo/pipeline"
 
 
-def _check_demo(model):
-    if model == DEMO_MODEL and not os.path.isdir(DEMO_MODEL):
-        raise FileNotFoundError(f"no model in {DEMO_MODEL} yet: run musekit demo first, or name a --model")
+def _choose_model(named):
+    "The model of `--model`, else the demo's if there is one, else the packaged one; refuses a wrong name."
+    model = named or (DEMO_MODEL if os.path.isdir(DEMO_MODEL) else PACKAGED_MODEL)
+    model_folder(model)
+    return model
 
 
 def _changes(options, prompts):
@@ -123,7 +133,8 @@ def _load(options, task):
     from musekit.inference.pipeline import Pipeline
     from musekit.inference.sheets import add_updates
 
-    again = vars(options).get("again") if options.model is None else None
+    named = options.model is not None
+    again = None if named else vars(options).get("again")
     if again and task.model is None:
         raise ValueError(f"{again} does not name the model that generated it; name one with --model")
     try:
@@ -133,6 +144,9 @@ def _load(options, task):
             raise
         problem = f"{again} was generated with {task.model}, which does not exist here"
         raise FileNotFoundError(f"{problem}; name its path with --model ({error})") from error
+    if not named and not again:
+        origin = ", the one in the package" if task.model == PACKAGED_MODEL else ""
+        print_message(f"model: {task.model}{origin}")
     return add_updates(pipeline, task)
 
 
@@ -180,15 +194,18 @@ def _generate(options, task):
 
 # %% ../../nbs/10_commands/07_generate.ipynb #158b8127
 def _run_generate(options):
+    _check_inputs(options)
     if options.animate:
         _check_animation(options.animate)
     _choose_out(options)
-    if not options.again:
-        _check_demo(options.model or DEMO_MODEL)
+    if options.model or not options.again:
+        model = _choose_model(options.model)  # before PyTorch is imported
     from musekit.inference.sheets import GenerationTask, read_task
 
-    new = GenerationTask(options.prompts, num_images_per_prompt=4, model=DEMO_MODEL)
-    task = read_task(options.again) if options.again else new
+    if options.again:
+        task = read_task(options.again)
+    else:
+        task = GenerationTask(options.prompts, num_images_per_prompt=4, model=model)
     if options.animate and task.image is not None:
         problem = f"--animate shows how images are generated from prompts, and {options.again} is an edit"
         raise ValueError(f"{problem}; leave --animate out")
@@ -197,7 +214,8 @@ def _run_generate(options):
 
 def _add_generation_options(parser):
     add, whole = parser.add_argument, number_between(1)
-    add("--model", metavar="FOLDER", help=f"pipeline or hub id (default: {DEMO_MODEL})")
+    add("--model", metavar="FOLDER", help=f"pipeline or hub id (default: {DEMO_MODEL}, "
+        f"or {PACKAGED_MODEL}, the small model in the package)")
     add("--lora", metavar="FOLDER", help="low-rank updates to add to the model, of a run, peft or diffusers")
     add("--lora-scale", type=float, metavar="X", help="scale of the updates (default: 1)")
     add("--out", metavar="FILE", help="image to write; a PNG stores all settings (default: generated.png, or "
@@ -235,9 +253,6 @@ def add_generate(commands):
 # %% ../../nbs/10_commands/07_generate.ipynb #71f923dc
 def _open_images(image, mask):
     "The image and the mask of two files."
-    for path in (image, mask):
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"there is no image {path}")
     from musekit.data.masks import open_mask
     from musekit.data.pictures import open_picture
 
@@ -252,12 +267,13 @@ def _open(read, path):
 
 
 def _run_inpaint(options):
+    _check_inputs(options)
     _choose_out(options)
+    model = _choose_model(options.model)
     image, mask = _open_images(options.image, options.mask)
-    _check_demo(options.model or DEMO_MODEL)
     from musekit.inference.sheets import GenerationTask
 
-    task = GenerationTask(options.prompts, num_images_per_prompt=4, image=image, mask=mask, model=DEMO_MODEL)
+    task = GenerationTask(options.prompts, num_images_per_prompt=4, image=image, mask=mask, model=model)
     _generate(options, task.change(**_changes(options, task.prompts)))
 
 

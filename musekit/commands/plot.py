@@ -9,8 +9,12 @@ __all__ = ['add_plot']
 import os
 from argparse import RawDescriptionHelpFormatter
 
+from .options import check_folder
+
 # %% ../../nbs/10_commands/09_plot.ipynb #a5a3895a
 def _run_plot(options):
+    for run in options.runs:
+        check_folder(run)
     from musekit.plots import run_figures, save_figures
 
     folder = options.out or os.path.join(options.runs[0], "plots")

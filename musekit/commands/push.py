@@ -8,8 +8,11 @@ __all__ = ['add_push']
 # %% ../../nbs/10_commands/10_push.ipynb #2ce90251
 from argparse import RawDescriptionHelpFormatter
 
+from .options import check_folder
+
 # %% ../../nbs/10_commands/10_push.ipynb #04763599
 def _run_push(options):
+    check_folder(options.folder)
     from musekit.models.card import push
 
     print(push(options.folder, options.repository, license=options.license, private=options.private or None))

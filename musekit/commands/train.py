@@ -16,6 +16,7 @@ from musekit.commands.options import (
 
 # %% ../../nbs/10_commands/04_train.ipynb #4c4ed268
 def _run_check(options):
+    paths, settings = files_and_settings("check", options.arguments)  # before PyTorch is imported
     from musekit.recipes.configure import configure
     from musekit.recipes.memory import memory_report
     from musekit.recipes.precision import bf16_report
@@ -24,7 +25,6 @@ def _run_check(options):
     from musekit.training.optim import check_library
 
     disable_progress_bars()
-    paths, settings = files_and_settings("check", options.arguments)
     config = configure(paths, settings)
     most = None if vars(options).get("all") else 60
     parts = [describe(config, most=most), memory_report(config), bf16_report(config)]
@@ -64,13 +64,13 @@ def add_check(commands):
 
 # %% ../../nbs/10_commands/04_train.ipynb #51763bde
 def _run_train(options):
+    if options.check:
+        return _run_check(options)
+    paths, settings = files_and_settings("train", options.arguments)  # before PyTorch is imported
     from musekit.recipes.configure import configure
     from musekit.recipes.text_to_image import train
 
-    if options.check:
-        return _run_check(options)
     disable_progress_bars()
-    paths, settings = files_and_settings("train", options.arguments)
     recipe = train(configure(paths, settings), base_dir=folder_of(paths))
     if recipe.trainer.stop:
         return report_stop(recipe.trainer, "train", *resuming_arguments(options.arguments))

@@ -16,12 +16,12 @@ from musekit.commands.options import (
 
 # %% ../../nbs/10_commands/05_train_tokenizer.ipynb #8f8d518d
 def _run_train_tokenizer(options):
+    paths, settings = files_and_settings("train-tokenizer", options.arguments)  # before PyTorch is imported
     from musekit.recipes.image_tokenizer import (
         configure_tokenizer, describe_report, describe_tokenizer, final_report, train_tokenizer,
     )
 
     disable_progress_bars()
-    paths, settings = files_and_settings("train-tokenizer", options.arguments)
     config = configure_tokenizer(paths, settings)
     if options.check:
         from musekit.recipes.survey import tokenizer_data_report

@@ -8,7 +8,6 @@ __all__ = ['wrap_text', 'caption_font', 'image_grid', 'prompt_grid', 'plot_decod
 # %% ../../nbs/03_data/08_grids.ipynb #26375ef3
 from pathlib import Path
 
-import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 from ..utils.files import write_aside
@@ -33,6 +32,8 @@ def wrap_text(
 
 def caption_font(size: int = 11) -> ImageFont.FreeTypeFont:
     "Matplotlib's font, the same on every machine."
+    import matplotlib  # slow to import, and needed by captions alone
+
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
 
 # %% ../../nbs/03_data/08_grids.ipynb #d0bd9140

@@ -9,11 +9,8 @@ __all__ = ['OFF_COLOUR', 'MAX_SPECKS', 'CLAIMS', 'as_pixels', 'unmix', 'count_sp
 # %% ../../nbs/06_evaluation/02_digits.ipynb #04f8f56b
 from collections.abc import Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.svm import SVC
 
 from ..data.digits import INKS, PAPERS, enlarge, split_samples
 
@@ -79,6 +76,9 @@ class DigitJudge:
     "Reads digit, ink and paper of an image; trained on real handwriting alone."
 
     def __init__(self):
+        from sklearn.datasets import load_digits  # slow to import, and needed by a new judge alone
+        from sklearn.svm import SVC
+
         data = load_digits()
         train, test = split_samples()
         coverage = np.stack([enlarge(image).ravel() for image in data.images])
@@ -161,6 +161,8 @@ def plot_confusion(
     title: str = "",
 ):  # the matplotlib figure
     "The confusion matrix: digits in the prompts (rows) against digits read (columns)."
+    import matplotlib.pyplot as plt
+
     counts = np.array(score["confusion"])
     shares = counts / counts.sum(1, keepdims=True).clip(1)
     figure, axis = plt.subplots(figsize=(3.8, 3.6), layout="constrained")

@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, CLIPModel
 
 from ..models.text_encoders import load_transformers_model
 from ..utils.files import write_aside
@@ -280,7 +279,7 @@ class InceptionFeatures(nn.Module):
 class ClipFeatures(nn.Module):
     "CLIP's image tower: pixels (B, 3, H, W) in [0, 1] -> unit vectors (B, P), and `agreement` with texts."
 
-    def __init__(self, model: CLIPModel, tokenizer, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
+    def __init__(self, model: nn.Module, tokenizer, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -292,6 +291,8 @@ class ClipFeatures(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "ClipFeatures":
         "Loads a folder or hub id with a CLIP, its tokenizer, and optionally preprocessor_config.json."
+        from transformers import AutoTokenizer, CLIPModel  # slower to import than torch
+
         folder = find_folder(path)
         file = folder / "preprocessor_config.json"
         settings = read_json(file) if file.is_file() else {}

@@ -11,7 +11,6 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from .features import FeatureTable
@@ -163,6 +162,8 @@ class DigitFeatures:
     @cached_property
     def _digits(self):
         "A classifier with probabilities, trained on the judge's handwriting."
+        from sklearn.linear_model import LogisticRegression  # slow to import
+
         return LogisticRegression(C=10, max_iter=1000).fit(self.judge.train_coverage, self.judge.train_digits)
 
     def probabilities(self, pixels: Tensor) -> Tensor:  # (B, 10)

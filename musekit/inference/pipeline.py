@@ -32,6 +32,7 @@ from musekit.models.pipeline_folder import (
 from ..models.pretrained import find_dtype
 from ..models.quantizers import ImageTokenizer
 from ..models.text_encoders import TextEncoder
+from ..utils.model_folder import PACKAGED_MODEL
 from ..utils.seeds import resolve_seed, step_seed
 from ..utils.validation import check_names, is_number, whole_numbers
 
@@ -455,13 +456,13 @@ class Pipeline(ImagePipeline):
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,  # a folder or a hub id; also of diffusers' aMUSEd
+        path: str | Path = PACKAGED_MODEL,  # a folder or a hub id, also of diffusers' aMUSEd; or "digits"
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,  # None: float32
         variant: str | None = None,  # of the weights, such as "fp16", where a network has it
         torch_dtype: torch.dtype | str | None = None,  # diffusers' name of dtype
     ) -> "Pipeline":
-        "The pipeline that `save_pretrained` or `save_diffusers` wrote."
+        "The pipeline that `save_pretrained` or `save_diffusers` wrote; by default the one in the package."
         if None not in (dtype, torch_dtype) and find_dtype(dtype) != find_dtype(torch_dtype):
             raise ValueError(f"torch_dtype={torch_dtype} and dtype={dtype} are two values of one setting; "
                              "give one of them")

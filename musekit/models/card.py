@@ -67,7 +67,10 @@ def _last_losses(path):
     return losses
 
 
-def run_facts(folder: str | Path) -> dict[str, str]:
+def run_facts(
+    folder: str | Path,
+    results: dict | None = None,  # instead of those in results.json
+) -> dict[str, str]:
     "Facts on the training of a run: settings, last losses, and results if there are any."
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
@@ -76,8 +79,9 @@ def run_facts(folder: str | Path) -> dict[str, str]:
     values = {title: _setting(settings, path) for title, path in _SETTINGS.items()}
     facts = {title: _format_value(value) for title, value in values.items() if value is not None}
     facts |= _last_losses(folder / "log.jsonl")
-    results = folder / "results.json"
-    return facts | dict(_numbers(read_json(results))) if results.is_file() else facts
+    if results is None and (folder / "results.json").is_file():
+        results = read_json(folder / "results.json")
+    return facts | dict(_numbers(results or {}))
 
 # %% ../../nbs/02_models/05_card.ipynb #dd5cad2b
 def _tensor_shapes(folder):

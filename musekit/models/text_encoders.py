@@ -11,23 +11,24 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
-from transformers.utils import logging
 
 from ..utils.validation import is_unicode, one_line
 from .weights import check_finite, find_folder, load_weights, match_names, unwrap_names
 
 # %% ../../nbs/02_models/14_text_encoders.ipynb #98abd42d
+# Classes of transformers, which takes longer to import than torch and is imported where a text is encoded.
 _TEXT_MODELS = {
-    ("clip", True): CLIPTextModelWithProjection,
-    ("clip", False): CLIPTextModel,
-    ("t5", False): T5EncoderModel,
+    ("clip", True): "CLIPTextModelWithProjection",
+    ("clip", False): "CLIPTextModel",
+    ("t5", False): "T5EncoderModel",
 }
 _LONGEST = 4096  # T5 has no limit of its own, and its tokenizer's may be 10^30
 
 
 def _find_text_model(path):
     "The config, its subfolder and the tokenizer's: those of a pipeline, or the root of a text model."
+    from transformers import AutoConfig
+
     for model_folder, tokenizer_folder in (("text_encoder", "tokenizer"), ("", "")):
         try:
             config = AutoConfig.from_pretrained(path, subfolder=model_folder)
@@ -40,6 +41,8 @@ def _find_text_model(path):
 
 @contextmanager
 def _quiet_library():
+    from transformers.utils import logging
+
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -111,6 +114,8 @@ class TextEncoder(nn.Module):
         variant: str | None = None,  # such as "fp16", see `weight_paths`
     ) -> "TextEncoder":
         "Loads a text model in the layout of transformers or of a diffusers pipeline."
+        import transformers
+
         use_pooled = kind == "clip" if use_pooled is None else use_pooled
         if (kind, use_pooled) not in _TEXT_MODELS:
             setting = f"kind={kind!r} with use_pooled={use_pooled}"
@@ -119,9 +124,9 @@ class TextEncoder(nn.Module):
         if kind not in config.model_type:
             raise ValueError(f"{path} holds a {config.model_type!r} model, not a {kind!r} one")
         projected = use_pooled or "CLIPTextModelWithProjection" in (config.architectures or ())
-        model_class = _TEXT_MODELS[kind, projected]
+        model_class = getattr(transformers, _TEXT_MODELS[kind, projected])
         model = load_transformers_model(model_class, path, model_folder, dtype=dtype, variant=variant)
-        tokenizer = AutoTokenizer.from_pretrained(path, subfolder=tokenizer_folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, subfolder=tokenizer_folder)
         if pad_token_id is not None:
             if pad_token_id >= len(tokenizer):
                 raise ValueError(f"pad_token_id={pad_token_id}: the tokenizer of {path} has ids below "

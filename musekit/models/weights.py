@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..utils.model_folder import is_hub_id, model_folder
 from ..utils.validation import one_line
 
 # %% ../../nbs/02_models/04_weights.ipynb #71438abc
@@ -253,7 +254,7 @@ _HUB_ERRORS = {
 }
 
 def find_folder(
-    path,  # a folder, or the hub id "owner/name" if no such folder exists
+    path,  # a folder or a name, see `model_folder`; else the hub id "owner/name"
     *,
     subfolder=None,  # of the model inside it, e.g. "transformer"
     revision=None,  # branch, tag or commit on the hub; ignored for a local folder
@@ -261,26 +262,19 @@ def find_folder(
     variant=None,  # prefer this variant of the weights, such as "fp16"; see `weight_paths`
 ):
     "The local folder of a checkpoint, downloaded if needed; FileNotFoundError if there is neither."
-    folder = Path(path).expanduser()
-    if folder.is_file():
-        raise FileNotFoundError(f"{path} is a file, where a folder is needed; name the folder that holds it.")
-    if not folder.is_dir():
-        if not _is_hub_id(str(path)):
-            raise FileNotFoundError(f"{path} is no folder and no hub id of the form owner/name.")
+    folder = model_folder(path)
+    if folder is None:
         try:
             folder = _fetch(str(path), subfolder, revision, whole, variant)
         except (OSError, ValueError) as error:
             reason = _HUB_ERRORS.get(type(error).__name__, "").format(revision=revision)
             reason = f"cannot be fetched from the hub: {reason or one_line(error)}"
-            raise FileNotFoundError(f"{path} is no folder here ({folder.absolute()}) "
+            raise FileNotFoundError(f"{path} is no folder here ({Path(path).absolute()}) "
                                     f"and {reason}.") from error
     folder = folder / subfolder if subfolder else folder
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist; check path and subfolder.")
     return folder
-
-def _is_hub_id(name):
-    return name.count("/") == 1 and all(part and part[0].isalnum() for part in name.split("/"))
 
 # %% ../../nbs/02_models/04_weights.ipynb #5d644ec4
 _UPLOADED = ["*.json", "*.safetensors", "*.txt", "*.md", "*.model"]
@@ -294,7 +288,7 @@ def push_folder(folder, repository, *, private=None, revision=None, message="Upl
     """
     from huggingface_hub import HfApi
 
-    if not _is_hub_id(str(repository)):
+    if not is_hub_id(str(repository)):
         raise ValueError(f"{repository!r} is no hub id of the form owner/name.")
     api = HfApi()
     try:

@@ -15,10 +15,8 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from tokenizers import pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
-from transformers import CLIPConfig, CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..models.text_encoders import TextEncoder
 from ..training.distributed import new_accelerator
@@ -29,8 +27,11 @@ from ..training.schema import Run, Section, Steps, WandB
 # %% ../../nbs/07_recipes/01_clip.ipynb #5438106b
 def train_bpe(
     captions: Iterable[str], vocab_size: int = 1000, max_seq_length: int = 32
-) -> CLIPTokenizer:
+) -> "CLIPTokenizer":
     "A CLIP tokenizer whose byte-pair merges (Sennrich 2016) are learned from `captions`."
+    from tokenizers import pre_tokenizers, trainers
+    from transformers import CLIPTokenizer  # slower to import than torch, and needed to train a CLIP alone
+
     empty = CLIPTokenizer()
     backend = empty.backend_tokenizer
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -63,8 +64,10 @@ class ClipTrainingConfig:
     seed: int = 0
 
 
-def build_clip(tokenizer: CLIPTokenizer, image_size: int, config: ClipTrainingConfig) -> CLIPModel:
+def build_clip(tokenizer: "CLIPTokenizer", image_size: int, config: ClipTrainingConfig) -> "CLIPModel":
     "An untrained two-tower model for square images of `image_size` pixels."
+    from transformers import CLIPConfig, CLIPModel
+
     width = config.hidden_size
     tower = dict(
         hidden_size=width, intermediate_size=4 * width,
@@ -95,8 +98,10 @@ def retrieval_accuracy(logits: Tensor, input_ids: Tensor) -> Tensor:
     return (input_ids[best] == input_ids).all(-1).float().mean()
 
 # %% ../../nbs/07_recipes/01_clip.ipynb #688eb315
-def text_tower(model: CLIPModel) -> CLIPTextModelWithProjection:
+def text_tower(model: "CLIPModel") -> "CLIPTextModelWithProjection":
     "The text tower of a CLIP with its projection, as a separate model."
+    from transformers import CLIPTextModelWithProjection
+
     text_model = CLIPTextModelWithProjection(model.config.text_config)
     weights = model.state_dict()
     text_model.load_state_dict({name: weights[name] for name in text_model.state_dict()})
@@ -131,8 +136,8 @@ class ClipTrainer(Loop):
 
     def __init__(
         self,
-        model: CLIPModel,
-        tokenizer: CLIPTokenizer,
+        model: "CLIPModel",
+        tokenizer: "CLIPTokenizer",
         data: Iterable[dict],  # of pixel_values (B, 3, R, R) in [0, 1] and text
         config: ClipTrainingConfig,
         folder: str | Path,  # of the log

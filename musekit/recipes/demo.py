@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['judge_prompts', 'show_samples', 'save_pictures', 'peak_memory_gb', 'clean_reconstructions', 'measure',
-           'write_results', 'report', 'check_demo', 'demo']
+           'write_results', 'report', 'check_demo', 'demo', 'export_demo']
 
 # %% ../../nbs/07_recipes/08_demo.ipynb #e2791937
 import json
@@ -25,7 +25,7 @@ from ..data.pictures import to_images
 from musekit.evaluation.digits import (
     DigitJudge, cleanness, distinctness, format_score, novelty, plot_confusion, score,
 )
-from ..models.card import write_card
+from ..models.card import run_facts, write_card
 from ..inference.pipeline import Pipeline
 from .configure import configure
 from .text_to_image import Recipe, plot_stages, train
@@ -193,3 +193,23 @@ def _first_costs(folder, costs):
     path = folder / "results.json"
     saved = json.loads(path.read_text()) if path.is_file() else costs
     return {name: saved.get(name, value) for name, value in costs.items()}
+
+# %% ../../nbs/07_recipes/08_demo.ipynb #d3b7f92a
+def export_demo(
+    run: str | Path,  # the folder of a finished demo
+    folder: str | Path,  # a new one, or that of an earlier copy
+    command: str | None = None,  # that trained the model, for the card; None: with the seed alone
+    prompts: int = 400,  # number of held-out prompts
+) -> dict:  # results, also written as results.json
+    "Saves a copy of the demo's pipeline in half precision, with a card that has the scores of the copy."
+    run, folder = Path(run), Path(folder)
+    results = json.loads((run / "results.json").read_text())
+    Pipeline.from_pretrained(run / "pipeline", dtype=torch.float16).save_pretrained(folder)
+    copy = Pipeline.from_pretrained(folder)
+    scores = judge_prompts(copy, DigitJudge(), test_prompts(prompts), results["seed"])
+    results |= {"prompts": prompts, **scores}
+    write_results(results, folder / "results.json")
+    command = command or f"musekit demo --seed {results['seed']}"
+    facts = {"command": f"`{command}`", "weights": "float16"}
+    write_card(folder, facts | run_facts(run, results), name=folder.name)
+    return results

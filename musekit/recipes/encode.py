@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
 from ..models.text_encoders import TextEncoder
 from ..data.token_parquet import encode_dataset
@@ -243,8 +242,10 @@ def _device(number):
 
 
 def _start_worker(counter, first, threads, *job):
+    from transformers.utils.logging import disable_progress_bar  # slower to import than torch
+
     torch.set_num_threads(threads)
-    logging.disable_progress_bar()
+    disable_progress_bar()
     with counter.get_lock():
         number = counter.value
         counter.value += 1

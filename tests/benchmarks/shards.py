@@ -162,32 +162,11 @@ def musekit_snappy(source, out):
 
 
 def musekit_polars(source, out):
-    """The kit's writer behind Polars' reader."""
-    import itertools
+    """The kit on Polars' engine."""
+    from musekit.shards.rechunk import Layout, rechunk
+    from musekit.shards.selection import Selection
 
-    import polars as pl
-
-    from musekit.shards.rechunk import Layout, regroup, shard_name, write_texts
-    from musekit.utils.workers import read_ahead
-
-    kept = (
-        pl.scan_parquet(source)
-        .filter((pl.col("int_score") >= 3) & (pl.col("text").str.len_chars() >= 50))
-        .select("text")
-    )
-    frames = kept.collect_batches(chunk_size=GROUP, maintain_order=True)
-    texts = (
-        frame["text"].to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.string()) for frame in frames
-    )
-    groups = read_ahead(regroup(texts, Layout()))
-    for index in itertools.count():
-        if (first := next(groups, None)) is None:
-            return
-        write_texts(
-            Path(out) / shard_name(index),
-            itertools.chain([first], itertools.islice(groups, ROWS // GROUP - 1)),
-            Layout(),
-        )
+    rechunk([source], out, Selection("text", "int_score", 3), Layout(engine="polars"))
 
 
 def musekit_plan(source, out, workers=2):
