@@ -1,4 +1,4 @@
-"""Samplers, guidance and truncation on the demo's model: prompt alignment, cleanness and variety of the images.
+"""Samplers, guidance and truncation on the demo's model: alignment, cleanness and variety of the images.
 
     musekit demo --out runs/demo
     python tests/benchmarks/samplers.py runs/demo/pipeline tests/benchmarks/samplers.json
@@ -45,8 +45,8 @@ def measure(pipeline, judge, prompts, seed, **options):
     hook.remove()
     right = score(judge, images, prompts)["overall"]
     varied = distinctness(judge, images, [prompt["digit"] for prompt in prompts])["mean"]
-    return {"joint": right["joint"], "digit": right["digit"], "clean": right["clean"], "distinctness": varied, "seed": seed,
-            "passes": sum(passes) / len(prompts)}
+    shares = {name: right[name] for name in ("joint", "digit", "clean")}
+    return {**shares, "distinctness": varied, "seed": seed, "passes": sum(passes) / len(prompts)}
 
 
 def settings():
