@@ -42,8 +42,9 @@ DEMO = [
     "model.vq_model.params.codebook_size=128", "model.vq_model.train.steps=900",
     "model.vq_model.train.batch_size=32", "model.vq_model.train.learning_rate=0.015",
     "model.text_encoder.train.steps=600",
-    "training.guidance_scale=3", "training.generation_params.sampler=halton",
-    "training.generation_params.sampling_temperature=4", "training.generation_params.min_p=0.1",
+    "training.generation_timesteps=8", "training.guidance_scale=3",
+    "training.generation_params.sampler=entropy", "training.generation_params.sampling_temperature=5",
+    "training.generation_params.min_p=0.1",
     "training.generation_params.corrections=2",
 ]
 
