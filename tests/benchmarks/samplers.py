@@ -17,7 +17,7 @@ SAMPLERS = {
     "confidence": {}, "entropy": {}, "random": {}, "halton": {}, "first_hitting": {},
     "remasking": {"sampler_params": {"eta": 0.1}},
 }
-STEPS = (1, 2, 4, 8, 16, 32)
+STEPS = (1, 2, 4, 8, 16)
 PLAIN = {"sampling_temperature": 1.0, "min_p": 0.0, "corrections": 0}
 GUIDANCE = {
     "none": {"guidance_scale": 1.0},
