@@ -179,7 +179,8 @@ def _generate(options, task):
         task = task.change(prompts=_default_prompts(pipeline.text_encoder, "again" in options))
     task = complete(pipeline, task)
     _warn(options.out, pipeline, task.image)
-    with watched(total=task.generation["steps"], unit="step") as bar:
+    steps = task.generation["steps"] + task.generation.get("corrections", 0)
+    with watched(total=steps, unit="step") as bar:
         how = dict(batch_size=options.batch_size, callback=lambda *step: bar.update())
         if animation := vars(options).get("animate"):
             images = animate_task(pipeline, task, animation, **how)

@@ -195,7 +195,7 @@ class InpaintingCanvas(Closing):
         filled, = self.pipeline.inpaint(
             self.image, mask, self.prompt.value,
             steps=steps, guidance_scale=self.guidance.value, seed=self.seed,
-            callback=lambda step, record: self._say(f"step {step + 1} of {steps}"),
+            callback=lambda step, record: self._say(f"step {min(step + 1, steps)} of {steps}"),
         )
         self.earlier.append(self.image)
         self.seed += 1
