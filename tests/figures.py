@@ -203,6 +203,8 @@ def stamp(path: Path):
         if cell.id in found:
             cell.metadata[KEY] = found[cell.id]
         for output in cell.get("outputs", []):
+            if "text" in output:  # such as a warning, which names the place of the package
+                output["text"] = output["text"].replace(f"{ROOT}/", "")
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = with_palette(output.data["image/png"])
                 output.data.pop("image/jpeg", None)  # the same image again

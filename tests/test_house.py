@@ -261,4 +261,6 @@ def test_notebook_holds_small_outputs(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebook_names_no_folder_of_a_machine(path):
-    assert not re.search(r'/(tmp|home|root|Users)/', path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"/(tmp|home|root|Users)/", text)
+    assert not re.search(r"(?<![\w.])/[\w./-]+\.py:\d+: ", text), "a warning names the place of the package"

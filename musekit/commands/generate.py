@@ -25,18 +25,21 @@ def check_image_file(path: str):
     writable = [extension for extension, name in Image.registered_extensions().items() if name in Image.SAVE]
     if os.path.splitext(path)[1].lower() not in writable:
         raise ValueError(f"--out {path} is no image file; use .png, .jpg or .webp")
+    _check_place(path, f"--out {path}")
+
+
+def _check_place(path, option):
+    "Creates the folder of a file to write; raises if the file could not be written."
     if os.path.isdir(path):
-        raise ValueError(f"--out {path} is a folder; name a file in it")
-    check_writable(os.path.dirname(os.path.abspath(path)), f"--out {path}")
+        raise ValueError(f"{option} is a folder; name a file in it")
+    check_writable(os.path.dirname(os.path.abspath(path)), option)
 
 
 def _check_animation(path):
     "Creates the folder of the GIF that `--animate` names; raises if it could not be written."
     if os.path.splitext(path)[1].lower() != ".gif":
         raise ValueError(f"--animate {path} is no GIF; give a name that ends in .gif")
-    if os.path.isdir(path):
-        raise ValueError(f"--animate {path} is a folder; name a file in it")
-    check_writable(os.path.dirname(os.path.abspath(path)), f"--animate {path}")
+    _check_place(path, f"--animate {path}")
 
 
 def _input_files(options):

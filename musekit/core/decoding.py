@@ -171,7 +171,7 @@ def correct_ids(logits_fn: Callable[[Tensor, Tensor], Tensor],  # (ids, hidden) 
                 noise_type: str = "mask",  # or "random_replace", which needs codebook_size
                 codebook_size: int | None = None  # number of image ids
                ) -> Tensor:  # (B, N) ids
-    "The ids, with each implausible one replaced by a plausible one (after Zhao et al. 2024, section 4)."
+    "The ids, with each implausible one replaced by a plausible one (after Zhao et al. 2024)."
     noise = MaskingConfig(mask_token_id, codebook_size or mask_token_id, noise_type=noise_type)
     order = exact_noise(ids.shape, generator, ids.device).argsort(-1).argsort(-1)
     for group in range(groups):

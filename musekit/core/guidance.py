@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -220,6 +221,23 @@ def _rows_to_compute(batch, hidden):
             for name, value in batch.items()}, incomplete
 
 
+def _logits_in_batches(image_logits, prepared, batches, cached):
+    "A function of (ids, hidden, weight, min_p) to the guided logits of all masked positions."
+    sizes = [len(rows) for rows in batches]
+
+    def logits_of(ids, hidden, weight, min_p=0.0):
+        logits = []
+        split = zip(ids.split(sizes), hidden.split(sizes), batches, cached)
+        for batch_ids, batch_hidden, rows, conditions in split:
+            conditions, incomplete = _rows_to_compute(conditions or prepared(rows), batch_hidden)
+            if incomplete.any():
+                tokens = batch_ids[incomplete], batch_hidden[incomplete]
+                logits.append(guided_logits(image_logits, *tokens, conditions, weight, min_p))
+        return torch.cat(logits)
+
+    return logits_of
+
+
 def _prompt_of_row(input_ids, conditions):
     "The number of each row's prompt (B,)."
     rows = len(input_ids)
@@ -229,11 +247,11 @@ def _prompt_of_row(input_ids, conditions):
     return torch.arange(rows, device=input_ids.device) // (rows // num_prompts)
 
 
-def _record(records, ids, step, callback):
-    "Adds the record of a correction."
-    records.append({**records[-1], "sampled": ids, "ids": ids})
-    if callback:
-        callback(step, records[-1])
+def _record_of(ids):
+    "The record of a correction, after which no token is masked."
+    hidden = torch.zeros_like(ids, dtype=torch.bool)
+    confidence = torch.full_like(ids, math.inf, dtype=torch.float32)
+    return {"sampled": ids, "ids": ids, "confidence": confidence, "hidden": hidden}
 
 
 def generate_guided(
@@ -268,31 +286,23 @@ def generate_guided(
     def image_logits(*inputs):
         return forward(*inputs)[..., :codebook_size]
 
-    def logits_of(ids, hidden, weight, min_p):
-        logits = []
-        split = zip(ids.split(batch_size), hidden.split(batch_size), batches, cached)
-        for batch_ids, batch_hidden, rows, batch in split:
-            batch = batch or prepared(rows)
-            batch, incomplete = _rows_to_compute(batch, batch_hidden)
-            if incomplete.any():
-                rows = batch_ids[incomplete], batch_hidden[incomplete]
-                logits.append(guided_logits(image_logits, *rows, batch, weight, min_p))
-        return torch.cat(logits)
-
+    logits_of = _logits_in_batches(image_logits, prepared, batches, cached)
     unknown = input_ids == mask_token_id
     shared = {"generator": _generator(seed), "noise_type": config.noise_type, "codebook_size": codebook_size}
-    ids, records = generate_ids(
+    result = generate_ids(
         lambda ids, hidden, step: logits_of(ids, hidden, weights[step], config.min_p),
         input_ids, mask_token_id, steps=config.steps, temperature=config.temperature,
         sampling_temperature=config.sampling_temperature, schedule=config.mask_schedule(),
-        callback=callback, return_steps=True, unknown=unknown, sampler=config.token_sampler(), grid=grid,
-        **shared,
+        callback=callback, return_steps=return_steps, unknown=unknown, sampler=config.token_sampler(),
+        grid=grid, **shared,
     )
 
-    def unguided(ids, hidden):
-        return logits_of(ids, hidden, min(1.0, config.guidance_scale), 0.0)
-
-    for sweep in range(config.corrections if records else 0):
-        ids = correct_ids(unguided, ids, unknown, mask_token_id, min_p=config.min_p, **shared)
-        _record(records, ids, config.steps + sweep, callback)
+    ids, records = result if return_steps else (result, [])
+    for sweep in range(config.corrections if unknown.any() else 0):
+        ids = correct_ids(
+            partial(logits_of, weight=min(1.0, config.guidance_scale)),  # without guidance
+            ids, unknown, mask_token_id, min_p=config.min_p, **shared)
+        records.append(_record_of(ids))
+        if callback:
+            callback(config.steps + sweep, records[-1])
     return (ids, records) if return_steps else ids

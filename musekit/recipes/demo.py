@@ -50,11 +50,11 @@ DEMO = [
 ]
 
 
-def demo_settings(overrides: Iterable[str] = ()) -> list[str]:
+def demo_settings(overrides: list[str] = ()) -> list[str]:
     "`DEMO` without the settings that `overrides` replace, and the overrides."
     names = {override.partition("=")[0] for override in overrides}
     names |= {SHORT_NAMES[name] for name in names & SHORT_NAMES.keys()}
-    if "optimizer.name" in names:
+    if "optimizer.name" in names and "optimizer.name=muon" not in overrides:
         names.add("optimizer.params.muon_learning_rate")
     return [*(setting for setting in DEMO if setting.partition("=")[0] not in names), *overrides]
 
