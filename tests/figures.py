@@ -62,6 +62,8 @@ def plain(node) -> object:
     fields = dict(ast.iter_fields(node))
     if isinstance(node, DEFINITIONS) and ast.get_docstring(node, clean=False) is not None:
         fields["body"] = node.body[1:]
+    if isinstance(node, ast.JoinedStr):  # Python 3.12 leaves empty strings after nested format widths
+        fields["values"] = [part for part in node.values if getattr(part, "value", None) != ""]
     ignored = ("ctx", "kind", "type_comment", "type_params")
     kept = {name: value for name, value in fields.items() if name not in ignored and value not in (None, [])}
     return [type(node).__name__, [[name, plain(value)] for name, value in kept.items()]]

@@ -1,4 +1,5 @@
 """Each figure in a notebook comes from the code as it is now, and can be read."""
+import ast
 import base64
 import io
 import shutil
@@ -141,3 +142,23 @@ def test_coarse_figures_are_named_and_large_ones_get_a_palette():
     large.save(file, "PNG", dpi=(100, 100))
     smaller = figures.opened(figures.with_palette(base64.b64encode(file.getvalue()).decode()))
     assert smaller.mode == "P" and smaller.size == (64, 64) and round(smaller.info["dpi"][0]) == 100
+
+
+def test_empty_parts_of_an_f_string_do_not_count():
+    """Python 3.12 leaves an empty string after a nested width, as in f"{name:<{width}}"."""
+    plain, nested = (ast.parse('f"{name:<{width}}"').body[0] for _ in range(2))
+    nested.value.values[0].format_spec.values.append(ast.Constant(value=""))
+    assert figures.plain(nested) == figures.plain(plain)
+    nested.value.values[0].format_spec.values.append(ast.Constant(value="d"))
+    assert figures.plain(nested) != figures.plain(plain)
+
+
+def test_stored_outputs_do_not_name_the_folder_of_the_project(project):
+    path = project / "nbs" / "one.ipynb"
+    made = notebook(*CELLS)
+    warning = f"{project}/musekit/show.py:3: UserWarning: a warning"
+    made.cells[0].outputs = [nbformat.v4.new_output("stream", name="stderr", text=warning)]
+    nbformat.write(made, path)
+    figures.stamp(path)
+    stored = figures.read(path)["cells"][0]["outputs"][0]["text"]
+    assert stored == ["musekit/show.py:3: UserWarning: a warning"]
