@@ -96,7 +96,7 @@ class VQTrainingConfig(Section):
     "The short configuration of a tokenizer trained on the way to a transformer."
     steps: int = setting(500, "optimizer steps", low=1)
     learning_rate: float = setting(2e-3, "highest learning rate", above=0)
-    batch_size: int = setting(64, "images in a step", low=1)
+    batch_size: int = setting(64, "images in each batch that a run makes", low=1)
     log_every: int = setting(50, "steps between log lines", low=1)
     seed: int = setting(0, "seed of all randomness", low=0)
 
