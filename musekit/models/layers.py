@@ -101,6 +101,17 @@ class AdaLNModulation(nn.Module):
         return self.mapper(F.silu(cond))
 
 # %% ../../nbs/02_models/02_layers.ipynb #dc80e03a
+def _attend(query, key, value, mask, dropout):
+    "PyTorch's attention; in float32 where a CPU must differentiate it."
+    heads = query, key, value
+    options = {"attn_mask": mask, "dropout_p": dropout}
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if not (half and query.device.type == "cpu" and torch.is_grad_enabled()):
+        return F.scaled_dot_product_attention(*heads, **options)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(*(part.float() for part in heads), **options).to(query.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head attention (B, N, dim) from x to a context, with PyTorch's fused kernel.
 
@@ -133,7 +144,7 @@ class Attention(nn.Module):
         key, value = self.keys_values(context) if isinstance(context, torch.Tensor) else context
         heads = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (self.query(x), key, value))
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(*heads, attn_mask=attention_mask, dropout_p=dropout)
+        y = _attend(*heads, attention_mask, dropout)
         return self.out(y.transpose(1, 2).flatten(2))
 
 # %% ../../nbs/02_models/02_layers.ipynb #86bfb12f
