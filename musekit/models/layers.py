@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LayerNorm', 'RMSNorm', 'make_norm', 'PointwiseConv', 'conv_channels_last', 'resolve_grid', 'AdaLNModulation',
-           'Attention', 'key_mask', 'GLU', 'GlobalResponseNorm', 'TransformerLayer', 'run_block', 'stack_blocks',
-           'unstack_blocks', 'NestedNorm', 'TokenEmbedding', 'TokenHead', 'check_width']
+           'attends_in_float32', 'Attention', 'key_mask', 'GLU', 'GlobalResponseNorm', 'TransformerLayer', 'run_block',
+           'stack_blocks', 'unstack_blocks', 'NestedNorm', 'TokenEmbedding', 'TokenHead', 'check_width']
 
 # %% ../../nbs/02_models/02_layers.ipynb #afd93991
 import math
@@ -101,15 +101,18 @@ class AdaLNModulation(nn.Module):
         return self.mapper(F.silu(cond))
 
 # %% ../../nbs/02_models/02_layers.ipynb #dc80e03a
-def _attend(query, key, value, mask, dropout):
-    "PyTorch's attention; in float32 where a CPU must differentiate it."
-    heads = query, key, value
-    options = {"attn_mask": mask, "dropout_p": dropout}
+def attends_in_float32(query):
+    "Whether attention has a slow backward pass in the dtype of `query`: in half precision on a real CPU."
     half = query.dtype in (torch.bfloat16, torch.float16)
-    if not (half and query.device.type == "cpu" and torch.is_grad_enabled()):
-        return F.scaled_dot_product_attention(*heads, **options)
+    return half and query.device.type == "cpu" and type(query) is torch.Tensor
+
+
+def _attend(query, key, value, mask, dropout):
+    if not (torch.is_grad_enabled() and attends_in_float32(query)):
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout)
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(*(part.float() for part in heads), **options).to(query.dtype)
+        heads = (part.float() for part in (query, key, value))
+        return F.scaled_dot_product_attention(*heads, mask, dropout).to(query.dtype)
 
 
 class Attention(nn.Module):
