@@ -55,9 +55,11 @@ class MicroBatch:
 
     @property
     def weight(self) -> Tensor:
-        "The weight of the mean loss: the number of labels, or the sum of their weights."
+        "What divides the sum of the losses: the number of labels, the sum of their weights, or `total`."
         if self.soft_targets is not None:
             return self.tokens.mask.sum().float()
+        if self.tokens.total is not None:
+            return self.tokens.total.float()
         if self.tokens.loss_weight is not None:
             return self.tokens.loss_weight.sum()
         return (self.tokens.labels != IGNORE_INDEX).sum().float()
@@ -151,7 +153,8 @@ class Trainer(Loop):
             return soft_target_cross_entropy(logits, soft_targets[labelled], labelled[labelled])
         labels = tokens.labels[labelled]
         weight = None if tokens.loss_weight is None else tokens.loss_weight[labelled]
-        return masked_cross_entropy(logits, labels, label_smoothing=label_smoothing, loss_weight=weight)
+        return masked_cross_entropy(logits, labels, label_smoothing=label_smoothing, loss_weight=weight,
+                                    total=tokens.total)
 
     def _to_device(self, values):
         full_precision = self.accelerator.mixed_precision == "no"
