@@ -274,7 +274,7 @@ class VQTrainer(Loop):
             self.accelerator.backward(losses[-1])
         self.discriminator_optimizer.step()
         if not self.accelerator.optimizer_step_was_skipped:
-            self.discriminator_scheduler.step()
+            self.step_schedule(self.discriminator_scheduler)
         return sum(losses).detach() / len(losses)
 
     def update_codes(self, micro_batches: list[ImageBatch]):
