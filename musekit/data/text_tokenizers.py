@@ -254,7 +254,7 @@ def _by_id(numbers, kind, first, path):
         raise ValueError(f"{path}: the ids of its tokens must be 0, 1, 2, ..., the special ones last")
     return sorted(numbers, key=numbers.get)
 
-# %% ../../nbs/03_data/17_text_tokenizers.ipynb #14cb3fee
+# %% ../../nbs/03_data/17_text_tokenizers.ipynb #c12e6b22
 DOCUMENT_TOKENS = ("<|reserved_0|>", "<|bos|>", "<|endoftext|>")
 
 
@@ -280,7 +280,7 @@ class TiktokenTokenizer(TextTokenizer):
     ):
         missing = {bytes([byte]) for byte in range(256)} - set(tokens)
         if missing or len(set(tokens)) < len(tokens) or b"" in tokens:
-            raise ValueError(f"of the 256 bytes {len(missing)} are no tokens, or a token is empty or repeated")
+            raise ValueError(f"{len(missing)} of the 256 bytes are no tokens, or one is empty or repeated")
         bos = next((name for name in DOCUMENT_TOKENS if name in special_tokens), None)
         if bos is None:
             raise ValueError(f"none of the special tokens {', '.join(special_tokens)} begins a document; "
