@@ -112,11 +112,13 @@ class Slope(Loop):
     def __init__(self, folder, callbacks):
         settings = Steps(batch_size=1, max_train_steps=STEPS, seed=0, max_grad_norm=None)
         config = ClipRun(Run(output_dir=str(folder)), settings)
-        super().__init__([{"x": 1.0}, {"x": 2.0}], config, new_accelerator(False, mixed_precision="no"), callbacks)
+        accelerator = new_accelerator(False, mixed_precision="no")
+        super().__init__([{"x": 1.0}, {"x": 2.0}], config, accelerator, callbacks)
         network = torch.nn.Linear(1, 1)
         optimizer = torch.optim.SGD(network.parameters(), 0.1)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-        self.model, self.optimizer, self.scheduler = self.accelerator.prepare(network, optimizer, schedule)
+        prepared = self.accelerator.prepare(network, optimizer, schedule)
+        self.model, self.optimizer, self.scheduler = prepared
 
     def make_micro_batch(self, batch, step, number):
         return Pairs(torch.tensor([[batch["x"]]]), torch.tensor([[0]]))
