@@ -10,6 +10,7 @@ _MODULES = {  # names of each module that `musekit` offers; the module is import
     "evaluation.evaluate": ["evaluate_pipeline"],
     "models.transformer": ["MaskGitTransformer"],
     "models.uvit": ["MaskGiTUViT"],
+    "models.text_transformer": ["TextTransformer"],
     "models.vqgan": ["VQGANModel"],
     "models.maskgit_vqgan": ["MaskGitVQGAN"],
     "models.movq": ["MOVQ"],
