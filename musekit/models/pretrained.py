@@ -21,7 +21,7 @@ from torch import nn
 
 from .. import models
 from ..utils.files import write_aside
-from ..utils.validation import nearest_name
+from ..utils.validation import did_you_mean
 from .card import push
 from musekit.models.weights import (
     check_finite, find_folder, load_weights, match_names, read_json, remove_others, unwrap_names,
@@ -285,8 +285,7 @@ class PretrainedModel(nn.Module):
         for key in config:
             if not (key.startswith("_") or key in defaults or key in cls.ignored_config
                     or key in cls.fixed_config):
-                nearest = nearest_name(key, defaults, 0)
-                raise ValueError(f"{cls.__name__} has no setting {key!r}; the nearest is {nearest!r}. "
+                raise ValueError(f"{cls.__name__} has no setting {key!r}.{did_you_mean(key, defaults)} "
                                  f"It has: {', '.join(defaults)}.")
         cls.check_fixed(config)
         fitting = ModelConfig(fit_settings(settings, defaults))
