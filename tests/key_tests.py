@@ -108,6 +108,7 @@ KEY_TESTS = {
     "training.enable_tf32": HERE + "test_tf32",
     "training.seed": WEIGHTS,
     "training.max_train_steps": "test_resume.py::test_resumed_run_never_passes_the_last_step",
+    "training.time_budget": "04_training/08_loop: time_budget",
     "training.max_grad_norm": HERE + "test_clipping",
     "training.overfit_one_batch": HERE + "test_one_batch_again_and_again",
     "training.use_ema": HERE + "test_the_average",

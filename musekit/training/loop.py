@@ -97,6 +97,7 @@ class Loop:
         self.max_grad_norm = config.training.max_grad_norm
         self.ema = None  # the EMA of the weights, if a subclass has one
         self.step = 0
+        self.seconds = 0.0  # spent in training steps, without evaluations and checkpoints
         self.metrics = {}  # of the last step
         self.batches = None  # the iterator over the data, once started
         self.batches_seen = 0
@@ -120,14 +121,21 @@ class Loop:
         "The folder of the run."
         return Path(self.config.experiment.output_dir)
 
+    @property
+    def progress(self) -> float:
+        "The share of the run that is done, by steps or by time, whichever is further; 1 at its end."
+        training = self.config.training
+        by_steps = self.step / training.max_train_steps
+        return max(by_steps, self.seconds / (60 * training.time_budget)) if training.time_budget else by_steps
+
     def fit(self) -> "Loop":
-        "Trains up to `max_train_steps`, resuming from a checkpoint if configured."
+        "Trains up to `max_train_steps` or the time budget, resuming from a checkpoint if configured."
         resume_from = None if self.step else self.config.experiment.resume_from_checkpoint
         if checkpoint := find_checkpoint(self.output_dir, resume_from):
             load_run(self, checkpoint)
         with stop_on_signals(self._interrupt):
             self._fire("on_start")
-            while self.step < self.config.training.max_train_steps and not self.stop:
+            while self.progress < 1 and not self.stop:
                 self.train_step()
                 self._fire("on_step")
             self._fire("on_end")
@@ -193,7 +201,7 @@ class Loop:
     def check_finite(self, micro_batches: list, outputs: list[dict], grad_norm: Tensor | None = None):
         "Raises in all processes if the loss or gradient is not finite, naming this process's examples."
         losses = [output["loss"] for output in outputs]
-        if not self.reduce(sum(losses)).isfinite():  # a non-finite loss makes the sum non-finite
+        if not self.sum_and_agree(sum(losses)).isfinite():  # a non-finite loss makes the sum non-finite
             keys = [micro.keys for micro, loss in zip(micro_batches, losses) if not loss.isfinite()]
             self._raise_not_finite("loss", keys)
         if grad_norm is None or self.accelerator.scaler is not None:  # the gradient scaler skips such a step
@@ -206,9 +214,17 @@ class Loop:
         self.metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         if not self.accelerator.optimizer_step_was_skipped:
-            self.scheduler.step()
+            self.step_schedule(self.scheduler)
             if self.ema:
                 self.ema.update()
+
+    def step_schedule(self, scheduler):
+        "Advances a learning rate by a step; with a time budget, to the share of the run that is done."
+        training = self.config.training
+        if training.time_budget:
+            schedule = getattr(scheduler, "scheduler", scheduler)  # without accelerate's wrapper
+            schedule.last_epoch = round(min(self.progress, 1) * training.max_train_steps) - 1
+        scheduler.step()
 
     def record(self, micro_batches: list, outputs: list[dict], started: float):
         "Counts the step and adds the outputs to `metrics`, averaged over the micro-batches."
@@ -218,6 +234,7 @@ class Loop:
             self.metrics[name] = sum(output[name] for output in outputs) / len(outputs)
         self.metrics["examples"] = sum(len(micro_batch) for micro_batch in micro_batches)
         self.metrics["batch_time"] = time.perf_counter() - started
+        self.seconds += self._agreed(self.metrics["batch_time"])
 
     def log(self, values: dict[str, float]):
         "Appends a line to `log.jsonl` and sends it to the trackers, without non-finite values."
@@ -231,17 +248,27 @@ class Loop:
         "The sum or mean over the processes that train."
         return self.accelerator.reduce(values, how) if self.processes > 1 else values
 
+    def sum_and_agree(self, value: Tensor) -> Tensor:
+        "The sum of a number over the processes, which at once agree whether to stop after this step."
+        if self.processes == 1:
+            return value
+        interrupted = torch.full_like(value, self.interrupted is not None)
+        total, interruptions = self.reduce(torch.stack([value, interrupted]))
+        self.stop = self.stop or bool(interruptions > 0)
+        return total
+
     def state_dict(self) -> dict:
         "The progress of the run and the state of its callbacks, without weights."
         callbacks = [[type(c).__name__, c.state_dict()] for c in self.callbacks if hasattr(c, "state_dict")]
         return {
-            "step": self.step, "batches_seen": self.batches_seen, "callbacks": callbacks,
-            "num_processes": self.processes,
+            "step": self.step, "seconds": self.seconds, "batches_seen": self.batches_seen,
+            "callbacks": callbacks, "num_processes": self.processes,
         }
 
     def load_state_dict(self, state: dict):
         "Restores a `state_dict`; callbacks are matched by class and order."
         self.step = state["step"]
+        self.seconds = state.get("seconds", 0.0)
         self.batches = None
         self.batches_seen = state["batches_seen"] * state["num_processes"] // self.processes
         waiting = [c for c in self.callbacks if hasattr(c, "load_state_dict")]
@@ -262,9 +289,16 @@ class Loop:
         for callback in self.callbacks:
             getattr(callback, event)(self)
 
+    def _agreed(self, seconds):
+        "The seconds of the slowest process, if the time of the run is limited; else this process's."
+        if self.processes == 1 or not self.config.training.time_budget:
+            return seconds
+        slowest = self.accelerator.gather(torch.tensor([seconds], device=self.accelerator.device)).max()
+        return slowest.item()
+
     def _interrupt(self, signal_name):
         self.interrupted = signal_name
-        self.stop = self.processes == 1  # several processes first agree on the step
+        self.stop = self.processes == 1  # several processes stop as `sum_and_agree` says
 
     def _seed(self, *place):
         return step_seed(self.config.training.seed, self.accelerator.process_index, *place)

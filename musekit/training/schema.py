@@ -343,6 +343,8 @@ class Steps(Section):
     seed: Optional[int] = setting(42, "seed of all randomness; null = a random one, saved with the run",
                                   low=0, high=2**63 - 1)
     max_train_steps: int = setting(1000, "optimizer steps of the whole run, resumed or not", low=1)
+    time_budget: Optional[float] = setting(None, "minutes of training steps, the longest; null = no limit",
+                                           above=0)
     max_grad_norm: Optional[float] = setting(None, "clip the gradient to this norm", above=0)
     overfit_one_batch: bool = setting(False, "train on the first batch only, for debugging")
     use_ema: bool = setting(False, "average the weights, for evaluation and sampling")
