@@ -24,10 +24,14 @@ from .pretrained import check_state_dict
 from .uvit import MaskGiTUViT
 from .weights import check_finite, common_prefix, find_folder, read_json, read_tensors
 from ..utils.files import write_aside
-from ..utils.validation import is_number, nearest_name
+from ..utils.validation import did_you_mean, is_number
 
 # %% ../../nbs/02_models/16_lora.ipynb #093719f8
 TARGETS = ("query", "key", "value", "out", "wi_0", "wi_1", "wo")
+
+
+def _linear_names(model):
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
 def lora_targets(
@@ -35,7 +39,7 @@ def lora_targets(
     target: list[str] | None = None,  # ends of names, such as "query"; None: `TARGETS` in transformer_layers
 ) -> list[str]:  # full names
     "The linear layers to update; ValueError for an end that matches none."
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = _linear_names(model)
     if target is None:
         inner = [name for name in names if "transformer_layers." in name]
         target = TARGETS
@@ -43,9 +47,8 @@ def lora_targets(
     ends = sorted({name.rpartition(".")[2] for name in names})
     for end in target:
         if not any(f".{name}".endswith(f".{end}") for name in names):
-            nearest = nearest_name(end, ends, 0) or "nothing"
-            raise ValueError(f"no linear layer of this {type(model).__name__} ends in {end!r}; the nearest "
-                             f"is {nearest!r}. There are: {', '.join(ends)}.")
+            raise ValueError(f"no linear layer of this {type(model).__name__} ends in {end!r}."
+                             f"{did_you_mean(end, ends)} There are: {', '.join(ends)}.")
     return [name for name in names if any(f".{name}".endswith(f".{end}") for end in target)]
 
 # %% ../../nbs/02_models/16_lora.ipynb #ee152468
@@ -204,7 +207,7 @@ def _read_updates(path):
 def _layer_names(model):
     "Other libraries' layer names -> ours; two where diffusers fuses them into one matrix."
     names = {}
-    for layer in [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]:
+    for layer in _linear_names(model):
         theirs = layer
         if isinstance(model, MaskGiTUViT):
             gate = re.sub(r"\.wi_[01]$", ".wi", layer)
@@ -280,8 +283,8 @@ def _targets_without(model, fitting, settings):
     "Layers that the settings name as targets but that have no update."
     target = settings.get("target_modules") or []
     ends = [target] if isinstance(target, str) else [rf"(.*\.)?{re.escape(end)}" for end in target]
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in names if name not in fitting and any(re.fullmatch(end, name) for end in ends)]
+    names = [name for name in _linear_names(model) if name not in fitting]
+    return [name for name in names if any(re.fullmatch(end, name) for end in ends)]
 
 
 def load_lora(
