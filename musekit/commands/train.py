@@ -17,7 +17,7 @@ from musekit.commands.options import (
 # %% ../../nbs/10_commands/04_train.ipynb #4c4ed268
 def _run_check(options):
     paths, settings = files_and_settings("check", options.arguments)  # before PyTorch is imported
-    from musekit.recipes.configure import configure
+    from musekit.recipes.configure import configure, validate
     from musekit.recipes.memory import memory_report
     from musekit.recipes.precision import bf16_report
     from musekit.recipes.survey import data_report
@@ -26,6 +26,7 @@ def _run_check(options):
 
     disable_progress_bars()
     config = configure(paths, settings)
+    validate(config)
     most = None if vars(options).get("all") else 60
     parts = [describe(config, most=most), memory_report(config), bf16_report(config)]
     print(*filter(None, parts), sep="\n\n", end="\n\n")
@@ -71,11 +72,11 @@ def _run_train(options):
     from musekit.recipes.text_to_image import train
 
     disable_progress_bars()
-    recipe = train(configure(paths, settings), base_dir=folder_of(paths))
-    if recipe.trainer.stop:
-        return report_stop(recipe.trainer, "train", *resuming_arguments(options.arguments))
-    if recipe.accelerator.is_main_process:
-        _print_next(recipe)
+    run = train(configure(paths, settings), base_dir=folder_of(paths))
+    if run.trainer.stop:
+        return report_stop(run.trainer, "train", *resuming_arguments(options.arguments))
+    if run.recipe.accelerator.is_main_process:
+        _print_next(run.recipe)
 
 
 def _print_next(recipe):
