@@ -21,7 +21,7 @@ import musekit.recipes.networks
 from musekit.recipes.memory import find_networks, memory_report, training_memory
 from musekit.cli import main
 from musekit.models.text_encoders import TextEncoder
-from musekit.recipes.clip import train_bpe
+from musekit.recipes.clip import train_clip_bpe
 from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples, test_prompts as held_out_prompts
 from musekit.data.token_parquet import encode_dataset
 from musekit.data.batch_encoder import BatchEncoder
@@ -112,7 +112,7 @@ def place(tmp_path_factory):
     PaellaVQModel(
         levels=2, c_hidden=16, c_latent=4, bottleneck_blocks=1, codebook_size=32, scale_factor=1.0
     ).save_pretrained(folder / "vq")
-    tokenizer = train_bpe(words, 600, 20)
+    tokenizer = train_clip_bpe(words, 600, 20)
     special = dict(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -12,7 +12,7 @@ from conftest import ROOT
 from key_tests import DRAWS, KEY_TESTS, LOG, READS, WEIGHTS
 from musekit.recipes.memory import Batch
 from musekit.models.text_encoders import TextEncoder
-from musekit.recipes.clip import train_bpe
+from musekit.recipes.clip import train_clip_bpe
 from musekit.core.losses import saved_bytes
 from musekit.models.paella_vq import PaellaVQModel
 from musekit.recipes.settings import generation_config, image_text_config
@@ -298,7 +298,7 @@ def networks(tmp_path_factory):
     PaellaVQModel(
         levels=2, c_hidden=16, c_latent=4, bottleneck_blocks=1, codebook_size=32, scale_factor=1.0
     ).save_pretrained(folder / "vq")
-    words = train_bpe(["a red seven", "a green two"], 600, 12)
+    words = train_clip_bpe(["a red seven", "a green two"], 600, 12)
     special = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     sizes = dict(
         vocab_size=len(words),

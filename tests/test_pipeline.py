@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from musekit.utils import progress
 from musekit.cli import main
 from musekit.models.text_encoders import TextEncoder
-from musekit.recipes.clip import train_bpe
+from musekit.recipes.clip import train_clip_bpe
 from musekit.data.masks import token_mask
 from musekit.models.lora import add_lora, lora_parameters, save_lora
 from musekit.core.guidance import GenerationConfig
@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
-    words = train_bpe(PROMPTS * 4, vocab_size=530, max_seq_length=12)
+    words = train_clip_bpe(PROMPTS * 4, vocab_size=530, max_seq_length=12)
     special = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     clip = CLIPTextConfig(
         vocab_size=len(words),
