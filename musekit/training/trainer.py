@@ -114,9 +114,7 @@ class Trainer(Loop):
         "The masked micro-batches of a step, each with its share of the labels over all processes."
         micro_batches = super().next_micro_batches()
         weights = torch.stack([micro_batch.weight for micro_batch in micro_batches])
-        interrupted = torch.full_like(weights[:1], float(self.interrupted is not None))
-        total, interruptions = self.reduce(torch.cat([weights.sum()[None], interrupted]))
-        self.stop = self.stop or bool(interruptions > 0)  # all processes agree on the step
+        total = self.reduce(weights.sum())
         for micro_batch, share in zip(micro_batches, weights * (self.processes / total)):
             micro_batch.share = share
         return micro_batches
