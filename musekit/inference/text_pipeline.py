@@ -172,8 +172,8 @@ class TextPipeline:
 
     def save_pretrained(self, folder: str | Path):
         "Writes transformer, tokenizer and settings."
-        settings = {"transformer": type(self.transformer).__name__, "tokenizer": type(self.tokenizer).__name__,
-                    "generation": vars(self.generation)}
+        kinds = {"transformer": type(self.transformer).__name__, "tokenizer": type(self.tokenizer).__name__}
+        settings = kinds | {"generation": vars(self.generation)}
         with replaced_folder(folder, SETTINGS_FILE) as aside:
             self.transformer.save_pretrained(aside / "transformer")
             self.tokenizer.save(aside / "tokenizer")
