@@ -36,8 +36,7 @@ from ..models.card import write_card
 from ..utils.progress import watched
 from ..core.masking import IGNORE_INDEX
 from musekit.evaluation.evaluate import (
-    MetricsConfig, choose_prompts, draw_images, evaluate, find_judge, make_extractor, on_device,
-    real_features,
+    MetricsConfig, choose_prompts, draw_images, evaluate, find_judge, make_extractor, real_features,
 )
 from ..inference.pipeline import Pipeline
 from .configure import validate
@@ -471,7 +470,7 @@ class Measurement:
     @cached_property
     def extractor(self):
         name = self.recipe.config.experiment.measure_features or "digits"
-        return on_device(make_extractor(name), self.recipe.accelerator.device)
+        return make_extractor(name, self.recipe.accelerator.device)
 
     @cached_property
     def prompts(self) -> list:
