@@ -103,7 +103,7 @@ class TextConfig(Section):
         super().check(path)
         size = self.training.block_size
         if size and self.model.causal:
-            raise ValueError(f"training.block_size={size} is for masked models; leave it or model.causal out.")
+            raise ValueError(f"training.block_size={size} is for masked models; leave one of them out.")
         if size and self.dataset.length % size:
             raise ValueError(f"dataset.length={self.dataset.length} does not split into blocks of "
                              f"training.block_size={size} tokens; choose a multiple.")
