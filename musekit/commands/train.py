@@ -19,7 +19,7 @@ def _run_check(options):
     paths, settings = files_and_settings("check", options.arguments)  # before PyTorch is imported
     if is_text(paths):
         return _check_text(options, paths, settings)
-    from musekit.recipes.configure import configure
+    from musekit.recipes.configure import configure, validate
     from musekit.recipes.memory import memory_report
     from musekit.recipes.precision import bf16_report
     from musekit.recipes.survey import data_report
@@ -28,6 +28,7 @@ def _run_check(options):
 
     disable_progress_bars()
     config = configure(paths, settings)
+    validate(config)
     most = None if vars(options).get("all") else 60
     parts = [describe(config, most=most), memory_report(config), bf16_report(config)]
     print(*filter(None, parts), sep="\n\n", end="\n\n")
@@ -84,11 +85,11 @@ def _run_train(options):
     from musekit.recipes.text_to_image import train
 
     disable_progress_bars()
-    recipe = train(configure(paths, settings), base_dir=folder_of(paths))
-    if recipe.trainer.stop:
-        return report_stop(recipe.trainer, "train", *resuming_arguments(options.arguments))
-    if recipe.accelerator.is_main_process:
-        _print_next(recipe)
+    run = train(configure(paths, settings), base_dir=folder_of(paths))
+    if run.trainer.stop:
+        return report_stop(run.trainer, "train", *resuming_arguments(options.arguments))
+    if run.recipe.accelerator.is_main_process:
+        _print_next(run.recipe)
 
 
 def _train_text(options, paths, settings):
