@@ -155,7 +155,7 @@ def _rounded_up(tokens: Tensor, ratio: Tensor) -> Tensor:
 
 def _by_share(tokens: Tensor, hidden: Tensor, rate: Tensor) -> Tensor:
     "n / k: the weights of a row add up to n."
-    return tokens / hidden.clamp(min=1)
+    return tokens.to(rate.dtype) / hidden.clamp(min=1)
 
 
 def _by_rate(tokens: Tensor, hidden: Tensor, rate: Tensor) -> Tensor:
