@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tarfile
+from functools import partial
 
 import pytest
 import torch
@@ -18,43 +19,17 @@ from musekit.recipes.survey import data_report, tokenizer_data_report
 from musekit.models.lora import add_lora
 from musekit.models.inspection import num_parameters
 from musekit.core.losses import masked_cross_entropy, saved_bytes
-from musekit.models.transformer import MaskGitTransformer
-from musekit.models.uvit import MaskGiTUViT
 from musekit.recipes.configure import configure
 from musekit.recipes.image_tokenizer import configure_tokenizer
+from small_models import small_transformers
 
 PUBLISHED = ROOT / "tests" / "published"
-SIZES = dict(
-    vocab_size=65,
-    codebook_size=64,
-    hidden_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    intermediate_size=96,
-    encoder_hidden_size=24,
-)
-UVIT = dict(
-    in_channels=32,
-    block_out_channels=(32,),
-    num_res_blocks=1,
-    block_num_heads=2,
-    cond_embed_dim=24,
-    micro_cond_encode_dim=8,
-    micro_cond_embed_dim=40,
-    default_shape=(8, 8),
-)
-PLAIN = dict(hidden_dropout=0.0, attention_dropout=0.0, num_vq_tokens=64, max_position_embeddings=65)
-BUILD = {
-    "uvit": lambda: MaskGiTUViT(**SIZES, **UVIT),
-    "uvit, halved": lambda: MaskGiTUViT(
-        **SIZES, **UVIT, force_down_up_sample=True, norm_type="layernorm", use_bias=True
-    ),
-    "text": lambda: MaskGitTransformer(
-        **SIZES, **PLAIN, add_cross_attention=True, project_encoder_hidden_states=True
-    ),
-    "class": lambda: MaskGitTransformer(**SIZES | {"vocab_size": 75}, **PLAIN, num_classes=10),
-    "updates": lambda: add_lora(MaskGiTUViT(**SIZES, **UVIT), rank=4),
+BUILD = small_transformers(side=8, num_layers=3)
+BUILD |= {
+    "uvit, halved": partial(BUILD["uvit with biases"], force_down_up_sample=True),
+    "updates": lambda: add_lora(BUILD["uvit"](), rank=4),
 }
+del BUILD["uvit with biases"]
 
 
 def on_meta(build):

@@ -14,15 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from conftest import ROOT
 import musekit.recipes.networks
 from musekit.recipes.memory import find_networks, memory_report, training_memory
 from musekit.cli import main
 from musekit.models.text_encoders import TextEncoder
-from musekit.recipes.clip import train_bpe
-from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples, test_prompts as held_out_prompts
+from musekit.data.digits import test_prompts as held_out_prompts
 from musekit.data.token_parquet import encode_dataset
 from musekit.data.batch_encoder import BatchEncoder
 from musekit.evaluation.features import FeatureTable, collect_features
@@ -39,6 +38,8 @@ from musekit.recipes.configure import configure
 from musekit.recipes.image_tokenizer import find_images
 from musekit.training.log import read_log
 from musekit.utils.seeds import step_seed
+from commands import some_digits
+from small_models import save_frozen_networks
 
 SETTINGS = [
     "model.transformer.hidden_size=32",
@@ -61,12 +62,7 @@ PLAIN, NO_POOLED = "model.architecture=transformer", "model.transformer.add_cond
 
 
 def digits(first, count):
-    everything = set(range(len(WORDINGS)))
-    return list(
-        make_samples(
-            range(first, first + count), 1, set(COMBINATIONS), lambda *combination: everything, seed=0
-        )
-    )
+    return list(some_digits(range(first, first + count)))
 
 
 def sheet(sample, side=2):
@@ -108,30 +104,9 @@ def place(tmp_path_factory):
     )
     collect_features([pixels], DigitFeatures()).save(folder / "real.safetensors")
     (folder / "names.json").write_text(json.dumps([f"the digit {number}" for number in range(10)]))
-    words = [sample["text"] for sample in digits(0, 40)]
-    PaellaVQModel(
-        levels=2, c_hidden=16, c_latent=4, bottleneck_blocks=1, codebook_size=32, scale_factor=1.0
-    ).save_pretrained(folder / "vq")
-    tokenizer = train_bpe(words, 600, 20)
-    special = dict(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    clip = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=24,
-        intermediate_size=48,
-        projection_dim=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=20,
-        **special,
-    )
-    TextEncoder(CLIPTextModelWithProjection(clip), tokenizer, use_pooled=True).save_pretrained(
-        folder / "clip"
-    )
-    pieces = T5Tokenizer().train_new_from_iterator(words, 150, show_progress=False)
+    captions = [sample["text"] for sample in digits(0, 40)]
+    save_frozen_networks(folder, captions, max_seq_length=20, hidden_size=24)
+    pieces = T5Tokenizer().train_new_from_iterator(captions, 150, show_progress=False)
     t5 = T5EncoderModel(
         T5Config(vocab_size=len(pieces), d_model=24, d_kv=8, d_ff=48, num_layers=2, num_heads=3)
     )

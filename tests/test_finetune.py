@@ -11,40 +11,13 @@ from musekit import cli
 from musekit.models.lora import add_lora, load_lora, lora_parameters, lora_targets, merge_lora, save_lora
 from musekit.core.losses import masked_cross_entropy, saved_bytes
 from musekit.models.paella_vq import PaellaVQModel
-from musekit.models.transformer import MaskGitTransformer
 from musekit.models.uvit import MaskGiTUViT
 from musekit.inference.pipeline import Pipeline
 from musekit.training.log import read_log
-from test_cli import TINY, make_photos
+from commands import TINY, make_photos
+from small_models import small_transformers
 
-SIZES = dict(
-    vocab_size=17,
-    codebook_size=16,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=48,
-    encoder_hidden_size=12,
-)
-UVIT = dict(
-    in_channels=16,
-    block_out_channels=(16,),
-    num_res_blocks=1,
-    block_num_heads=2,
-    cond_embed_dim=12,
-    micro_cond_encode_dim=8,
-    micro_cond_embed_dim=40,
-    default_shape=(4, 4),
-)
-PLAIN = dict(num_vq_tokens=16, max_position_embeddings=17, hidden_dropout=0.0, attention_dropout=0.0)
-BUILD = {
-    "uvit": lambda: MaskGiTUViT(**SIZES, **UVIT),
-    "uvit with biases": lambda: MaskGiTUViT(**SIZES, **UVIT, use_bias=True, norm_type="layernorm"),
-    "text": lambda: MaskGitTransformer(
-        **SIZES, **PLAIN, add_cross_attention=True, project_encoder_hidden_states=True
-    ),
-    "class": lambda: MaskGitTransformer(**SIZES | {"vocab_size": 27}, **PLAIN, num_classes=10),
-}
+BUILD = small_transformers(side=4, num_layers=2)
 
 
 def build(name):

@@ -12,7 +12,7 @@ from musekit.training.callbacks import Checkpoint, Log
 from musekit.training.checkpoint import STATE_FILE, checkpoints, load_run
 from musekit.training.log import read_log
 from musekit.training.tokenizer import VQTrainer
-from test_cli import TINY, assert_refused, here, make_photos  # noqa: F401, a fixture among them
+from commands import TINY, assert_refused, make_photos
 from test_tokenizer_training import EVERYTHING, batches, settings, tiny_vqgan
 from toy_training import all_weights, launch, tiny_trainer, write_data
 

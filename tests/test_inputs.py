@@ -6,9 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
-import time
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,7 +24,7 @@ from musekit.data.image_text import find_shards
 from musekit.recipes.text_to_image import make_pipeline, train
 from musekit.recipes.configure import configure
 from musekit.recipes.image_tokenizer import configure_tokenizer, train_tokenizer
-from test_cli import ENVIRONMENT, assert_refused, here, musekit  # noqa: F401 (a fixture)
+from commands import ENVIRONMENT, assert_refused, musekit
 from test_conditions import (
     CLASSES,
     clip,

@@ -11,10 +11,7 @@ from PIL import Image
 from conftest import ROOT
 from key_tests import DRAWS, KEY_TESTS, LOG, READS, WEIGHTS
 from musekit.recipes.memory import Batch
-from musekit.models.text_encoders import TextEncoder
-from musekit.recipes.clip import train_bpe
 from musekit.core.losses import saved_bytes
-from musekit.models.paella_vq import PaellaVQModel
 from musekit.recipes.settings import generation_config, image_text_config
 from musekit.recipes.networks import FrozenNetworks, make_transformer
 from musekit.recipes.text_to_image import Data, ImageSource, Recipe, encode
@@ -25,6 +22,7 @@ from musekit.training.log import Log, read_log
 from musekit.training.checkpoint import checkpoints
 from musekit.training.schema import Config
 from musekit.training.distributed import make_accelerator
+from small_models import save_frozen_networks
 from toy_training import tiny_trainer, write_data
 
 
@@ -291,25 +289,8 @@ def test_label_smoothing(data, tmp_path):
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory):
     "An image tokenizer and a text encoder on the disk, untrained."
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
     folder = tmp_path_factory.mktemp("networks")
-    torch.manual_seed(0)
-    PaellaVQModel(
-        levels=2, c_hidden=16, c_latent=4, bottleneck_blocks=1, codebook_size=32, scale_factor=1.0
-    ).save_pretrained(folder / "vq")
-    words = train_bpe(["a red seven", "a green two"], 600, 12)
-    special = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    sizes = dict(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
-        projection_dim=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-    )
-    clip = CLIPTextModelWithProjection(CLIPTextConfig(**sizes, max_position_embeddings=12, **special))
-    TextEncoder(clip, words, use_pooled=True).save_pretrained(folder / "clip")
+    save_frozen_networks(folder)
     return folder
 
 

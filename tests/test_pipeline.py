@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from musekit.utils import progress
 from musekit.cli import main
-from musekit.models.text_encoders import TextEncoder
 from musekit.recipes.clip import train_bpe
 from musekit.data.masks import token_mask
 from musekit.models.lora import add_lora, lora_parameters, save_lora
@@ -24,6 +23,7 @@ from musekit.models.vqgan import VQGANModel
 from musekit.inference.pipeline import OUTPUT_TYPES, ImagePipeline, Pipeline
 from musekit.core.samplers import sampler_names
 from musekit.inference.sheets import GenerationTask, draw_again, draw_sheet, read_task, write_sheet
+from small_models import random_clip
 
 PROMPTS = ["a red three on white paper", "two"]
 UVIT = dict(
@@ -43,22 +43,9 @@ UVIT = dict(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "A pipeline of random weights, 8 x 8 tokens of 2 x 2 pixels, saved."
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
     torch.manual_seed(0)
     words = train_bpe(PROMPTS * 4, vocab_size=530, max_seq_length=12)
-    special = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    clip = CLIPTextConfig(
-        vocab_size=len(words),
-        max_position_embeddings=12,
-        hidden_size=16,
-        intermediate_size=32,
-        num_attention_heads=2,
-        num_hidden_layers=2,
-        projection_dim=12,
-        **special,
-    )
-    text = TextEncoder(CLIPTextModelWithProjection(clip), words, use_pooled=True)
+    text = random_clip(words, projection_dim=12)
     uvit = MaskGiTUViT(33, 32, encoder_hidden_size=16, cond_embed_dim=12, default_shape=(8, 8), **UVIT)
     for parameter in uvit.parameters():
         torch.nn.init.normal_(parameter, std=0.4)

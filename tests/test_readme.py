@@ -28,7 +28,7 @@ from musekit.models.vqgan import VQGANModel
 from musekit.inference.pipeline import Pipeline
 from musekit.shards.catalog import CATALOG
 from musekit.training.reconstruction import VGGFeatures
-from test_cli import make_photos, some_digits
+from commands import make_photos, some_digits
 from test_evaluate import pipeline_of
 from toy_training import free_port
 from typing_room import make_environment, typing_room

@@ -22,7 +22,7 @@ from musekit.utils.files import PARTIAL
 from musekit.training.callbacks import Callback, Checkpoint, Log
 from musekit.training.checkpoint import checkpoints
 from musekit.training.log import read_log
-from toy_training import SAVE_EVERY, STEPS, RandomEncoder, all_weights, die, tiny_trainer, write_data
+from toy_training import SAVE_EVERY, RandomEncoder, all_weights, die, tiny_trainer, write_data
 
 KILLS, LONG, SHORT = 20, 60, 18
 

@@ -18,17 +18,8 @@ from musekit.training.config import load_config
 from musekit.training.checkpoint import checkpoints
 from musekit.training.log import read_log
 from musekit.training.tokenizer import VQConfig, VQTrainer
-from test_cli import (
-    TINY,
-    assert_refused,
-    here,
-    make_photos,
-    musekit,
-    some_digits,
-)  # noqa: F401, a fixture among them
-from test_cli import launch as launch_command
-from toy_training import launch
-from toy_training import DieAt
+from commands import TINY, assert_refused, launch_two, make_photos, musekit, some_digits
+from toy_training import DieAt, launch
 
 STEPS = 10
 EVERYTHING = [  # whatever has state or draws random numbers
@@ -377,7 +368,7 @@ def test_interrupted_command_goes_on(place, here, monkeypatch):
 
 
 def test_the_command_in_two_processes(place):
-    process = launch_command(
+    process = launch_two(
         place, "train-tokenizer", "data=photos", *SMALL, "experiment.output_dir=runs/two"
     )
     assert process.returncode == 0, process.stderr
