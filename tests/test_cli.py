@@ -47,7 +47,7 @@ def test_help_of_a_process(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, text",
     [
         ([], "musekit demo"),
         (["demo"], "--prompts"),
@@ -55,9 +55,9 @@ def test_help_of_a_process(tmp_path):
         (["generate"], "--negative-prompt"),
     ],
 )
-def test_help(tmp_path, here, arguments, told):
+def test_help(tmp_path, here, arguments, text):
     process = here(tmp_path, *arguments, "--help")
-    assert process.returncode == 0 and not process.stderr and told in process.stdout
+    assert process.returncode == 0 and not process.stderr and text in process.stdout
     assert max(map(len, process.stdout.splitlines())) <= 110
 
 
@@ -73,7 +73,7 @@ def test_a_process_finds_a_wrong_argument_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, message",
     [
         (["paint"], "invalid choice"),
         (["demo", "--prompts", "0"], "1 to 400"),
@@ -122,8 +122,8 @@ def test_a_process_finds_a_wrong_argument_at_once(tmp_path):
         ),
     ],
 )
-def test_what_is_wrong_is_found_before_anything_is_written(tmp_path, here, arguments, told):
-    assert_refused(here(tmp_path, *arguments), told)
+def test_what_is_wrong_is_found_before_anything_is_written(tmp_path, here, arguments, message):
+    assert_refused(here(tmp_path, *arguments), message)
     assert not list(tmp_path.iterdir())
 
 
@@ -163,16 +163,16 @@ def test_singles_and_the_sheet_have_names_of_their_own(tmp_path, here):
 @pytest.mark.parametrize("name, library", [("8bit_adamw", "bitsandbytes"), ("lion", "lion_pytorch")])
 def test_a_library_that_is_missing_here_is_no_mistake_of_the_file(tmp_path, here, monkeypatch, name, library):
     monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
-    asked = "data=digits", f"optimizer.name={name}"
+    settings = "data=digits", f"optimizer.name={name}"
     for command in (["check"], ["train", "--check"]):
-        process = here(tmp_path, *command, *asked)
+        process = here(tmp_path, *command, *settings)
         assert process.returncode == 0 and "training, one process" in process.stdout
         assert process.stderr.startswith("musekit: warning: ") and "pip install" in process.stderr
-    assert_refused(here(tmp_path, "train", *asked), "pip install")
+    assert_refused(here(tmp_path, "train", *settings), "pip install")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_warm_up_longer_than_the_run_is_told(tmp_path, here):
+def test_a_warm_up_longer_than_the_run_is_reported(tmp_path, here):
     with pytest.warns(UserWarning, match="warmup_steps=6 is above steps=5"):
         here(
             tmp_path,
@@ -259,12 +259,12 @@ class Terminal(io.StringIO):
 def test_a_log_gets_lines(place, trained, here, monkeypatch):
     """Every half minute in truth: here after every step."""
     monkeypatch.setattr(progress, "LINE_EVERY", 0)
-    given = [
+    changes = [
         "experiment.output_dir=runs/lines",
         "model.vq_model.pretrained=null",
         "training.max_grad_norm=null",
     ]
-    process = here(place, "train", "data=photos", *TINY, *given)
+    process = here(place, "train", "data=photos", *TINY, *changes)
     lines = process.stderr.splitlines()
     assert process.returncode == 0 and "\r" not in process.stderr
     for steps in (10, 5, 10):  # of tokenizer, text encoder, transformer
@@ -416,18 +416,18 @@ def test_an_error_of_any_kind_reaches_both_processes(tmp_path):
     ]
     for child in children:
         child.start()
-    told = dict(answers.get(timeout=30) for _ in children)
+    answers_by_rank = dict(answers.get(timeout=30) for _ in children)
     for child in children:
         child.join(30)
         assert child.exitcode == 0
-    assert told[0][0] == told[1][0] == children[0].pid
-    assert told[0][1:] == [
+    assert answers_by_rank[0][0] == answers_by_rank[1][0] == children[0].pid
+    assert answers_by_rank[0][1:] == [
         ("ValueError", "bad"),
         ("FileNotFoundError", "gone"),
         ("Mistake", "ours"),
         ("KeyboardInterrupt", ""),
     ]
-    assert told[1][1:] == [
+    assert answers_by_rank[1][1:] == [
         ("ValueError", "bad"),
         ("ValueError", "gone"),
         ("RuntimeError", "The main process failed: Mistake: ours"),

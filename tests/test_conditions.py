@@ -134,9 +134,9 @@ def run_and_resume(place, name, *settings, data="digits"):
     pipeline."""
     config = lambda: configure(None, settings_of(place, name, *settings, data=data))
     recipe = train(config(), progress=False)
-    told = read_log(recipe.folder)
-    assert [line["step"] for line in told if "loss" in line] == [1, 2, 3, 4]
-    assert sum("eval_loss" in line for line in told) == 2
+    log = read_log(recipe.folder)
+    assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4]
+    assert sum("eval_loss" in line for line in log) == 2
     assert (recipe.folder / "samples" / "step-000004.png").is_file()
     before = weights(recipe.folder)
     shutil.rmtree(recipe.folder / "checkpoint-4"), shutil.rmtree(recipe.folder / "pipeline")
@@ -212,13 +212,13 @@ def test_classes(place, encode_first, capsys):
         out,
     )
     assert main(list(map(str, command))) == 0 and "agreement" in capsys.readouterr().out
-    asked = [prompt["digit"] for prompt in random.Random(0).sample(held_out_prompts(), 400)][:40]
-    drawn = pipeline(asked, seed=step_seed(0, 0, "evaluate"), steps=2)
+    labels = [prompt["digit"] for prompt in random.Random(0).sample(held_out_prompts(), 400)][:40]
+    drawn = pipeline(labels, seed=step_seed(0, 0, "evaluate"), steps=2)
     read = DigitFeatures().judge(drawn)["digit"]
-    told = json.loads(out.read_text())
+    report = json.loads(out.read_text())
     assert (
-        told["agreement"] == pytest.approx(np.mean([one == other for one, other in zip(read, asked)]))
-        and told["real"] == real.count
+        report["agreement"] == pytest.approx(np.mean([one == other for one, other in zip(read, labels)]))
+        and report["real"] == real.count
     )
 
 
@@ -251,12 +251,12 @@ def test_dropped_classes_are_the_mask_token(place):
         progress=False,
     )
     batch = next(iter(recipe.batches.train(0)))
-    given, seen = batch["class_ids"], []
+    labels, dropped = batch["class_ids"], []
     for step in range(50):
-        told = recipe.trainer.make_micro_batch(batch, step, 0).conditions["class_ids"]
-        assert ((told == given) | (told == 10)).all()
-        seen.append(told == 10)
-    assert 0.35 < torch.cat(seen).float().mean() < 0.65  # 400 coins of one half
+        class_ids = recipe.trainer.make_micro_batch(batch, step, 0).conditions["class_ids"]
+        assert ((class_ids == labels) | (class_ids == 10)).all()
+        dropped.append(class_ids == 10)
+    assert 0.35 < torch.cat(dropped).float().mean() < 0.65  # 400 coins of one half
     model = recipe.trainer.network.eval()
     ids = torch.zeros(1, 64, dtype=torch.long)
     in_front = torch.cat([torch.tensor([[model.config.mask_token_id]]), ids], 1)
@@ -356,11 +356,11 @@ def test_pre_encoded_texts(place, form):
 
 
 def test_pre_encoded_classes(place):
-    told = CLASSES, "model.transformer.num_classes=10", *pre_encoded(encoded(place, "parquet", False))
-    recipe, pipeline = run_and_resume(place, "pre classes", *told)
+    of_classes = CLASSES, "model.transformer.num_classes=10", *pre_encoded(encoded(place, "parquet", False))
+    recipe, pipeline = run_and_resume(place, "pre classes", *of_classes)
     batch = next(iter(recipe.batches.train(0)))
     assert batch["class_ids"].dtype == torch.long and len(pipeline([1, 2])) == 2
-    few = configure(None, [*settings_of(place, "few codes"), *told, "model.transformer.num_classes=5"])
+    few = configure(None, [*settings_of(place, "few codes"), *of_classes, "model.transformer.num_classes=5"])
     with pytest.raises(ValueError, match=r"holds class \d, which is none of the 5 classes"):
         train(few, progress=False)
 
@@ -389,12 +389,12 @@ def test_encoded_data_needs_networks_only_to_draw(place, tmp_path, capsys):
         f"model.vq_model.pretrained={tmp_path}/gone/vq",
         f"model.text_encoder.pretrained={tmp_path}/gone/clip",
     ]
-    given = [
+    options = [
         *settings_of(place, "alone", *names),
         *pre_encoded(encoded(place, "parquet", True)),
         "model.transformer.codebook_size=32",
     ]
-    recipe = train(configure(None, [*given, "experiment.generate_every=null"]), progress=False)
+    recipe = train(configure(None, [*options, "experiment.generate_every=null"]), progress=False)
     assert (
         "no pipeline, only the transformer in" in capsys.readouterr().out
         and not (recipe.folder / "pipeline").exists()
@@ -402,13 +402,13 @@ def test_encoded_data_needs_networks_only_to_draw(place, tmp_path, capsys):
     assert [line["step"] for line in read_log(recipe.folder) if "loss" in line] == [1, 2, 3, 4]
     assert [path.name for path in (recipe.folder / "samples").iterdir()] == ["first-inputs.png"]
     with pytest.raises(FileNotFoundError, match="gone/vq is no folder here"):
-        configure(None, [*given, "experiment.generate_every=2"])
+        configure(None, [*options, "experiment.generate_every=2"])
     with pytest.raises(ValueError, match="set model.transformer.codebook_size to the number of its codes"):
         train(
             configure(
                 None,
                 [
-                    *given,
+                    *options,
                     "experiment.generate_every=null",
                     "model.transformer.codebook_size=null",
                     f"experiment.output_dir={tmp_path}/x",
@@ -425,7 +425,7 @@ def test_encoded_data_frees_what_it_loads_to_draw(place, monkeypatch):
         monkeypatch.setattr(
             musekit.recipes.networks,
             name,
-            lambda *given, load=load, name=name: (loaded.append(name), load(*given))[1],
+            lambda *arguments, load=load, name=name: (loaded.append(name), load(*arguments))[1],
         )
     codes = pre_encoded(encoded(place, "parquet", True))
     recipe, batches, trainer = before_training(
@@ -473,19 +473,19 @@ def test_the_first_inputs_are_shown(place):
 
 
 @pytest.mark.parametrize("form", ["parquet", "tar"])
-def test_codes_and_pictures_are_told_apart(place, form):
+def test_codes_and_images_are_not_confused(place, form):
     "Before a sample is read, in a sentence with the setting to change."
     codes, networks = encoded(place, form, True), clip(place)
-    given = [*settings_of(place, "bad", networks), *pre_encoded(codes)]
+    options = [*settings_of(place, "bad", networks), *pre_encoded(codes)]
     for name in ("", "/digits.parquet" if form == "parquet" else "/tokens-000000.tar"):
-        pictures_wanted = configure(None, [*given, "training.pre_encode=false", f"data={codes}/train{name}"])
+        of_images = configure(None, [*options, "training.pre_encode=false", f"data={codes}/train{name}"])
         with pytest.raises(
             ValueError, match="holds tokens and no images; to train on them set training.pre_encode=true"
         ):
-            train(pictures_wanted, progress=False)
+            train(of_images, progress=False)
     for name in ("", "/shard-000000.tar"):
         with pytest.raises(ValueError, match="holds images and no tokens; set training.pre_encode=false"):
-            train(configure(None, [*given, f"data={place}/digits/train{name}"]), progress=False)
+            train(configure(None, [*options, f"data={place}/digits/train{name}"]), progress=False)
 
 
 def test_pictures_beside_a_table_of_metadata(place, tmp_path):
@@ -559,7 +559,7 @@ def test_check_tells_of_no_text_encoder():
 
 
 @pytest.mark.parametrize(
-    "settings, told",
+    "settings, message",
     [
         ([CLASSES, "data=a.tar"], "num_classes=None must be the number of classes"),
         (
@@ -579,8 +579,8 @@ def test_check_tells_of_no_text_encoder():
         ),
     ],
 )
-def test_contradictions(settings, told):
-    with pytest.raises((ValueError, FileNotFoundError), match=told):
+def test_contradictions(settings, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         configure(None, ["data=digits", *settings])
 
 

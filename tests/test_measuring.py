@@ -95,7 +95,7 @@ SHARDS = "data={place}/train", "dataset.params.eval_shards_path_or_url={place}/t
 
 
 @pytest.mark.parametrize(
-    "changes, told",
+    "changes, message",
     [
         (
             [*SHARDS],
@@ -108,6 +108,6 @@ SHARDS = "data={place}/train", "dataset.params.eval_shards_path_or_url={place}/t
         ([*DIGITS, "experiment.measure_samples=5"], "at least 20"),
     ],
 )
-def test_what_cannot_be_measured(changes, told, place):
-    with pytest.raises((ValueError, FileNotFoundError), match=told):
+def test_what_cannot_be_measured(changes, message, place):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         configure(None, settings(place, "bad", *(change.format(place=place) for change in changes)))

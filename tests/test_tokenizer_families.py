@@ -47,7 +47,7 @@ def made_tokenizer(folder, shards, name, **section):
         "micro_cond_encode_dim": 4,
         "micro_cond_embed_dim": 20,
     }
-    given = {
+    settings = {
         "experiment": {"output_dir": str(folder)},
         "data": str(shards),
         "dataset": {"preprocessing": {"resolution": 16, "max_seq_length": 20}, "params": {"min_size": 0}},
@@ -59,8 +59,8 @@ def made_tokenizer(folder, shards, name, **section):
         },
         "training": {"max_train_steps": 1, "batch_size": 4, "encode_first": True},
     }
-    OmegaConf.save(given, folder / "given.yaml")
-    recipe = Recipe(configure(folder / "given.yaml"), progress=False)
+    OmegaConf.save(settings, folder / "run.yaml")
+    recipe = Recipe(configure(folder / "run.yaml"), progress=False)
     data = find_data(recipe)
     return recipe.folder, data, make_vq_model(recipe, data)
 

@@ -352,7 +352,7 @@ def test_interrupted_command_goes_on(place, here, monkeypatch):
 
     command = ["train-tokenizer", "data=photos", *SMALL, "experiment.output_dir=runs/stopped"]
     usual = room._callbacks
-    monkeypatch.setattr(room, "_callbacks", lambda *given: [Interrupt(), *usual(*given)])
+    monkeypatch.setattr(room, "_callbacks", lambda *arguments: [Interrupt(), *usual(*arguments)])
     process = here(place, *command)
     monkeypatch.setattr(room, "_callbacks", usual)
     assert (
@@ -381,7 +381,7 @@ def test_the_command_in_two_processes(place):
     )
 
 
-@pytest.mark.parametrize("arguments, told", [
+@pytest.mark.parametrize("arguments, message", [
     ([], "no data: name them"),
     (["nowhere.yaml"], "nowhere.yaml"),
     (["data=nowhere"], "no shard, folder or YAML list at nowhere"),
@@ -398,7 +398,7 @@ def test_the_command_in_two_processes(place):
     (["data=images", "loss.perceptual=1", "loss.perceptual_network=vgg.pth"], "vgg.pth does not exist"),
     (["data=images", "loss.perceptual=1", "loss.perceptual_network=images/notes.txt"], "images/notes.txt"),
 ])
-def test_bad_input_is_one_clear_line(place, here, arguments, told):
+def test_bad_input_is_one_clear_line(place, here, arguments, message):
     (place / "empty").mkdir(exist_ok=True)
     (place / "one").mkdir(exist_ok=True)
     next(train_samples())["image"].save(place / "one" / "1.png")
@@ -411,7 +411,7 @@ def test_bad_input_is_one_clear_line(place, here, arguments, told):
             if arguments
             else here(place, "train-tokenizer")
         ),
-        told,
+        message,
     )
 
 
