@@ -27,6 +27,6 @@ setup(
     package_data={"musekit": ["configs/*.yaml", "pretrained/*/*", "pretrained/*/*/*"]},
     python_requires=f">={settings['min_python']}",
     install_requires=lines("requirements"),
-    extras_require={name: lines(f"{name}_requirements") for name in ("lab", "polars", "dev")},
+    extras_require={name: lines(f"{name}_requirements") for name in ("lab", "polars", "text", "dev")},
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["musekit=musekit._modidx:d"]},
 )

@@ -10,6 +10,7 @@ _MODULES = {  # names of each module that `musekit` offers; the module is import
     "evaluation.evaluate": ["evaluate_pipeline"],
     "models.transformer": ["MaskGitTransformer"],
     "models.uvit": ["MaskGiTUViT"],
+    "models.text_transformer": ["TextTransformer"],
     "models.vqgan": ["VQGANModel"],
     "models.maskgit_vqgan": ["MaskGitVQGAN"],
     "models.movq": ["MOVQ"],
@@ -32,12 +33,11 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 def __getattr__(name: str):
     from importlib import import_module
 
-    from musekit.utils.validation import nearest_name
+    from musekit.utils.validation import did_you_mean
 
     if name in _HOMES:
         return getattr(import_module(f"musekit.{_HOMES[name]}"), name)
-    nearest = nearest_name(name, _HOMES, 0)
-    raise AttributeError(f"module 'musekit' has no attribute {name!r}; the nearest name is {nearest!r}")
+    raise AttributeError(f"module 'musekit' has no attribute {name!r}.{did_you_mean(name, _HOMES)}")
 
 
 def __dir__() -> list[str]:

@@ -6,7 +6,7 @@ from musekit.models.paella_vq import PaellaVQModel
 from musekit.models.text_encoders import TextEncoder
 from musekit.models.transformer import MaskGitTransformer
 from musekit.models.uvit import MaskGiTUViT
-from musekit.recipes.clip import train_bpe
+from musekit.recipes.clip import train_clip_bpe
 
 
 def small_transformers(side, num_layers):
@@ -54,7 +54,7 @@ def small_transformers(side, num_layers):
 
 
 def random_clip(words, hidden_size=16, projection_dim=16):
-    """A text encoder with random weights, for the prompts of a tokenizer of `train_bpe`."""
+    """A text encoder with random weights, for the prompts of a tokenizer of `train_clip_bpe`."""
     config = CLIPTextConfig(
         vocab_size=len(words),
         max_position_embeddings=words.model_max_length,
@@ -75,4 +75,4 @@ def save_frozen_networks(folder, captions=("a red seven", "a green two"), max_se
     torch.manual_seed(0)
     sizes_of_vq = dict(c_hidden=16, c_latent=4, bottleneck_blocks=1, codebook_size=32, scale_factor=1.0)
     PaellaVQModel(levels=2, **sizes_of_vq).save_pretrained(folder / "vq")
-    random_clip(train_bpe(list(captions), 600, max_seq_length), **sizes).save_pretrained(folder / "clip")
+    random_clip(train_clip_bpe(list(captions), 600, max_seq_length), **sizes).save_pretrained(folder / "clip")

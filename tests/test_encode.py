@@ -22,7 +22,7 @@ from transformers.utils import logging
 from children import CHILDREN
 from musekit.utils import files
 from musekit.models.text_encoders import TextEncoder
-from musekit.recipes.clip import ClipTrainingConfig, build_clip, text_tower, train_bpe
+from musekit.recipes.clip import ClipTrainingConfig, build_clip, text_tower, train_clip_bpe
 from musekit.data.digits import train_samples
 from musekit.data.batch_encoder import BatchEncoder
 from musekit.data.image_text import ImageTextConfig, make_loader
@@ -50,7 +50,7 @@ def place(tmp_path_factory):
     "Three shards of digits, one of them with two broken samples, and two networks that were never trained."
     folder = tmp_path_factory.mktemp("encode")
     torch.manual_seed(0)
-    tokenizer = train_bpe(["a red three on blue paper", "a green seven"], 600, 12)
+    tokenizer = train_clip_bpe(["a red three on blue paper", "a green seven"], 600, 12)
     sizes = ClipTrainingConfig(hidden_size=16, layers=1, projection_dim=16, max_seq_length=12)
     TextEncoder(text_tower(build_clip(tokenizer, 32, sizes)), tokenizer, use_pooled=True).save_pretrained(
         folder / "clip"

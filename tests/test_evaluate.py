@@ -9,7 +9,7 @@ from PIL import Image
 
 from musekit.cli import main
 from musekit.models.text_encoders import ClassEncoder, TextEncoder
-from musekit.recipes.clip import ClipTrainingConfig, build_clip, text_tower, train_bpe
+from musekit.recipes.clip import ClipTrainingConfig, build_clip, text_tower, train_clip_bpe
 from musekit.data.digits import draw, test_prompts as held_out_prompts
 from musekit.data.token_parquet import EncodedDataset, encoded_loader
 from musekit.evaluation.features import collect_features
@@ -43,7 +43,7 @@ DIAGNOSTICS = [
 def pipeline_of(captions, levels=2):
     "An untrained pipeline of 32 x 32 pixels, and its whole CLIP and tokenizer."
     torch.manual_seed(0)
-    words = train_bpe(captions, 600, 16)
+    words = train_clip_bpe(captions, 600, 16)
     config = ClipTrainingConfig(hidden_size=32, layers=1, patch_size=8, projection_dim=16, max_seq_length=16)
     clip = build_clip(words, 32, config)
     side = 32 >> levels

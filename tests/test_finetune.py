@@ -315,8 +315,8 @@ def test_all_weights_from_a_transformer(place, train):
         (["model.lora.rank=2"], "set model.pretrained_model_path"),
         (["model.lora.rank=0"], "at least 1"),
         (["model.lora.rank=two"], "model.lora.rank"),
-        (["model.lora.ranks=2"], "nearest known key is 'model.lora.rank'"),
-        ([FROM_PIPELINE, "model.lora.rank=2", "model.lora.target=[querry]"], "nearest is 'query'"),
+        (["model.lora.ranks=2"], "Did you mean 'model.lora.rank'"),
+        ([FROM_PIPELINE, "model.lora.rank=2", "model.lora.target=[querry]"], "Did you mean 'query'"),
         (
             ["model.pretrained_model_path=runs/first/pipeline/transformer"],
             "set model.vq_model.pretrained to that one",

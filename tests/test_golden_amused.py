@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from musekit import cli
 from musekit.models.text_encoders import TextEncoder
-from musekit.recipes.clip import train_bpe
+from musekit.recipes.clip import train_clip_bpe
 from musekit.models.lora import load_lora, merge_lora
 from musekit.core.guidance import GenerationConfig
 from musekit.models.diffusers import CONVERTERS, read_amused, save_diffusers, to_diffusers
@@ -313,7 +313,7 @@ PROMPTS = ["a red three on white paper", "two"]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_bpe(PROMPTS * 4, vocab_size=530, max_seq_length=12)
+    return train_clip_bpe(PROMPTS * 4, vocab_size=530, max_seq_length=12)
 
 
 @pytest.fixture(scope="module")

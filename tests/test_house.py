@@ -239,7 +239,7 @@ def test_the_face_of_the_package():
     lazy = [name for name in dir(musekit) if name not in vars(musekit)]
     for name in lazy:
         assert getattr(musekit, name).__name__ == name
-    with pytest.raises(AttributeError, match="no attribute 'Pipelin'; the nearest name is 'Pipeline'"):
+    with pytest.raises(AttributeError, match="no attribute 'Pipelin'. Did you mean 'Pipeline'"):
         musekit.Pipelin
 
 

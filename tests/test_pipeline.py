@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from musekit.utils import progress
 from musekit.cli import main
-from musekit.recipes.clip import train_bpe
+from musekit.recipes.clip import train_clip_bpe
 from musekit.data.masks import token_mask
 from musekit.models.lora import add_lora, lora_parameters, save_lora
 from musekit.core.guidance import GenerationConfig
@@ -44,7 +44,7 @@ UVIT = dict(
 def folder(tmp_path_factory):
     "A pipeline of random weights, 8 x 8 tokens of 2 x 2 pixels, saved."
     torch.manual_seed(0)
-    words = train_bpe(PROMPTS * 4, vocab_size=530, max_seq_length=12)
+    words = train_clip_bpe(PROMPTS * 4, vocab_size=530, max_seq_length=12)
     text = random_clip(words, projection_dim=12)
     uvit = MaskGiTUViT(33, 32, encoder_hidden_size=16, cond_embed_dim=12, default_shape=(8, 8), **UVIT)
     for parameter in uvit.parameters():

@@ -8,9 +8,13 @@ import torch
 from musekit.data.token_parquet import EncodedDataset, encoded_loader
 from musekit.core.diagnostics import bucket_sums, image_entropy, mask_bucket, token_probability_histogram
 from musekit.core.masking import MaskedTokens
+from musekit.recipes.clip import ClipRun, Pairs
 from musekit.training.callbacks import Callback, Checkpoint, Evaluate, Log, token_diagnostics
 from musekit.training.checkpoint import checkpoints, latest_checkpoint
+from musekit.training.distributed import new_accelerator
 from musekit.training.log import read_log
+from musekit.training.loop import Loop
+from musekit.training.schema import Run, Steps
 from musekit.utils.seeds import step_seed
 from musekit.training.trainer import MicroBatch
 from toy_training import STEPS, all_weights, launch, tiny_trainer, write_data
@@ -100,6 +104,37 @@ def test_processes_stop_and_resume_together(data, tmp_path):
         15,
         15,
     ]
+
+
+class Slope(Loop):
+    "A loop of its own, which neither knows nor asks about signals."
+
+    def __init__(self, folder, callbacks):
+        settings = Steps(batch_size=1, max_train_steps=STEPS, seed=0, max_grad_norm=None)
+        config = ClipRun(Run(output_dir=str(folder)), settings)
+        accelerator = new_accelerator(False, mixed_precision="no")
+        super().__init__([{"x": 1.0}, {"x": 2.0}], config, accelerator, callbacks)
+        network = torch.nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(network.parameters(), 0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        prepared = self.accelerator.prepare(network, optimizer, schedule)
+        self.model, self.optimizer, self.scheduler = prepared
+
+    def make_micro_batch(self, batch, step, number):
+        return Pairs(torch.tensor([[batch["x"]]]), torch.tensor([[0]]))
+
+    def forward(self, micro_batch):
+        return {"loss": self.model(micro_batch.pixel_values).square().mean()}
+
+
+def sloping(folder, data, rank):
+    loop = Slope(folder, [StopOne()]).fit()
+    return {"step": loop.step, "stop": loop.stop}
+
+
+def test_any_loop_stops_in_all_processes(tmp_path):
+    first, second = launch(sloping, tmp_path / "run", None)
+    assert first == second and first["stop"] and 4 <= first["step"] < STEPS
 
 
 def broken_at_four(folder, data, rank):

@@ -388,7 +388,7 @@ def test_the_command_in_two_processes(place):
     (["data=empty"], "no image in empty"),
     (["data=one"], "dataset.eval_share=0"),
     (["data=broken"], "could not be used"),
-    (["data=images", "dataset.resolutoin=32"], "nearest known key is 'dataset.resolution'"),
+    (["data=images", "dataset.resolutoin=32"], "Did you mean 'dataset.resolution'"),
     (["data=images", "model.type=vq"], "must be one of 'vqgan'"),
     (["data=images", "model.params.codes=3"], "has no setting 'codes'"),
     (["data=images", "dataset.resolution=30"], "does not split into tokens"),

@@ -21,7 +21,7 @@ from .decoding import correct_ids, generate_ids, keep_plausible, temperatures
 from .samplers import get_sampler
 from .schedules import get_schedule
 from ..utils.seeds import resolve_seed
-from ..utils.validation import check_names, is_number, whole_numbers
+from ..utils.validation import check_names, did_you_mean, is_number, whole_numbers
 
 # %% ../../nbs/01_core/07_guidance.ipynb #7d77cf51
 def guide(cond_logits: Tensor,  # (B, N, V), with the prompt
@@ -43,7 +43,8 @@ def guidance_weights(scale: float,  # the weight of the last step, or of every s
                     ) -> Tensor:  # (T,) float32
     "Guidance weights; power-cosine is 1 + (scale - 1)(1 - cos(pi t^power)) / 2 (Gao et al. 2023)."
     if kind not in GUIDANCE_SCHEDULES:
-        raise ValueError(f"unknown guidance schedule {kind!r}; use one of {sorted(GUIDANCE_SCHEDULES)}")
+        raise ValueError(f"unknown guidance schedule {kind!r}.{did_you_mean(kind, GUIDANCE_SCHEDULES)} "
+                         f"Use one of {sorted(GUIDANCE_SCHEDULES)}")
     begin, end = interval
     if not (0 <= begin < end <= 1 and 0 < power < math.inf):
         raise ValueError("guidance needs 0 <= begin < end <= 1 and a power above 0, got the interval "

@@ -14,14 +14,14 @@ from torch.autograd.function import once_differentiable
 from .masking import IGNORE_INDEX
 
 # %% ../../nbs/01_core/03_losses.ipynb #e4d22565
-def _labelled(logits: Tensor, labels: Tensor, *others: Tensor) -> list[Tensor]:
+def _labelled(logits: Tensor, labels: Tensor, *others: Tensor, may_be_none: bool) -> list[Tensor]:
     "Logits (M, V), labels (M,) and other tensors (M,) at the M labelled positions."
     if logits.shape[:-1] != labels.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not belong "
                          "together; logits have the shape of the labels and one axis more")
     keep = labels != IGNORE_INDEX
     count = int(keep.sum())
-    if count == 0:
+    if count == 0 and not may_be_none:
         raise ValueError(f"no labelled token among {labels.numel()}: every label is {IGNORE_INDEX}; "
                          "mask at least one token per row")
     if count == keep.numel():
@@ -30,7 +30,7 @@ def _labelled(logits: Tensor, labels: Tensor, *others: Tensor) -> list[Tensor]:
 
 
 class WeightedCrossEntropy(torch.autograd.Function):
-    "Cross-entropy of rows (M, V), summed with weights (M,) that add up to 1; the backward pass runs once."
+    "Cross-entropy of rows (M, V), summed with weights (M,); the backward pass runs once."
 
     @staticmethod
     def forward(ctx, logits, labels, shares, label_smoothing):
@@ -62,15 +62,17 @@ def masked_cross_entropy(logits: Tensor,  # (..., V), e.g. (B, N, V), or only th
                          labels: Tensor,  # (...) int64, -100 where there is no label
                          *,
                          label_smoothing: float = 0.0,  # in [0, 1], spread over the V outputs
-                         loss_weight: Tensor | None = None  # (...) weights of the labels; None: equal weights
+                         loss_weight: Tensor | None = None,  # (...) weights of labels; None: equal weights
+                         total: Tensor | None = None  # divides the weighted sum; None: the sum of weights
                         ) -> Tensor:  # scalar, float32
     "Weighted mean cross-entropy of the labelled tokens (Chang et al. 2022, equation 1)."
     if loss_weight is not None and loss_weight.shape != labels.shape:
         raise ValueError(f"loss_weight {tuple(loss_weight.shape)} must have the shape of the labels "
                          f"{tuple(labels.shape)}")
     weight = torch.ones(labels.shape, device=labels.device) if loss_weight is None else loss_weight.float()
-    rows, targets, weight = _labelled(logits, labels, weight)
-    return WeightedCrossEntropy.apply(rows, targets, weight / weight.sum(), label_smoothing)
+    rows, targets, weight = _labelled(logits, labels, weight, may_be_none=total is not None)
+    shares = weight / (weight.sum() if total is None else total)
+    return WeightedCrossEntropy.apply(rows, targets, shares, label_smoothing)
 
 # %% ../../nbs/01_core/03_losses.ipynb #f73cadf6
 def saved_bytes(function,  # no arguments; its result requires gradients

@@ -143,7 +143,8 @@ class MaskedTokens:
     labels: Tensor  # (B, N) int64, -100 where there is no label
     mask: Tensor  # (B, N) bool, True where masked
     ratio: Tensor  # (B,) float32, the target mask ratio
-    loss_weight: Tensor | None  # (B, N) float32 if all tokens are labels, else None
+    loss_weight: Tensor | None  # (B, N) float32 weights of the labels; None: equal weights
+    total: Tensor | None = None  # scalar that divides the weighted sum; None: the sum of the weights
 
 
 def mask_tokens(image_ids: Tensor,  # (B, N) int64 ids below codebook_size

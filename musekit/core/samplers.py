@@ -103,7 +103,7 @@ def get_sampler(name: str | Callable,  # one of `sampler_names()`, or a callable
         return partial(name, **options) if options else name
     if name not in _samplers:
         hint = did_you_mean(name, _samplers)
-        raise ValueError(f"unknown sampler {name!r}{hint and ', '}{hint}; use one of {sampler_names()}")
+        raise ValueError(f"unknown sampler {name!r}.{hint} Use one of {sampler_names()}")
     check_params(f"sampler {name!r}", _samplers[name], options)
     return partial(_samplers[name], **options)
 

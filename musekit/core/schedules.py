@@ -86,7 +86,7 @@ def register_schedule(name: str  # its name in configurations
 
 def _exponent(name: str) -> float | None:
     "The exponent X of a name powX; None for any other name."
-    match = re.fullmatch(r"pow(\d+(?:\.\d*)?|\.\d+)", name)
+    match = re.fullmatch(r"pow(\d+(?:\.\d*)?|\.\d+)", str(name))
     return float(match.group(1)) if match else None
 
 # %% ../../nbs/01_core/01_schedules.ipynb #c17cf9f7
@@ -112,7 +112,8 @@ def check_params(owner: str,  # what error messages call the function
     accepted = list(inspect.signature(function).parameters.values())[1:]
     defaults = {parameter.name: parameter.default for parameter in accepted}
     if unknown := sorted(set(params) - set(defaults)):
-        raise ValueError(f"{owner} takes {list(defaults) or 'no parameters'}, not {unknown}")
+        raise ValueError(f"{owner} takes {list(defaults) or 'no parameters'}, not {unknown}."
+                         f"{did_you_mean(unknown[0], defaults)}")
     for name, value in params.items():
         if is_number(defaults[name]) and not is_number(value):
             raise ValueError(f"{owner} needs a number for {name}, not {value!r}")
@@ -130,9 +131,9 @@ def get_schedule(name: str | Callable,  # one of `schedule_names()`, or a callab
     else:
         function = _registered.get(name) or _BUILT_IN.get(name)
     if function is None:
-        hint = did_you_mean(name, schedule_names(), 0.5)
-        names = schedule_names()
-        raise ValueError(f"unknown mask schedule {name!r}{hint and ', '}{hint}; use one of {names}")
+        hint = did_you_mean(name, [*_BUILT_IN, *_registered])
+        raise ValueError(f"unknown mask schedule {name!r}.{hint} Use one of {schedule_names()}, where powX "
+                         "stands for pow2, pow0.5 and so on")
     check_params(f"mask schedule {name!r}", function, params)
     return Schedule(name, function, params)
 

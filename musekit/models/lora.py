@@ -24,7 +24,7 @@ from .pretrained import check_state_dict
 from .uvit import MaskGiTUViT
 from .weights import check_finite, common_prefix, find_folder, read_json, read_tensors
 from ..utils.files import write_aside
-from ..utils.validation import is_number, nearest_name
+from ..utils.validation import did_you_mean, is_number
 
 # %% ../../nbs/02_models/16_lora.ipynb #093719f8
 TARGETS = ("query", "key", "value", "out", "wi_0", "wi_1", "wo")
@@ -43,9 +43,8 @@ def lora_targets(
     ends = sorted({name.rpartition(".")[2] for name in names})
     for end in target:
         if not any(f".{name}".endswith(f".{end}") for name in names):
-            nearest = nearest_name(end, ends, 0) or "nothing"
-            raise ValueError(f"no linear layer of this {type(model).__name__} ends in {end!r}; the nearest "
-                             f"is {nearest!r}. There are: {', '.join(ends)}.")
+            raise ValueError(f"no linear layer of this {type(model).__name__} ends in {end!r}."
+                             f"{did_you_mean(end, ends)} There are: {', '.join(ends)}.")
     return [name for name in names if any(f".{name}".endswith(f".{end}") for end in target)]
 
 # %% ../../nbs/02_models/16_lora.ipynb #ee152468

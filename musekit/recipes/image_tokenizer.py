@@ -33,9 +33,9 @@ from ..training.config import Unused, describe, flatten, load_config, unused_ste
 from ..training.ema import evaluating
 from ..training.log import Log, read_log
 from ..training.reconstruction import PatchDiscriminator, reconstruction_sheet
-from ..training.checkpoint import keep_seed, refuse_other_run, settle_run_seed
+from ..training.checkpoint import started
 from ..utils.seeds import step_seed
-from ..training.distributed import make_accelerator, on_main_process
+from ..training.distributed import on_main_process
 from ..training.schema import Section, setting
 from ..training.tokenizer import VQConfig, VQTrainer
 from ..utils.validation import first_line
@@ -263,16 +263,8 @@ def train_tokenizer(
     base_dir: str | Path | None = None,  # another folder for relative names
 ) -> VQTrainer:  # its `stop` is true if the run was stopped
     "Trains a tokenizer, or resumes its training; saves the model and a report in the run's folder."
-    random_seed = settle_run_seed(config)
-    refuse_other_run(config)
-    accelerator = make_accelerator(config)
-    config.training.seed = on_main_process(lambda: config.training.seed)  # one for all processes
-    if random_seed:
-        keep_seed(config, accelerator)
-    try:
+    with started(config) as accelerator:
         return _train(config, accelerator, progress, base_dir)
-    finally:
-        accelerator.end_training()
 
 
 def _train(config, accelerator, progress, base_dir):

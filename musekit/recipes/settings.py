@@ -30,7 +30,7 @@ from musekit.training.config import (
 from ..training.tokenizer import VQTrainingConfig
 from ..models.weights import read_json
 from ..utils.hashing import file_digest
-from ..utils.validation import first_line, nearest_name
+from ..utils.validation import did_you_mean, first_line
 
 # %% ../../nbs/07_recipes/03_settings.ipynb #7173d725
 _FILTER = (
@@ -131,8 +131,8 @@ def _typed(cls, settings: dict, path: str):
     names = [field.name for field in fields(cls)]
     for name in settings:
         if name not in names:
-            nearest = nearest_name(name, names, 0)
-            raise ValueError(f"Unknown key '{path}.{name}'; the nearest known key is '{path}.{nearest}'.")
+            keys = [f"{path}.{each}" for each in names]
+            raise ValueError(f"Unknown key '{path}.{name}'.{did_you_mean(f'{path}.{name}', keys, 0)}")
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), settings))
     except OmegaConfBaseException as error:

@@ -56,9 +56,7 @@ from musekit.training.callbacks import (
 from ..training.config import Config, condition_of
 from ..training.ema import evaluating
 from ..training.optim import check_library
-from musekit.training.checkpoint import (
-    find_checkpoint, keep_seed, latest_checkpoint, refuse_other_run, settle_run_seed, step_of,
-)
+from ..training.checkpoint import find_checkpoint, latest_checkpoint, started, step_of
 from ..utils.seeds import step_seed
 from ..training.distributed import make_accelerator, on_main_process
 from ..training.tokenizer import train_vq_model
@@ -70,7 +68,7 @@ class Recipe:
     "A training run: its configuration, its processes, and its folder."
 
     config: Config  # of `configure`
-    accelerator: Accelerator | None = None
+    accelerator: Accelerator | None = None  # of `started`; None: a new one
     base_dir: str | Path | None = None  # where relative shard names are also looked for
     progress: bool | None = None  # show it, see `watched`
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
@@ -78,10 +76,7 @@ class Recipe:
     trainer: Trainer | None = None  # the same
 
     def __post_init__(self):
-        settle_run_seed(self.config)
         self.accelerator = self.accelerator or make_accelerator(self.config)
-        training = self.config.training
-        training.seed = on_main_process(lambda: training.seed)  # the same in all processes
         self.folder = Path(self.config.experiment.output_dir)
         name = self.config.experiment.resume_from_checkpoint
         self.checkpoint = None if name == "latest" else find_checkpoint(self.folder, name)  # named explicitly
@@ -652,15 +647,9 @@ def train(
     "Runs every stage of the recipe and saves the pipeline; resumes a run that was stopped."
     validate(config)  # again: a script may have changed it after `configure`, or not have used that
     check_library(config)
-    chosen = settle_run_seed(config)
-    refuse_other_run(config)
-    recipe = Recipe(config, base_dir=base_dir, progress=progress)
-    if chosen:
-        keep_seed(config, recipe.accelerator)
-    try:
+    with started(config) as accelerator:
+        recipe = Recipe(config, accelerator, base_dir, progress)
         recipe.batches = make_batches(recipe)
         with recipe.stage("transformer"):
             recipe.trainer = fit(recipe, recipe.batches)
-    finally:
-        recipe.accelerator.end_training()
     return recipe

@@ -22,7 +22,7 @@ import yaml
 from braceexpand import braceexpand
 
 from ..utils.hashing import text_sha256
-from ..utils.validation import is_number, nearest_name
+from ..utils.validation import did_you_mean, is_number
 
 # %% ../../nbs/08_shards/01_catalog.ipynb #e07b5d14
 ENDPOINT = "https://huggingface.co"
@@ -242,16 +242,15 @@ CATALOG = {dataset.name: dataset for dataset in _LINES}
 
 # %% ../../nbs/08_shards/01_catalog.ipynb #10f3d6a5
 def find_dataset(name: str, own: str | Path | None = None) -> Dataset:
-    "The dataset of that name from a YAML file or the catalogue; a ValueError suggests the nearest name."
+    "The dataset of that name from a YAML file or the catalogue; a ValueError suggests the most similar name."
     entries = _read_entries(own) if own else {}
     datasets = {**CATALOG, **entries}
     if name in entries and name in CATALOG:
         raise ValueError(f"{name!r} is a dataset of the catalogue; give yours in {own} another name.")
     if name in datasets:
         return _read_entry(own, name, entries) if name in entries else CATALOG[name]
-    nearest = nearest_name(name, datasets)
-    hint = f"Did you mean {nearest!r}? " if nearest else ""
-    raise ValueError(f"unknown dataset {name!r}. {hint}The datasets are: {', '.join(datasets)}.")
+    hint = did_you_mean(name, datasets)
+    raise ValueError(f"unknown dataset {name!r}.{hint} The datasets are: {', '.join(datasets)}.")
 
 
 def mix_of(weights: dict[str, Real], name: str | None = None, own: str | Path | None = None,

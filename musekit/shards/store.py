@@ -26,7 +26,7 @@ from ..utils.files import PARTIAL, exchange_folders, folder_aside, need_space
 from .catalog import ORIGINAL
 from .plan import list_shards
 from ..utils.hashing import file_hash
-from ..utils.validation import nearest_name
+from ..utils.validation import did_you_mean
 
 # %% ../../nbs/08_shards/13_store.ipynb #8aa1976a
 MANIFEST = "manifest.json"
@@ -329,10 +329,8 @@ def find_backup(backups: list[Backup], name: str | None = None) -> Backup:
                 raise ValueError(f"backup {name!r} cannot be restored: {backup.problem}.")
             return backup
     names = [backup.name for backup in backups]
-    nearest = nearest_name(name, names)
-    hint = f"Did you mean {nearest!r}? " if nearest else ""
-    advice = f"{hint}The backups are: {', '.join(names)}" if names else "There are none"
-    raise ValueError(f"there is no backup {name!r}. {advice}.")
+    advice = f"The backups are: {', '.join(names)}" if names else "There are none"
+    raise ValueError(f"there is no backup {name!r}.{did_you_mean(name, names)} {advice}.")
 
 
 def restore(cache: Cache, name: str | None = None, skip_backup: bool = False) -> Backup:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATE_FILE', 'Changes', 'checkpoint_folders', 'step_of', 'checkpoints', 'latest_checkpoint', 'find_checkpoint',
            'fault_of', 'check_files', 'keep_newest', 'changed_settings', 'refuse_changes', 'refuse_other_run',
-           'settle_run_seed', 'keep_seed', 'save_run', 'failing_clearly', 'load_run']
+           'settle_run_seed', 'started', 'save_run', 'failing_clearly', 'load_run']
 
 # %% ../../nbs/04_training/07_checkpoint.ipynb #7f86328a
 import json
@@ -14,6 +14,7 @@ import pickle
 import secrets
 import shutil
 import zipfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from ..utils.files import PARTIAL
 from ..utils.validation import first_line, one_line, shorten
 from .config import flatten, load_config, save_config
+from .distributed import make_accelerator, on_main_process
 from .ema import evaluating, load_ema, save_ema, save_model
 from .optim import fits_state
 from .schema import Section, short_name
@@ -239,11 +241,26 @@ def settle_run_seed(config: Section) -> bool:  # whether it is a new one
     return True
 
 
-def keep_seed(config: Section, accelerator: Accelerator):
+def _keep_seed(config, accelerator):
     "Prints a random seed, and saves it in the run's folder before the first stage."
     accelerator.print(f"training.seed is null: {config.training.seed} was drawn, and is saved with the run")
     if accelerator.is_main_process:
         save_config(config)
+
+
+@contextmanager
+def started(config: Section) -> Iterator[Accelerator]:
+    "A block in which a run takes place: its seed is settled, and its folder holds no other run."
+    random_seed = settle_run_seed(config)
+    refuse_other_run(config)
+    accelerator = make_accelerator(config)
+    config.training.seed = on_main_process(lambda: config.training.seed)  # one for all processes
+    if random_seed:
+        _keep_seed(config, accelerator)
+    try:
+        yield accelerator
+    finally:
+        accelerator.end_training()
 
 # %% ../../nbs/04_training/07_checkpoint.ipynb #4ee6dca1
 def save_run(

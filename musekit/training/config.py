@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from ..data.samples import load_class_names
 from ..utils.files import write_aside
-from ..utils.validation import first_line, is_rehearsal, nearest_name, one_line
+from ..utils.validation import did_you_mean, first_line, is_rehearsal, one_line
 from .schema import SHORT_NAMES, Config, Model, Section, short_name
 from ..models.weights import read_json
 
@@ -35,12 +35,13 @@ def all_keys(section=Config, path: str = "") -> list[str]:
     return names
 
 
-def _nearest(path, schema=Config):
+def _suggestion(path, schema=Config):
+    "The key that was meant by an unknown one: one of the same name in another section, or the most similar."
     names = all_keys(schema)
     if "." not in path and path not in names:
         names += [SHORT_NAMES[name] for name in names if name in SHORT_NAMES]
     same_name = [name for name in names if name.split(".")[-1] == path.split(".")[-1]]
-    return same_name[0] if same_name else nearest_name(path, names, 0)
+    return did_you_mean(path, same_name or names, 0)
 
 
 def _refuse_unknown(tree, schema=Config, section=None, path=""):
@@ -49,7 +50,7 @@ def _refuse_unknown(tree, schema=Config, section=None, path=""):
     for name, value in tree.items():
         full = f"{path}.{name}".lstrip(".")
         if name not in types:
-            raise ValueError(f"Unknown key {full!r}; the nearest known key is {_nearest(full, schema)!r}.")
+            raise ValueError(f"Unknown key {full!r}.{_suggestion(full, schema)}")
         if dataclasses.is_dataclass(types[name]):
             if not isinstance(value, dict):
                 key = all_keys(types[name], full)[0]

@@ -201,7 +201,7 @@ class Loop:
     def check_finite(self, micro_batches: list, outputs: list[dict], grad_norm: Tensor | None = None):
         "Raises in all processes if the loss or gradient is not finite, naming this process's examples."
         losses = [output["loss"] for output in outputs]
-        if not self.reduce(sum(losses)).isfinite():  # a non-finite loss makes the sum non-finite
+        if not self.sum_and_agree(sum(losses)).isfinite():  # a non-finite loss makes the sum non-finite
             keys = [micro.keys for micro, loss in zip(micro_batches, losses) if not loss.isfinite()]
             self._raise_not_finite("loss", keys)
         if grad_norm is None or self.accelerator.scaler is not None:  # the gradient scaler skips such a step
@@ -248,6 +248,15 @@ class Loop:
         "The sum or mean over the processes that train."
         return self.accelerator.reduce(values, how) if self.processes > 1 else values
 
+    def sum_and_agree(self, value: Tensor) -> Tensor:
+        "The sum of a number over the processes, which at once agree whether to stop after this step."
+        if self.processes == 1:
+            return value
+        interrupted = torch.full_like(value, self.interrupted is not None)
+        total, interruptions = self.reduce(torch.stack([value, interrupted]))
+        self.stop = self.stop or bool(interruptions > 0)
+        return total
+
     def state_dict(self) -> dict:
         "The progress of the run and the state of its callbacks, without weights."
         callbacks = [[type(c).__name__, c.state_dict()] for c in self.callbacks if hasattr(c, "state_dict")]
@@ -289,7 +298,7 @@ class Loop:
 
     def _interrupt(self, signal_name):
         self.interrupted = signal_name
-        self.stop = self.processes == 1  # several processes first agree on the step
+        self.stop = self.processes == 1  # several processes stop as `sum_and_agree` says
 
     def _seed(self, *place):
         return step_seed(self.config.training.seed, self.accelerator.process_index, *place)

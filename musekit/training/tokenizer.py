@@ -278,13 +278,9 @@ class VQTrainer(Loop):
         return sum(losses).detach() / len(losses)
 
     def update_codes(self, micro_batches: list[ImageBatch]):
-        "Counts and revives codes equally in all processes, which also agree on stopping."
+        "Counts and revives codes equally in all processes."
         step = self.step + 1
-        counts = sum(micro_batch.code_counts for micro_batch in micro_batches)
-        interrupted = torch.full_like(counts[:1], self.interrupted is not None)
-        counts = self.reduce(torch.cat([counts, interrupted]))
-        self.stop = self.stop or bool(counts[-1] > 0)
-        self.autoencoder.count(counts[:-1])
+        self.autoencoder.count(self.reduce(sum(micro_batch.code_counts for micro_batch in micro_batches)))
         if self.revives and self.autoencoder.due(step, self.config.training.max_train_steps):
             self.place_codes(micro_batches[-1].images, step)
         self.metrics["codes_used"] = int(self.autoencoder.alive.sum())

@@ -64,9 +64,11 @@ class MicroBatch:
 
     @property
     def weight(self) -> Tensor:
-        "The weight of the mean loss: the number of labels, or the sum of their weights."
+        "What divides the sum of the losses: the number of labels, the sum of their weights, or `total`."
         if self.soft_targets is not None:
             return self.tokens.mask.sum().float()
+        if self.tokens.total is not None:
+            return self.tokens.total.float()
         if self.tokens.loss_weight is not None:
             return self.tokens.loss_weight.sum()
         return (self.tokens.labels != IGNORE_INDEX).sum().float()
@@ -112,9 +114,7 @@ class Trainer(Loop):
         "The masked micro-batches of a step, each with its share of the labels over all processes."
         micro_batches = super().next_micro_batches()
         weights = torch.stack([micro_batch.weight for micro_batch in micro_batches])
-        interrupted = torch.full_like(weights[:1], float(self.interrupted is not None))
-        total, interruptions = self.reduce(torch.cat([weights.sum()[None], interrupted]))
-        self.stop = self.stop or bool(interruptions > 0)  # all processes agree on the step
+        total = self.reduce(weights.sum())
         for micro_batch, share in zip(micro_batches, weights * (self.processes / total)):
             micro_batch.share = share
         return micro_batches
@@ -164,7 +164,8 @@ class Trainer(Loop):
             return soft_target_cross_entropy(logits, soft_targets[labelled], labelled[labelled])
         labels = tokens.labels[labelled]
         weight = None if tokens.loss_weight is None else tokens.loss_weight[labelled]
-        return masked_cross_entropy(logits, labels, label_smoothing=label_smoothing, loss_weight=weight)
+        return masked_cross_entropy(logits, labels, label_smoothing=label_smoothing, loss_weight=weight,
+                                    total=tokens.total)
 
     def _to_device(self, values):
         full_precision = self.accelerator.mixed_precision == "no"
