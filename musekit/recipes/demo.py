@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'demo_settings', 'check_demo', 'judge_prompts', 'show_samples', 'save_pictures', 'peak_memory_gb',
-           'clean_reconstructions', 'measure', 'report', 'demo', 'export_demo']
+           'clean_reconstructions', 'measure', 'write_results', 'report', 'demo', 'export_demo']
 
 # %% ../../nbs/07_recipes/08_demo.ipynb #e2791937
 import json
@@ -136,7 +136,7 @@ def measure(recipe: Recipe, pipeline: Pipeline, prompts: list[dict]) -> dict:
     return {"prompts": len(prompts), "seed": seed, **scores, "tokenizer": tokenizer}
 
 
-def _write_results(results: dict, path: str | Path):
+def write_results(results: dict, path: str | Path):
     "Writes the results as JSON, with null for NaN."
     Path(path).write_text(json.dumps(_plain(results), indent=1) + "\n")
 
@@ -205,7 +205,7 @@ def demo(
     seconds = {**recipe.seconds, "all": time.perf_counter() - start}
     costs = {"seconds": seconds, "peak_memory_gb": peak_memory_gb()}
     recipe.results = results | (_first_costs(folder, costs) if finished else costs)
-    _write_results(recipe.results, folder / "results.json")
+    write_results(recipe.results, folder / "results.json")
     print(report(folder, recipe.results))
     write_card(folder / "pipeline")  # again, with the results
     return recipe
@@ -231,7 +231,7 @@ def export_demo(
     copy = Pipeline.from_pretrained(folder)
     scores = judge_prompts(copy, DigitJudge(), test_prompts(prompts), results["seed"])
     results |= {"prompts": prompts, **scores}
-    _write_results(results, folder / "results.json")
+    write_results(results, folder / "results.json")
     command = command or f"musekit demo --seed {results['seed']}"
     facts = {"command": f"`{command}`", "weights": "float16"}
     write_card(folder, facts | run_facts(run, results), name=folder.name)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['VQ_MODELS', 'TRANSFORMERS', 'PRECISIONS', 'MOST_CODES', 'stored_config', 'describe_vq_model', 'describe_text_encoder',
            'load_vq_model', 'load_text_encoder', 'FrozenNetworks', 'read_conditions', 'only_read', 'condition_sizes',
-           'expected_condition_sizes', 'build_transformer', 'drop_unread', 'make_transformer', 'try_networks']
+           'expected_condition_sizes', 'build_transformer', 'drop_unread', 'make_transformer', 'try_networks',
+           'check_codes']
 
 # %% ../../nbs/07_recipes/04_networks.ipynb #12bd4fe0
 import inspect
@@ -86,7 +87,7 @@ def load_vq_model(config: Config, path: str | Path | None = None) -> nn.Module:
     "The frozen tokenizer of a configuration, from `path` or from where the configuration says."
     section = config.model.vq_model
     model = VQ_MODELS[section.type].from_pretrained(path or section.pretrained)
-    _check_codes(config, model)
+    check_codes(config, model)
     return model.eval().requires_grad_(False)
 
 
@@ -281,12 +282,12 @@ def try_networks(config: Config):
         if rest or not side:
             raise ValueError(f"dataset.preprocessing.resolution={resolution} does not split into tokens of "
                              f"{vq_model.downsample_factor} pixels; it must be a multiple of that.")
-        codebook_size = _check_codes(config, vq_model)
+        codebook_size = check_codes(config, vq_model)
         if conditions is not None:
             _try("model.transformer", _try_transformer, config, codebook_size, side, conditions)
 
 
-def _check_codes(config: Config, vq_model: nn.Module) -> int:
+def check_codes(config: Config, vq_model: nn.Module) -> int:
     "The size of a tokenizer's codebook; a ValueError if it is too large for the stored ids."
     codes = vq_model.codebook_size
     if config.training.encode_first and codes > MOST_CODES:
