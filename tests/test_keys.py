@@ -15,11 +15,16 @@ from musekit.models.text_encoders import TextEncoder
 from musekit.recipes.clip import train_clip_bpe
 from musekit.core.losses import saved_bytes
 from musekit.models.paella_vq import PaellaVQModel
-from musekit.recipes.settings import generation_config, image_text_config
+from musekit.recipes.settings import (
+    generation_config,
+    image_text_config,
+    read_sample_inputs,
+    sample_prompts,
+)
 from musekit.recipes.networks import FrozenNetworks, make_transformer
 from musekit.recipes.text_to_image import Data, ImageSource, Recipe, encode
 from musekit.recipes.configure import configure
-from musekit.training.callbacks import Evaluate, sample_prompts, standard_callbacks
+from musekit.training.callbacks import Evaluate, diagnostic_callbacks, standard_callbacks
 from musekit.training.config import all_keys, load_config
 from musekit.training.log import Log, read_log
 from musekit.training.checkpoint import checkpoints
@@ -489,7 +494,8 @@ def test_the_drawing_is_told(key):
 def test_prompts(tmp_path):
     (tmp_path / "prompts.txt").write_text("a red seven\n\na green two\n")
     told = config_of(f"dataset.params.validation_prompts_file={tmp_path}/prompts.txt")
-    assert sample_prompts(told, ["from the data"]) == ["a red seven", "a green two"]
+    assert read_sample_inputs(told).prompts == ["a red seven", "a green two"]
+    assert read_sample_inputs(config_of()).prompts is None
     assert sample_prompts(config_of(), ["from the data"]) == ["from the data"]
 
 
@@ -519,8 +525,12 @@ def test_it_is_logged(data, tmp_path, key):
 
     def run(folder, *given):
         trainer = tiny_trainer(folder, data, *PLAIN, "training.max_train_steps=4", *NEVER, *settings, *given)
+        experiment = trainer.config.experiment
         trainer.callbacks = standard_callbacks(
-            trainer.config, sample=lambda *_: Image.new("RGB", (2, 2)), progress=False
+            experiment,
+            diagnostics=diagnostic_callbacks(experiment),
+            samples={"step": lambda *_: Image.new("RGB", (2, 2))},
+            progress=False,
         )
         trainer.eval_batches = [batch for _, batch in zip(range(4), trainer.data(0))]
         trainer.fit()
