@@ -181,11 +181,10 @@ def get_objective(name: str,  # one of `OBJECTIVES`
     "The objective with this name and schedule; unknown ones raise a ValueError."
     if name not in OBJECTIVES:
         hint = did_you_mean(name, OBJECTIVES)
-        raise ValueError(f"unknown objective {name!r}{hint and ', '}{hint}; use one of {list(OBJECTIVES)}")
+        raise ValueError(f"unknown objective {name!r}.{hint} Use one of {list(OBJECTIVES)}")
     if schedule not in MASK_RATIOS:
         hint = did_you_mean(schedule, MASK_RATIOS)
-        raise ValueError(f"unknown schedule {schedule!r} of an objective{hint and ', '}{hint}; "
-                         f"use one of {list(MASK_RATIOS)}")
+        raise ValueError(f"unknown schedule of masks {schedule!r}.{hint} Use one of {list(MASK_RATIOS)}")
     if schedule != "linear" and name in ("any_order", "causal"):
         raise ValueError(f"the objective {name!r} has no schedule {schedule!r}; use 'bernoulli' with it")
     return replace(OBJECTIVES[name], schedule=schedule)
