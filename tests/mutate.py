@@ -51,6 +51,8 @@ GUARDS = {  # module -> test files beside its notebook, those that run in one pr
     "core.decoding": ["test_samplers.py"],
     "core.guidance": ["test_samplers.py"],
     "models.pretrained": ["test_checkpoints.py"],
+    "models.text_transformer": ["test_text_transformer.py"],
+    "models.mdlm": ["test_golden_mdlm.py"],
     "training.checkpoint": ["test_going_on.py"],
     "training.loop": ["test_going_on.py"],
     "shards.rechunk": ["test_shards_rechunk.py"],

@@ -34,7 +34,7 @@ from musekit.models.paella_vq import PaellaVQModel
 from musekit.inference.pipeline import Pipeline
 from musekit.data.image_text import find_shards
 from musekit.recipes.text_to_image import Recipe, _captions, make_batches, make_trainer, show_inputs, train
-from musekit.recipes.configure import configure
+from musekit.recipes.configure import configure, validate
 from musekit.recipes.image_tokenizer import find_images
 from musekit.training.log import read_log
 from musekit.utils.seeds import step_seed
@@ -133,17 +133,17 @@ def run_and_resume(place, name, *settings, data="digits"):
     """Trains, then goes on from the middle as if it had been killed there; gives the run and the loaded
     pipeline."""
     config = lambda: configure(None, settings_of(place, name, *settings, data=data))
-    recipe = train(config(), progress=False)
-    log = read_log(recipe.folder)
+    run = train(config(), progress=False)
+    log = read_log(run.folder)
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4]
     assert sum("eval_loss" in line for line in log) == 2
-    assert (recipe.folder / "samples" / "step-000004.png").is_file()
-    before = weights(recipe.folder)
-    shutil.rmtree(recipe.folder / "checkpoint-4"), shutil.rmtree(recipe.folder / "pipeline")
-    (recipe.folder / "model.safetensors").unlink()
+    assert (run.folder / "samples" / "step-000004.png").is_file()
+    before = weights(run.folder)
+    shutil.rmtree(run.folder / "checkpoint-4"), shutil.rmtree(run.folder / "pipeline")
+    (run.folder / "model.safetensors").unlink()
     assert train(config(), progress=False).trainer.step == 4
-    assert weights(recipe.folder) == before
-    return recipe, Pipeline.from_pretrained(recipe.folder)
+    assert weights(run.folder) == before
+    return run, Pipeline.from_pretrained(run.folder)
 
 
 def clip(place):
@@ -170,16 +170,16 @@ TEXTS = {
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_texts(place, name):
-    recipe, pipeline = run_and_resume(place, name, *TEXTS[name](place))
+    run, pipeline = run_and_resume(place, name, *TEXTS[name](place))
     assert pipeline.text_encoder.use_pooled == (name in ("clip, pooled", "names of classes"))
     assert len(pipeline(["a red one", "a blue two"], seed=0)) == 2
     if name == "names of classes":
-        assert next(iter(recipe.batches.data.everything("test")))["text"][0].startswith("the digit ")
+        assert next(iter(run.batches.data.everything("test")))["text"][0].startswith("the digit ")
 
 
 @pytest.mark.parametrize("encode_first", [False, True], ids=["images", "encoded"])
 def test_classes(place, encode_first, capsys):
-    recipe, pipeline = run_and_resume(
+    run, pipeline = run_and_resume(
         place,
         f"classes {encode_first}",
         CLASSES,
@@ -188,7 +188,7 @@ def test_classes(place, encode_first, capsys):
     )
     assert (
         pipeline.transformer.config.num_classes == 10
-        and recipe.batches.unconditional["class_ids"].item() == 10
+        and run.batches.unconditional["class_ids"].item() == 10
     )
     numbers, texts = pipeline([3, 7], seed=0), pipeline(["3", "7"], seed=0)
     assert [image.tobytes() for image in numbers] == [image.tobytes() for image in texts]
@@ -197,10 +197,10 @@ def test_classes(place, encode_first, capsys):
     assert torch.equal(ids(3, guidance_scale=0.0), ids("", guidance_scale=1.0))
     with pytest.raises(ValueError, match=r"has the classes 0 \.\. 9, and '10' is neither"):
         pipeline(10)
-    real, out = FeatureTable.load(place / "real.safetensors"), recipe.folder / "quality.json"
+    real, out = FeatureTable.load(place / "real.safetensors"), run.folder / "quality.json"
     command = (
         "evaluate",
-        recipe.folder,
+        run.folder,
         "data=digits",
         "--samples",
         40,
@@ -223,14 +223,14 @@ def test_classes(place, encode_first, capsys):
 
 
 def test_classes_with_names(place, capsys):
-    recipe, pipeline = run_and_resume(place, "named classes", CLASSES, names(place), NO_TEXT)
+    run, pipeline = run_and_resume(place, "named classes", CLASSES, names(place), NO_TEXT)
     assert torch.equal(pipeline.ids("the digit 4", seed=0), pipeline.ids(4, seed=0))
-    assert set(recipe.batches.networks.text_encoder.names) == set(range(10))
+    assert set(run.batches.networks.text_encoder.names) == set(range(10))
     draw = lambda *prompts: main([
         "generate",
         *prompts,
         "--model",
-        str(recipe.folder),
+        str(run.folder),
         "--out",
         str(place / "named.png"),
         "--num-images",
@@ -246,18 +246,18 @@ def test_classes_with_names(place, capsys):
 
 def test_dropped_classes_are_the_mask_token(place):
     "What the trainer puts in front of half the rows is what an unknown class is when drawing."
-    recipe = train(
+    run = train(
         configure(None, settings_of(place, "dropped", CLASSES, "model.transformer.num_classes=10")),
         progress=False,
     )
-    batch = next(iter(recipe.batches.train(0)))
+    batch = next(iter(run.batches.train(0)))
     labels, dropped = batch["class_ids"], []
     for step in range(50):
-        class_ids = recipe.trainer.make_micro_batch(batch, step, 0).conditions["class_ids"]
+        class_ids = run.trainer.make_micro_batch(batch, step, 0).conditions["class_ids"]
         assert ((class_ids == labels) | (class_ids == 10)).all()
         dropped.append(class_ids == 10)
     assert 0.35 < torch.cat(dropped).float().mean() < 0.65  # 400 coins of one half
-    model = recipe.trainer.network.eval()
+    model = run.trainer.network.eval()
     ids = torch.zeros(1, 64, dtype=torch.long)
     in_front = torch.cat([torch.tensor([[model.config.mask_token_id]]), ids], 1)
     assert torch.equal(model(ids, class_ids=torch.tensor([10])), model(in_front)[:, 1:])
@@ -270,14 +270,14 @@ def test_a_class_that_is_none_is_an_unusable_sample(place):
 
 
 def test_nothing(place):
-    recipe, pipeline = run_and_resume(place, "nothing", NO_TEXT)
+    run, pipeline = run_and_resume(place, "nothing", NO_TEXT)
     assert len(pipeline(num_images_per_prompt=3, seed=0)) == 3
-    assert recipe.batches.unconditional == {} and pipeline.generation.guidance_scale == 1
+    assert run.batches.unconditional == {} and pipeline.generation.guidance_scale == 1
     with pytest.raises(ValueError, match="is unconditional and cannot use the prompt 'a cat'"):
         pipeline("a cat")
     assert (
         main(
-            ["generate", "--model", str(recipe.folder), "--out", str(place / "any.png"), "--num-images", "3"]
+            ["generate", "--model", str(run.folder), "--out", str(place / "any.png"), "--num-images", "3"]
         )
         == 0
     )
@@ -290,8 +290,8 @@ def test_pictures_without_captions(place):
     for number, sample in enumerate(digits(0, 20)):
         sample["image"].save(album / f"{number}.png")
     alone = [f"data={album}", "dataset.params.eval_shards_path_or_url=null", NO_TEXT]
-    recipe = train(configure(None, [*settings_of(place, "bare"), *alone]), progress=False)
-    assert len(Pipeline.from_pretrained(recipe.folder)(num_images_per_prompt=2)) == 2
+    run = train(configure(None, [*settings_of(place, "bare"), *alone]), progress=False)
+    assert len(Pipeline.from_pretrained(run.folder)(num_images_per_prompt=2)) == 2
     with pytest.raises(ValueError, match="20 without a caption"):
         train(configure(None, [*settings_of(place, "bare text"), *alone[:2], clip(place)]), progress=False)
 
@@ -305,8 +305,8 @@ def test_pictures_without_captions(place):
     ],
 )
 def test_layouts(place, key, data, size):
-    recipe, pipeline = run_and_resume(place, key, f"dataset.params.{key}=true", clip(place), data=data)
-    batch = next(iter(recipe.batches.data.everything("test")))
+    run, pipeline = run_and_resume(place, key, f"dataset.params.{key}=true", clip(place), data=data)
+    batch = next(iter(run.batches.data.everything("test")))
     assert batch["micro_conds"][0].tolist() == [*size, 0, 0, 5]
     picture = digits(100, 1)[0]["image"]
     if key != "is_ds_clean_upscaled":  # the one picture that counts is the digit, pixel by pixel
@@ -349,16 +349,16 @@ def pre_encoded(folder):
 
 @pytest.mark.parametrize("form", ["parquet", "tar"])
 def test_pre_encoded_texts(place, form):
-    recipe, pipeline = run_and_resume(
+    run, pipeline = run_and_resume(
         place, f"pre {form}", clip(place), *pre_encoded(encoded(place, form, True))
     )
-    assert recipe.batches.prepare is None and len(pipeline("a red one")) == 1
+    assert run.batches.prepare is None and len(pipeline("a red one")) == 1
 
 
 def test_pre_encoded_classes(place):
     of_classes = CLASSES, "model.transformer.num_classes=10", *pre_encoded(encoded(place, "parquet", False))
-    recipe, pipeline = run_and_resume(place, "pre classes", *of_classes)
-    batch = next(iter(recipe.batches.train(0)))
+    run, pipeline = run_and_resume(place, "pre classes", *of_classes)
+    batch = next(iter(run.batches.train(0)))
     assert batch["class_ids"].dtype == torch.long and len(pipeline([1, 2])) == 2
     few = configure(None, [*settings_of(place, "few codes"), *of_classes, "model.transformer.num_classes=5"])
     with pytest.raises(ValueError, match=r"holds class \d, which is none of the 5 classes"):
@@ -394,15 +394,15 @@ def test_encoded_data_needs_networks_only_to_draw(place, tmp_path, capsys):
         *pre_encoded(encoded(place, "parquet", True)),
         "model.transformer.codebook_size=32",
     ]
-    recipe = train(configure(None, [*options, "experiment.generate_every=null"]), progress=False)
+    run = train(configure(None, [*options, "experiment.generate_every=null"]), progress=False)
     assert (
         "no pipeline, only the transformer in" in capsys.readouterr().out
-        and not (recipe.folder / "pipeline").exists()
+        and not (run.folder / "pipeline").exists()
     )
-    assert [line["step"] for line in read_log(recipe.folder) if "loss" in line] == [1, 2, 3, 4]
-    assert [path.name for path in (recipe.folder / "samples").iterdir()] == ["first-inputs.png"]
+    assert [line["step"] for line in read_log(run.folder) if "loss" in line] == [1, 2, 3, 4]
+    assert [path.name for path in (run.folder / "samples").iterdir()] == ["first-inputs.png"]
     with pytest.raises(FileNotFoundError, match="gone/vq is no folder here"):
-        configure(None, [*options, "experiment.generate_every=2"])
+        validate(configure(None, [*options, "experiment.generate_every=2"]))
     with pytest.raises(ValueError, match="set model.transformer.codebook_size to the number of its codes"):
         train(
             configure(
@@ -516,11 +516,10 @@ def test_pre_encoded_refusals(place):
     with pytest.raises(
         ValueError, match="set model.text_encoder.pretrained to the one that encoded the data"
     ):
-        configure(None, [*settings_of(place, "bad"), *ready])
+        validate(configure(None, [*settings_of(place, "bad"), *ready]))
     with pytest.raises(ValueError, match="needs the images in every step"):
-        configure(
-            None, [*settings_of(place, "bad", clip(place)), *ready, "dataset.preprocessing.random_flip=true"]
-        )
+        flipped = [*ready, "dataset.preprocessing.random_flip=true"]
+        validate(configure(None, [*settings_of(place, "bad", clip(place)), *flipped]))
     larger = configure(
         None, [*settings_of(place, "bad", clip(place)), *ready, "dataset.preprocessing.resolution=64"]
     )
@@ -581,7 +580,7 @@ def test_check_tells_of_no_text_encoder():
 )
 def test_contradictions(settings, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        configure(None, ["data=digits", *settings])
+        validate(configure(None, ["data=digits", *settings]))
 
 
 def test_a_published_class_file_loads(tmp_path):

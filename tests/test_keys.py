@@ -12,11 +12,16 @@ from conftest import ROOT
 from key_tests import DRAWS, KEY_TESTS, LOG, READS, WEIGHTS
 from musekit.recipes.memory import Batch
 from musekit.core.losses import saved_bytes
-from musekit.recipes.settings import generation_config, image_text_config
+from musekit.recipes.settings import (
+    generation_config,
+    image_text_config,
+    read_sample_inputs,
+    sample_prompts,
+)
 from musekit.recipes.networks import FrozenNetworks, make_transformer
 from musekit.recipes.text_to_image import Data, ImageSource, Recipe, encode
 from musekit.recipes.configure import configure
-from musekit.training.callbacks import Evaluate, sample_prompts, standard_callbacks
+from musekit.training.callbacks import Evaluate, diagnostic_callbacks, standard_callbacks
 from musekit.training.config import all_keys, load_config
 from musekit.training.log import Log, read_log
 from musekit.training.checkpoint import checkpoints
@@ -470,7 +475,8 @@ def test_settings_reach_generation(key):
 def test_prompts(tmp_path):
     (tmp_path / "prompts.txt").write_text("a red seven\n\na green two\n")
     config = config_of(f"dataset.params.validation_prompts_file={tmp_path}/prompts.txt")
-    assert sample_prompts(config, ["from the data"]) == ["a red seven", "a green two"]
+    assert read_sample_inputs(config).prompts == ["a red seven", "a green two"]
+    assert read_sample_inputs(config_of()).prompts is None
     assert sample_prompts(config_of(), ["from the data"]) == ["from the data"]
 
 
@@ -500,8 +506,12 @@ def test_it_is_logged(data, tmp_path, key):
 
     def run(folder, *more):
         trainer = tiny_trainer(folder, data, *PLAIN, "training.max_train_steps=4", *NEVER, *settings, *more)
+        experiment = trainer.config.experiment
         trainer.callbacks = standard_callbacks(
-            trainer.config, sample=lambda *_: Image.new("RGB", (2, 2)), progress=False
+            experiment,
+            diagnostics=diagnostic_callbacks(experiment),
+            samples={"step": lambda *_: Image.new("RGB", (2, 2))},
+            progress=False,
         )
         trainer.eval_batches = [batch for _, batch in zip(range(4), trainer.data(0))]
         trainer.fit()

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from musekit.data.packing import write_shards
 from musekit.recipes.text_to_image import MEASURED, Measurement, train
-from musekit.recipes.configure import configure
+from musekit.recipes.configure import configure, validate
 from musekit.training.log import read_log
 from commands import some_digits
 from small_models import save_frozen_networks
@@ -61,11 +61,11 @@ DIGITS = (
 def test_a_run_measures_itself(place):
     "Every three steps and at the end, with averaged weights, and as a second look at the same weights finds."
     statistics = f"experiment.measure_statistics={place}/real.safetensors"
-    recipe = train(configure(None, settings(place, "digits", *DIGITS, statistics)), progress=False)
-    lines = [line for line in read_log(recipe.folder) if "frechet_distance" in line]
+    run = train(configure(None, settings(place, "digits", *DIGITS, statistics)), progress=False)
+    lines = [line for line in read_log(run.folder) if "frechet_distance" in line]
     assert [line["step"] for line in lines] == [3, 4] and all(set(MEASURED) <= set(line) for line in lines)
     assert (place / "real.safetensors").is_file() and 1 <= lines[-1]["inception_score"] <= 10
-    again = Measurement(recipe, recipe.batches)(recipe.trainer)
+    again = Measurement(run.recipe, run.batches)(run.trainer)
     assert again == {name: pytest.approx(lines[-1][name]) for name in MEASURED}
 
 
@@ -110,4 +110,4 @@ SHARDS = "data={place}/train", "dataset.params.eval_shards_path_or_url={place}/t
 )
 def test_what_cannot_be_measured(changes, message, place):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        configure(None, settings(place, "bad", *(change.format(place=place) for change in changes)))
+        validate(configure(None, settings(place, "bad", *(change.format(place=place) for change in changes))))

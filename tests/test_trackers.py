@@ -8,7 +8,7 @@ import tempfile
 import pytest
 from PIL import Image
 
-from musekit.training.callbacks import standard_callbacks
+from musekit.training.callbacks import diagnostic_callbacks, standard_callbacks
 from musekit.training.log import check_trackers, read_log
 from musekit.training.distributed import make_accelerator
 from toy_training import tiny_trainer, write_data
@@ -32,7 +32,11 @@ def run(folder, tracker, steps):
     options = [*EVERY, f"experiment.trackers=[{tracker}]", f"training.max_train_steps={steps}"]
     trainer = tiny_trainer(folder, data, *options, callbacks=[])
     draw = lambda model, step: Image.new("RGB", (40, 20), "teal")
-    trainer.callbacks = standard_callbacks(trainer.config, sample=draw, evaluation=False)
+    run = trainer.config.experiment
+    diagnostics = diagnostic_callbacks(run)
+    trainer.callbacks = standard_callbacks(
+        run, diagnostics=diagnostics, samples={"step": draw}, evaluate=None
+    )
     trainer.fit()
     trainer.accelerator.end_training()
     return trainer

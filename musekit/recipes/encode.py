@@ -46,7 +46,9 @@ from ..training.config import Config, condition_of
 def configure_encoding(path: str | Path | list | None, overrides: list[str] = ()) -> Config:
     "The configuration of a training run, checked for encoding its data beforehand."
     settings = [*overrides, "training.pre_encode=false", "training.encode_first=false"]
-    return configure(path, settings, validate_encoding)
+    config = configure(path, settings, warn=False)
+    validate_encoding(config)
+    return config
 
 # %% ../../nbs/07_recipes/06_encode.ipynb #ddc0b5c9
 _FORMATS = ("parquet", "tar")

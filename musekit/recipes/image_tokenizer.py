@@ -28,10 +28,10 @@ from ..data.locate import locate
 from ..data.pictures import check_colour
 from ..models.inspection import num_parameters
 from .networks import VQ_MODELS
-from ..training.callbacks import Checkpoint, Evaluate, SampleImages
+from ..training.callbacks import standard_callbacks
 from ..training.config import Unused, describe, flatten, load_config, unused_steps, warn_unused
 from ..training.ema import evaluating
-from ..training.log import Log, read_log
+from ..training.log import read_log
 from ..training.reconstruction import PatchDiscriminator, reconstruction_sheet
 from ..training.checkpoint import started
 from ..utils.seeds import step_seed
@@ -308,13 +308,13 @@ def tokenizer_reading(config: TokenizerConfig) -> ImageTextConfig:
 
 def _callbacks(config, examples, progress):
     run = config.experiment
-    callbacks = [Log(run.log_every, progress)]
-    if examples is not None:
-        def draw(model, step):
-            return reconstruction_sheet(model, examples)
+    if examples is None:
+        return standard_callbacks(run, evaluate=None, progress=progress)
 
-        callbacks += [Evaluate(run.eval_every, VQTrainer.report), SampleImages(draw, run.generate_every)]
-    return [*callbacks, Checkpoint(run.save_every, run.checkpoints_total_limit)]
+    def draw(model, step):
+        return reconstruction_sheet(model, examples)
+
+    return standard_callbacks(run, evaluate=VQTrainer.report, samples={"step": draw}, progress=progress)
 
 
 def final_report(folder: str | Path) -> dict[str, float]:

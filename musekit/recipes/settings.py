@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['image_text_config', 'data_fields', 'packing_options', 'data_classes', 'open_codes', 'vq_training', 'clip_training',
-           'stage_facts', 'generation_config', 'draws']
+           'stage_facts', 'generation_config', 'draws', 'SampleInputs', 'read_sample_inputs', 'sample_prompts']
 
 # %% ../../nbs/07_recipes/03_settings.ipynb #c8f755b7
 import os
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -16,9 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .clip import ClipTrainingConfig
 from ..data.image_text import ImageTextConfig
-from ..data.samples import Fields, MetadataFilter
+from ..data.samples import Fields, MetadataFilter, read_prompts
 from ..data.packing import file_facts, folder_classes
 from ..data.locate import locate
+from ..data.masks import read_inpainting
 from ..data.columns import is_parquet, parquet_classes
 from ..data.token_manifest import TOKEN_MANIFEST
 from ..data.tokens import EncodedSource, open_encoded
@@ -228,3 +229,28 @@ def generation_config(config: Config) -> GenerationConfig:
 def draws(config: Config) -> bool:
     "Whether a run samples images while it trains."
     return bool(config.experiment.generate_every or config.experiment.measure_every)
+
+# %% ../../nbs/07_recipes/03_settings.ipynb #15f8ff4e
+@dataclass
+class SampleInputs:
+    "What sample images start from, as far as files of the configuration say so."
+
+    prompts: list[str] | None  # None: `sample_prompts` of the data
+    inpainting: list[tuple]  # of `read_inpainting`; empty: no inpainting
+
+
+def read_sample_inputs(config: Config) -> SampleInputs:
+    "The prompts and the inpainting examples of a configuration."
+    params, pixels = config.dataset.params, config.dataset.preprocessing
+    file, folder = params.validation_prompts_file, params.inpainting_folder
+    prompts = None if file is None else read_prompts(file, "dataset.params.validation_prompts_file")
+    examples = [] if folder is None else read_inpainting(folder, pixels.resolution, pixels.background)
+    return SampleInputs(prompts, examples)
+
+
+def sample_prompts(config: Config, texts: list[str]) -> list[str]:
+    "Up to eight captions or classes of the data, as prompts of sample images."
+    if condition_of(config) == "class":
+        texts = map(str, range(num_classes(config)))
+    prompts = sorted(set(texts) - {""}) or [""] * 8  # no text: eight unconditional images
+    return prompts[:: max(1, len(prompts) // 8)][:8]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEXT_STATES', 'MEASURED', 'SHOWN', 'Recipe', 'Data', 'find_data', 'make_vq_model', 'make_text_encoder', 'Batches',
-           'encode', 'make_batches', 'make_pipeline', 'Measurement', 'make_trainer', 'show_inputs', 'fit',
-           'plot_stages', 'train']
+           'encode', 'make_batches', 'drawn_by_all', 'prompt_sheet', 'inpainting_sheet', 'make_pipeline', 'Measurement',
+           'make_trainer', 'FreeNetworks', 'show_inputs', 'fit', 'plot_stages', 'TrainedRun', 'train']
 
 # %% ../../nbs/07_recipes/07_text_to_image.ipynb #dadb6b10
 import json
@@ -19,7 +19,8 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
 
@@ -30,14 +31,15 @@ from ..data.packing import file_facts, left_out
 from ..data.token_manifest import Counts
 from ..data.sources import ImageSource, first_samples
 from ..data.tokens import EncodedSource
+from ..data.grids import image_grid
+from ..data.masks import input_sheet, inpainting_grid
 from ..data.pictures import to_images
 from ..utils.files import TAKEN, folder_aside, make_once, read_note, take_for
 from ..models.card import write_card
 from ..utils.progress import watched
 from ..core.masking import IGNORE_INDEX
 from musekit.evaluation.evaluate import (
-    MetricsConfig, choose_prompts, draw_images, evaluate, find_judge, make_extractor, on_device,
-    real_features,
+    MetricsConfig, choose_prompts, draw_images, evaluate, find_judge, make_extractor, real_features,
 )
 from ..inference.pipeline import Pipeline
 from .configure import validate
@@ -47,11 +49,11 @@ from musekit.recipes.networks import (
     make_transformer, only_read,
 )
 from musekit.recipes.settings import (
-    clip_training, draws, generation_config, image_text_config, open_codes, packing_options, stage_facts,
-    vq_training,
+    SampleInputs, clip_training, draws, generation_config, image_text_config, open_codes, packing_options,
+    read_sample_inputs, sample_prompts, stage_facts, vq_training,
 )
 from musekit.training.callbacks import (
-    drawn_by_all, input_sheet, inpainting_sheet, prompt_sheet, sample_prompts, standard_callbacks,
+    Callback, FirstInputs, Measure, diagnostic_callbacks, standard_callbacks, validation_loss,
 )
 from ..training.config import Config, condition_of
 from ..training.ema import evaluating
@@ -71,15 +73,16 @@ class Recipe:
     accelerator: Accelerator | None = None  # of `started`; None: a new one
     base_dir: str | Path | None = None  # where relative shard names are also looked for
     progress: bool | None = None  # show it, see `watched`
+    samples: SampleInputs | None = None  # of `validate`; None: read now
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
-    batches: "Batches | None" = None  # of `make_batches`, once `train` has run
-    trainer: Trainer | None = None  # the same
 
     def __post_init__(self):
         self.accelerator = self.accelerator or make_accelerator(self.config)
-        self.folder = Path(self.config.experiment.output_dir)
-        name = self.config.experiment.resume_from_checkpoint
-        self.checkpoint = None if name == "latest" else find_checkpoint(self.folder, name)  # named explicitly
+        self.samples = self.samples or read_sample_inputs(self.config)
+        run = self.config.experiment
+        self.folder = Path(run.output_dir)
+        self.resume_from = find_checkpoint(self.folder, run.resume_from_checkpoint)
+        self.checkpoint = None if run.resume_from_checkpoint == "latest" else self.resume_from  # a named one
 
     @contextmanager
     def stage(self, name: str):
@@ -426,6 +429,39 @@ def make_batches(recipe: Recipe) -> Batches:
     with recipe.stage("encoding"):
         return encode(recipe, data, networks)
 
+# %% ../../nbs/07_recipes/07_text_to_image.ipynb #f5d305f1
+def drawn_by_all(draw: Callable[[list], list], items: list) -> list:
+    "The results of `draw(items)`, one per item, computed by all processes together and returned in each."
+    state = PartialState()
+    count = state.num_processes
+    own_items = items[state.process_index :: count]
+    parts = gather_object([draw(own_items) if own_items else []])
+    return [parts[number % count][number // count] for number in range(len(items))]
+
+
+def prompt_sheet(make_pipeline: Callable, prompts: list[str], seed: int) -> Callable:
+    "A `sample` function for `SampleImages`: an image for each prompt, from `make_pipeline(model)`."
+
+    def sample(model, step):
+        pipeline = make_pipeline(model)
+        return image_grid(drawn_by_all(lambda some: pipeline(some, seed=seed), prompts), prompts)
+
+    return sample
+
+
+def inpainting_sheet(make_pipeline: Callable, examples: list[tuple], seed: int) -> Callable:
+    "A `sample` function that inpaints examples, of `read_inpainting`."
+
+    def sample(model, step):
+        inpaint = make_pipeline(model).inpaint
+
+        def draw(some):
+            return [inpaint(image, mask, text, seed=seed)[0] for text, image, mask in some]
+
+        return inpainting_grid(examples, drawn_by_all(draw, examples))
+
+    return sample
+
 # %% ../../nbs/07_recipes/07_text_to_image.ipynb #e1c25e54
 def make_pipeline(recipe: Recipe, batches: Batches, transformer: nn.Module) -> Pipeline:
     "A transformer and the two frozen networks, with the configuration's sampling settings."
@@ -471,7 +507,7 @@ class Measurement:
     @cached_property
     def extractor(self):
         name = self.recipe.config.experiment.measure_features or "digits"
-        return on_device(make_extractor(name), self.recipe.accelerator.device)
+        return make_extractor(name, self.recipe.accelerator.device)
 
     @cached_property
     def prompts(self) -> list:
@@ -510,7 +546,7 @@ def make_trainer(recipe: Recipe, batches: Batches) -> Trainer:
     captions = batches.data.first["text"]
     if batches.prepare:
         _report_cut(recipe, networks, captions)
-    prompts = sample_prompts(config, captions)
+    prompts = recipe.samples.prompts or sample_prompts(config, captions)
     if not config.training.pre_encode:
         networks.text_encoder(prompts)  # an unusable prompt is an error now
     _report_resume(recipe)
@@ -530,27 +566,34 @@ def make_trainer(recipe: Recipe, batches: Batches) -> Trainer:
     return trainer
 
 
+class FreeNetworks(Callback):
+    "Frees the networks that training does not need, once the callbacks before it have used them."
+
+    def __init__(self, networks: FrozenNetworks):
+        super().__init__(every=1)
+        self.networks = networks
+
+    def run(self, trainer: Trainer):
+        "Frees the networks."
+        self.networks.free()
+
+    def on_end(self, trainer):
+        self.networks.free()
+
+
 def _callbacks(recipe, batches, prompts):
     config = recipe.config
+    run = config.experiment
     pipeline = partial(make_pipeline, recipe, batches)
-    sample = prompt_sheet(pipeline, prompts, config.training.seed)
-    inpaint = inpainting_sheet(pipeline, config)
-
-    def freeing(function):
-        "The same function, after which networks that training does not need are freed."
-        def call(*arguments):
-            try:
-                return function(*arguments)
-            finally:
-                batches.networks.free()
-
-        return call
-
-    return standard_callbacks(
-        config, sample=freeing(sample), inpaint=inpaint and freeing(inpaint), progress=recipe.progress,
-        inputs=freeing(partial(show_inputs, config, batches)), measure=freeing(Measurement(recipe, batches)),
-        evaluation=batches.test is not None,
-    )
+    samples = {"step": prompt_sheet(pipeline, prompts, config.training.seed)}
+    if recipe.samples.inpainting:
+        samples["inpainting"] = inpainting_sheet(pipeline, recipe.samples.inpainting, config.training.seed)
+    first_inputs = FirstInputs(partial(show_inputs, config, batches))
+    measures = [Measure(run.measure_every, Measurement(recipe, batches))] if run.measure_every else []
+    return [*standard_callbacks(
+        run, diagnostics=[*diagnostic_callbacks(run), first_inputs], samples=samples, measures=measures,
+        evaluate=validation_loss if batches.test else None, progress=recipe.progress,
+    ), FreeNetworks(batches.networks)]
 
 
 def show_inputs(config: Config, batches: Batches, trainer: Trainer) -> Image.Image:
@@ -590,8 +633,7 @@ def _report_cut(recipe, networks, captions):
 def _report_resume(recipe):
     "Prints the step at which a run is resumed, or that it is already trained."
     steps = recipe.config.training.max_train_steps
-    checkpoint = find_checkpoint(recipe.folder, recipe.config.experiment.resume_from_checkpoint)
-    if done := step_of(checkpoint) if checkpoint else 0:
+    if done := step_of(recipe.resume_from) if recipe.resume_from else 0:
         state = "already trained (training.max_train_steps=N for more)," if done >= steps else "going on"
         recipe.accelerator.print(f"  {state} after step {done} of {steps}")
 
@@ -638,18 +680,32 @@ def plot_stages(
     return figure
 
 # %% ../../nbs/07_recipes/07_text_to_image.ipynb #c926ccb7
+@dataclass
+class TrainedRun:
+    "What the stages of a run have made."
+
+    recipe: Recipe
+    batches: Batches
+    trainer: Trainer
+
+    @property
+    def folder(self) -> Path:
+        "The folder of the run."
+        return self.recipe.folder
+
+
 def train(
     config: Config,  # of `configure`
     *,
     progress: bool | None = None,  # show it, see `watched`
     base_dir: str | Path | None = None,  # where relative shard names are also looked for
-) -> Recipe:  # with `batches` and `trainer`
+) -> TrainedRun:
     "Runs every stage of the recipe and saves the pipeline; resumes a run that was stopped."
-    validate(config)  # again: a script may have changed it after `configure`, or not have used that
+    samples = validate(config)
     check_library(config)
     with started(config) as accelerator:
-        recipe = Recipe(config, accelerator, base_dir, progress)
-        recipe.batches = make_batches(recipe)
+        recipe = Recipe(config, accelerator, base_dir, progress, samples)
+        batches = make_batches(recipe)
         with recipe.stage("transformer"):
-            recipe.trainer = fit(recipe, recipe.batches)
-    return recipe
+            trainer = fit(recipe, batches)
+    return TrainedRun(recipe, batches, trainer)
