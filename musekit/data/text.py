@@ -282,7 +282,7 @@ class Cut:
 
 PACKINGS = ("best_fit", "cut")
 
-# %% ../../nbs/03_data/18_text.ipynb #a240ef1e
+# %% ../../nbs/03_data/18_text.ipynb #d0ef754f
 _READ_AT_ONCE = 128  # documents tokenized together, and added to the buffer together, as autoresearch does
 _STATE_EVERY = 1000  # batches
 _STATES_KEPT = 3
@@ -319,6 +319,7 @@ class TextRows:
         packing: str = "best_fit",  # or "cut"
         buffer_size: int = 1000,  # documents to choose from, packed best-fit
         separate_documents: bool = False,  # also give the number of each token's document in its row
+        mix_epochs: bool = False,  # read on before an epoch is packed, endlessly, as autoresearch does
         shuffle_seed: int | None = None,  # of row groups and of the documents in each; None: as in the files
         rank: int = 0,
         world_size: int = 1,
@@ -338,7 +339,8 @@ class TextRows:
         self.separate_documents = separate_documents
         self.shuffle_seed = None if split == "validation" else shuffle_seed
         self.groups = getattr(files, split)
-        self.epochs = 1 if split == "validation" else None
+        self.mix_epochs = mix_epochs
+        self.epochs = 1 if split == "validation" and not mix_epochs else None
         self.rank = rank
         self.world_size = world_size
         self.states = state_folder and _States(Path(state_folder), self._facts())
@@ -354,7 +356,7 @@ class TextRows:
 
         def read_more():
             nonlocal chunk, place
-            if chunk is None or packer.waiting and chunk[0][0] > place[0]:
+            if chunk is None or packer.waiting and chunk[0][0] > place[0] and not self.mix_epochs:
                 return False  # an epoch begins when no document of the last one waits
             place, documents = chunk
             packer.add(documents)
@@ -426,7 +428,7 @@ class TextRows:
         contents = {url: file_digest(url) if os.path.isfile(url) else None for url in urls}
         numbers = [(group.number, group.start, group.stop) for group in self.groups]
         places = self.rank, self.world_size, self.length, self.batch_size, self.epochs, self.shuffle_seed
-        packing = self.packing, self.buffer_size
+        packing = self.packing, self.buffer_size, self.mix_epochs
         return [self.tokenizer.digest(), contents, numbers, self.files.column, *packing, *places]
 
 
