@@ -190,7 +190,7 @@ def _cpu_seconds():
 
 
 def timed(function, device, clock=time.perf_counter):
-    """Seconds of the clock, and how many processors others used meanwhile (0 where that cannot be told)."""
+    """Seconds of the clock, and how many processors others used meanwhile (0 where unknown)."""
     watched = os.path.exists("/proc/stat")
     before, since, started = _cpu_seconds() if watched else (0, 0), time.perf_counter(), clock()
     function()
@@ -284,11 +284,11 @@ def print_profile(name, function, device, rows=22):
 def check(theirs, ours, batch):
     """Raises SystemExit unless both give the same logits and losses."""
     with torch.no_grad():
-        expected, found = their_logits(theirs, batch).flatten(2).mT, our_logits(ours, batch)
-        given = ours.precompute(batch["states"], batch["pooled"], batch["sizes"])
-        once = ours(batch["ids"], precomputed=given)
+        expected, logits_of_ours = their_logits(theirs, batch).flatten(2).mT, our_logits(ours, batch)
+        precomputed = ours.precompute(batch["states"], batch["pooled"], batch["sizes"])
+        once = ours(batch["ids"], precomputed=precomputed)
         losses = their_loss(theirs, batch), our_loss(ours, batch)
-    off = max((expected - logits).abs().max().item() for logits in (found, once))
+    off = max((expected - logits).abs().max().item() for logits in (logits_of_ours, once))
     apart = (losses[0] - losses[1]).abs().item()
     print(
         f"largest difference of logits {off:.1e} (their spread {expected.std():.2f}), of losses {apart:.1e}"
