@@ -1,7 +1,7 @@
 """How fast the text transformer trains, beside a plain GPT of the same size, in tokens a second.
 
-    python tests/benchmarks/text_models.py                # the CPU, hidden 384, 6 layers, 8 texts of 256 tokens
-    python tests/benchmarks/text_models.py --quick        # a small model, few repetitions: does everything run?
+    python tests/benchmarks/text_models.py            # the CPU, hidden 384, 6 layers, 8 texts of 256 tokens
+    python tests/benchmarks/text_models.py --quick    # a small model, few repetitions: does everything run?
     python tests/benchmarks/text_models.py --device cuda --bf16 --hidden 768 --layers 12 --batch 32
     python tests/benchmarks/text_models.py --threads 1 --cpu-time   # on a machine busy with other things
 
@@ -97,9 +97,9 @@ def training_step(model, loss, ids, precision):
     return step
 
 
-@torch.no_grad()
 def decoder(model, ids, cached):
     """A function that appends to the first 16 tokens, one a call of the model, up to 80 tokens."""
+    @torch.no_grad()
     def decode():
         text, cache = ids[:, :16], model.cache() if cached else None
         while text.shape[1] < min(80, ids.shape[1]):
@@ -107,7 +107,7 @@ def decoder(model, ids, cached):
             logits = model(new, cache=cache) if cached else model(new)
             text = torch.cat([text, logits[:, -1:].argmax(-1)], 1)
 
-    return torch.no_grad()(decode)
+    return decode
 
 
 def main():
