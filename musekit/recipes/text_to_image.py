@@ -49,13 +49,13 @@ from musekit.recipes.networks import (
     make_transformer, only_read,
 )
 from musekit.recipes.settings import (
-    SampleInputs, clip_training, draws, generation_config, image_text_config, open_codes, packing_options,
-    read_sample_inputs, sample_prompts, stage_facts, vq_training,
+    SampleInputs, clip_training, condition_of, draws, generation_config, image_text_config, open_codes,
+    packing_options, read_sample_inputs, sample_prompts, stage_facts, vq_training,
 )
 from musekit.training.callbacks import (
     Callback, FirstInputs, Measure, diagnostic_callbacks, standard_callbacks, validation_loss,
 )
-from ..training.config import Config, condition_of
+from ..training.config import Config
 from ..training.ema import evaluating
 from ..training.optim import check_library
 from ..training.checkpoint import find_checkpoint, latest_checkpoint, started, step_of
