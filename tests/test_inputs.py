@@ -6,9 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
-import time
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,7 +24,7 @@ from musekit.data.image_text import find_shards
 from musekit.recipes.text_to_image import make_pipeline, train
 from musekit.recipes.configure import configure, validate
 from musekit.recipes.image_tokenizer import configure_tokenizer, train_tokenizer
-from test_cli import ENVIRONMENT, assert_refused, here, musekit  # noqa: F401 (a fixture)
+from commands import ENVIRONMENT, assert_refused, musekit
 from test_conditions import (
     CLASSES,
     clip,
@@ -144,8 +142,8 @@ def test_every_layout_trains_and_goes_on(place, layouts, name):  # noqa: F811
     assert texts_of(run) == sorted(sample["text"] for sample in digits(0, 40))
     assert len(pipeline("a red one", seed=0)) == 1
     if name == "album":
-        told = left_out(run.batches.data.sources["train"].urls)
-        assert told == ["3 in hidden files or system folders", "1 file of other kinds: 1 .heic"]
+        report = left_out(run.batches.data.sources["train"].urls)
+        assert report == ["3 in hidden files or system folders", "1 file of other kinds: 1 .heic"]
 
 
 @pytest.mark.parametrize("name", ["json", "zipped", "clone"])
@@ -551,9 +549,9 @@ def test_numbers_that_are_not_finite(place, tmp_path):  # noqa: F811
             "model.vq_model.train.learning_rate",
             "training.eval_mask_ratios.0",
         ):
-            given = f"training.eval_mask_ratios=[{value}]" if key.endswith(".0") else f"{key}={value}"
+            setting = f"training.eval_mask_ratios=[{value}]" if key.endswith(".0") else f"{key}={value}"
             with pytest.raises(ValueError, match="finite number|needs a number"):
-                validate(configure(None, settings_of(place, "x", clip(place), given)))
+                validate(configure(None, settings_of(place, "x", clip(place), setting)))
 
 
 def test_evaluation_of_every_layout(place, zoo, layouts, tmp_path):  # noqa: F811
@@ -589,7 +587,7 @@ def test_shards_that_are_no_good_as_a_whole(place, tmp_path, here):  # noqa: F81
             for each in ((f"img.{key}.png", image), (f"img.{key}.txt", text))
         ],
     }
-    told = {
+    messages = {
         "apart.tar": "the files of a sample are not next to each other, such as 00.png and 00.txt",
         "dots.tar": "dots in the names of files",
     }
@@ -600,7 +598,7 @@ def test_shards_that_are_no_good_as_a_whole(place, tmp_path, here):  # noqa: F81
                 described.size = len(data)
                 tar.addfile(described, io.BytesIO(data))
         refused = here(tmp_path, "train", *settings_of(place, name, clip(place))[2:], f"data={name}")
-        assert_refused(refused, f"musekit: {name}: {told[name]}")
+        assert_refused(refused, f"musekit: {name}: {messages[name]}")
         assert len(refused.stderr) < 220
     warned = musekit(
         tmp_path,

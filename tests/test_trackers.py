@@ -80,9 +80,9 @@ def test_wandb_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     last = twice(tmp_path / "run", "wandb")
     kept = last.callbacks[0].run_id
-    found = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
-    assert len(found) == 2 and all(path.name.endswith(f"-{kept}") for path in found)
-    pictures = [path.name for path in found[-1].rglob("*.png")]
+    runs = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2 and all(path.name.endswith(f"-{kept}") for path in runs)
+    pictures = [path.name for path in runs[-1].rglob("*.png")]
     assert any(name.startswith("samples") for name in pictures)
     assert any(name.startswith("token_probabilities") for name in pictures)
 

@@ -13,13 +13,10 @@ from pathlib import Path
 from .finetune import adopt_pipeline
 from .networks import TRANSFORMERS, VQ_MODELS, drop_unread, try_networks
 from musekit.recipes.settings import (
-    SampleInputs, clip_training, data_classes, draws, generation_config, image_text_config,
-    read_sample_inputs, vq_training,
+    SampleInputs, class_names, clip_training, condition_of, data_classes, draws, generation_config,
+    image_text_config, num_classes, read_sample_inputs, reads_pooled, unused_settings, vq_training,
 )
-from musekit.training.config import (
-    Config, class_names, condition_of, flatten, load_config, num_classes, reads_pooled, unused_settings,
-    warn_unused,
-)
+from ..training.config import Config, flatten, load_config, warn_unused
 from ..training.log import check_trackers
 from ..training.optim import check_optimization
 from ..training.schema import TextEncoderSection, VQModel

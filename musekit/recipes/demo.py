@@ -29,10 +29,9 @@ from ..models.card import run_facts, write_card
 from ..inference.pipeline import Pipeline
 from .configure import configure
 from .text_to_image import TrainedRun, plot_stages, train
-from ..training.config import Config
+from ..training.config import Config, replace_overrides
 from ..utils.validation import is_rehearsal
 from ..training.log import plot_run
-from ..training.schema import SHORT_NAMES
 from ..training.checkpoint import latest_checkpoint
 from ..training.reconstruction import codebook_report
 
@@ -52,11 +51,11 @@ DEMO = [
 
 def demo_settings(overrides: list[str] = ()) -> list[str]:
     "`DEMO` without the settings that `overrides` replace, and the overrides."
-    names = {override.partition("=")[0] for override in overrides}
-    names |= {SHORT_NAMES[name] for name in names & SHORT_NAMES.keys()}
-    if "optimizer.name" in names and "optimizer.name=muon" not in overrides:
-        names.add("optimizer.params.muon_learning_rate")
-    return [*(setting for setting in DEMO if setting.partition("=")[0] not in names), *overrides]
+    settings = DEMO
+    names = [override for override in overrides if override.startswith("optimizer.name=")]
+    if names and "optimizer.name=muon" not in names:
+        settings = [each for each in DEMO if not each.startswith("optimizer.params.muon_learning_rate=")]
+    return replace_overrides(settings, overrides)
 
 
 def check_demo(config: Config, prompts: int):

@@ -25,7 +25,7 @@ from ..data.text_tokenizers import ByteTokenizer, TextTokenizer, load_text_token
 from ..inference.text_pipeline import TextPipeline
 from ..models.text_transformer import TextTransformer
 from .text_config import TextConfig, check_text, make_text_model
-from .text_to_image import Recipe
+from .text_to_image import Stages
 from ..training.callbacks import Checkpoint, Evaluate, validation_loss
 from ..training.checkpoint import started
 from ..training.ema import evaluating
@@ -107,7 +107,7 @@ def training_texts(files: TextFiles) -> Iterator[str]:
                 return
 
 
-def make_text_tokenizer(recipe: Recipe, files: TextFiles) -> TextTokenizer:
+def make_text_tokenizer(recipe: Stages, files: TextFiles) -> TextTokenizer:
     "The tokenizer that the configuration names, or one made of the training texts."
     section = recipe.config.tokenizer
     if section.pretrained:
@@ -125,7 +125,7 @@ def make_text_tokenizer(recipe: Recipe, files: TextFiles) -> TextTokenizer:
 
 
 def make_rows(
-    recipe: Recipe,
+    recipe: Stages,
     files: TextFiles,
     tokenizer: TextTokenizer,
     split: str = "train",  # or "validation"
@@ -222,14 +222,14 @@ class SampleTexts(Callback):
 class TextResult:
     "What a run on text made."
 
-    recipe: Recipe
+    recipe: Stages
     files: TextFiles
     tokenizer: TextTokenizer
     trainer: Trainer
 
 
 def make_text_trainer(
-    recipe: Recipe,
+    recipe: Stages,
     files: TextFiles,
     tokenizer: TextTokenizer,
     network: nn.Module,
@@ -292,7 +292,7 @@ def _train_causal(recipe, files, tokenizer):
     config.experiment.output_dir = str(recipe.folder / "causal")
     config.experiment.resume_from_checkpoint = "latest"
     config.experiment.trackers = []
-    part = Recipe(config, recipe.accelerator, recipe.base_dir, recipe.progress)
+    part = Stages(config, recipe.accelerator, recipe.base_dir, recipe.progress)
     torch.manual_seed(config.training.seed)
     trainer = make_text_trainer(part, files, tokenizer, make_text_model(config, tokenizer.vocab_size)).fit()
     recipe.accelerator.free_memory()
@@ -309,7 +309,7 @@ def train_text(
     check_text(config)
     check_library(config)
     with started(config) as accelerator:
-        return _train(Recipe(config, accelerator, base_dir, progress))
+        return _train(Stages(config, accelerator, base_dir, progress))
 
 
 def _train(recipe):
