@@ -169,7 +169,7 @@ class Trainer(Loop):
                                     total=tokens.total)
 
     def _in_round_numbers(self, labelled):
-        "The mask with up to 127 unlabelled tokens more on a CPU in bf16, which compiles products for each size."
+        "The mask with up to 127 more tokens: in bf16 a CPU compiles its products for each size."
         if self.accelerator.mixed_precision != "bf16" or labelled.device.type != "cpu":
             return labelled
         others = (~labelled).flatten().nonzero()[: -int(labelled.sum()) % 128, 0]
