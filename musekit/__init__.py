@@ -21,7 +21,8 @@ _MODULES = {  # names of each module that `musekit` offers; the module is import
     "core.decoding": ["generate_ids"],
     "core.samplers": [
         "SamplerState", "sampler_names", "get_sampler", "register_sampler", "confidence_order", "random_order",
-        "entropy_order", "halton_order", "first_hitting", "remasking",
+        "entropy_order", "left_to_right", "halton_order", "entropy_bounded", "confidence_threshold",
+        "first_hitting", "remasking",
     ],
     "core.schedules": [
         "schedule_names", "get_schedule", "register_schedule", "cosine", "arccos", "linear", "power", "sigmoid",
