@@ -241,6 +241,11 @@ def test_the_face_of_the_package():
         assert getattr(musekit, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'Pipelin'. Did you mean 'Pipeline'"):
         musekit.Pipelin
+    with pytest.raises(ImportError, match="cannot import name 'Pipelin' from 'musekit'. Did you mean 'Pipeline'"):
+        from musekit import Pipelin  # noqa: F401
+    from musekit import plots  # a module, not one of the names
+
+    assert plots.__name__ == "musekit.plots"
 
 
 def test_the_version_is_that_of_the_settings():

@@ -25,12 +25,13 @@ from ..data.tokens import EncodedSource, open_encoded
 from ..core.guidance import GenerationConfig
 from ..inference.prompts import from_diffusers_names
 from musekit.training.config import (
-    Config, class_names, condition_of, class_count, layout_of, num_classes, reads_pooled,
+    Config, class_count, class_names, condition_of, explain_type_error, layout_of, num_classes,
+    reads_pooled,
 )
 from ..training.tokenizer import VQTrainingConfig
 from ..models.weights import read_json
 from ..utils.hashing import file_digest
-from ..utils.validation import did_you_mean, first_line
+from ..utils.validation import did_you_mean
 
 # %% ../../nbs/07_recipes/03_settings.ipynb #7173d725
 _FILTER = (
@@ -136,7 +137,7 @@ def _typed(cls, settings: dict, path: str):
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), settings))
     except OmegaConfBaseException as error:
-        raise ValueError(f"{path}.{error.full_key}: {first_line(error)}") from error
+        raise ValueError(explain_type_error(error, path)) from error
 
 
 def vq_training(config: Config) -> VQTrainingConfig:

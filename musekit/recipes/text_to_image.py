@@ -40,7 +40,7 @@ from musekit.evaluation.evaluate import (
     real_features,
 )
 from ..inference.pipeline import Pipeline
-from .configure import validate
+from .configure import configure, validate
 from .encode import default_state_dtype, make_encoder, write_codes
 from musekit.recipes.networks import (
     VQ_MODELS, FrozenNetworks, condition_sizes, describe_vq_model, load_text_encoder, load_vq_model,
@@ -53,7 +53,7 @@ from musekit.recipes.settings import (
 from musekit.training.callbacks import (
     drawn_by_all, input_sheet, inpainting_sheet, prompt_sheet, sample_prompts, standard_callbacks,
 )
-from ..training.config import Config, condition_of
+from ..training.config import Config, check_config, condition_of
 from ..training.ema import evaluating
 from ..training.optim import check_library
 from ..training.checkpoint import find_checkpoint, latest_checkpoint, started, step_of
@@ -639,12 +639,16 @@ def plot_stages(
 
 # %% ../../nbs/07_recipes/07_text_to_image.ipynb #c926ccb7
 def train(
-    config: Config,  # of `configure`
+    config: Config | str | Path,  # of `configure`, or a YAML file for it
     *,
     progress: bool | None = None,  # show it, see `watched`
     base_dir: str | Path | None = None,  # where relative shard names are also looked for
 ) -> Recipe:  # with `batches` and `trainer`
     "Runs every stage of the recipe and saves the pipeline; resumes a run that was stopped."
+    if isinstance(config, (str, Path)):
+        base_dir = base_dir or Path(config).parent
+        config = configure(config)
+    check_config(config)
     validate(config)  # again: a script may have changed it after `configure`, or not have used that
     check_library(config)
     with started(config) as accelerator:
