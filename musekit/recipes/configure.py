@@ -66,8 +66,9 @@ def _check_network(key: str, section: VQModel | TextEncoderSection, pre_encode: 
 def _check_folder(key: str, path: str | None):
     "A path that can be no hub id must be a folder."
     if path and not Path(path).expanduser().is_dir() and (path.count("/") > 1 or path[0] in "./~"):
-        raise FileNotFoundError(f"{key}={path} is no folder here; a finished musekit train leaves its networks "
-                                "in its folder, so train that run first, or name another folder or a hub id.")
+        raise FileNotFoundError(f"{key}={path} is no folder here; a finished musekit train leaves its "
+                                "networks in its folder: train that run first, or name another folder or "
+                                "a hub id.")
 
 
 def _check_encoding(config: Config):

@@ -210,16 +210,16 @@ def _without_null(annotation):
 def _kind(annotation):
     "What the values of a type are called, such as `a number or null`."
     plain = _without_null(annotation)
-    kinds = {**KINDS, list: "a list, such as [one] or [one,two]", dict: "keys with values, such as {key: value}"}
-    kind = kinds[get_origin(plain) or plain]
+    containers = {list: "a list, such as [one] or [one,two]", dict: "keys with values, such as {key: value}"}
+    kind = {**KINDS, **containers}[get_origin(plain) or plain]
     return kind if plain is annotation else f"{kind}, or null"
 
 
 def check_config(config, schema: type[Section] = Config):
     "Raises ValueError unless `config` is a configuration with the sections of `schema`."
     if not isinstance(config, schema):
-        raise ValueError(f"config={config!r:.60} is no configuration; make one with musekit.configure('run.yaml') "
-                         "or musekit.configure('small', ['data=photos/']).")
+        raise ValueError(f"config={config!r:.60} is no configuration; make one with "
+                         "musekit.configure('run.yaml') or musekit.configure('small', ['data=photos/']).")
 
 
 def _check_place(folder):
@@ -271,8 +271,8 @@ def _without_empty(tree, section):
 
 def _read_yaml(path):
     if not isinstance(path, (str, os.PathLike)):
-        raise ValueError(f"{path!r:.60} is no configuration file; give a path, such as 'run.yaml', and changes "
-                         "as overrides, such as ['batch_size=8'].")
+        raise ValueError(f"{path!r:.60} is no configuration file; give a path, such as 'run.yaml', and "
+                         "changes as overrides, such as ['batch_size=8'].")
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no configuration file {str(path)!r}.")
     try:
