@@ -1,9 +1,12 @@
 """What several tests need."""
 import os
+import subprocess
 from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from musekit import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -15,6 +18,25 @@ def golden() -> Path:
     if not folder.is_dir():
         pytest.skip(f"golden fixtures not found at {folder}; set MUSEKIT_GOLDEN to their folder")
     return folder
+
+
+@pytest.fixture
+def here(monkeypatch, capfd):
+    """Runs commands in this process, which has imported everything already; returns what a finished
+    process would."""
+    monkeypatch.setenv("COLUMNS", "110")
+
+    def run(folder, *arguments):
+        monkeypatch.chdir(folder)
+        capfd.readouterr()
+        try:
+            status = cli.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = end.code
+        out, complaints = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, status, out, complaints)
+
+    return run
 
 
 class Progress:

@@ -76,15 +76,15 @@ def parse(source: str) -> list[ast.stmt]:
 
 def definitions(statements: list[ast.stmt], module: str | None = None) -> dict[str, object]:
     """Functions and classes by name, and as (module, name) those that are imported from musekit."""
-    found = {}
+    names = {}
     for statement in statements:
         if isinstance(statement, DEFINITIONS):
-            found[statement.name] = statement
+            names[statement.name] = statement
         elif isinstance(statement, ast.ImportFrom):
             source = absolute(statement, module)
             if source.startswith("musekit."):
-                found |= {alias.asname or alias.name: (source, alias.name) for alias in statement.names}
-    return found
+                names |= {alias.asname or alias.name: (source, alias.name) for alias in statement.names}
+    return names
 
 
 def absolute(statement: ast.ImportFrom, module: str | None) -> str:
@@ -199,11 +199,11 @@ def stamp(path: Path):
     """Leaves images in place of widgets, makes PNGs smaller, and writes the digests."""
     notebook = nbformat.read(path, 4)
     still(notebook)
-    found = digests(notebook)
+    new_digests = digests(notebook)
     for cell in notebook.cells:
         cell.metadata.pop(KEY, None)
-        if cell.id in found:
-            cell.metadata[KEY] = found[cell.id]
+        if cell.id in new_digests:
+            cell.metadata[KEY] = new_digests[cell.id]
         for output in cell.get("outputs", []):
             if "text" in output:  # such as a warning, which names the place of the package
                 output["text"] = output["text"].replace(f"{ROOT}/", "")

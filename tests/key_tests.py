@@ -7,8 +7,8 @@ WEIGHTS, LOG, READS, DRAWS = (
     for name in (
         "test_it_moves_the_weights",
         "test_it_is_logged",
-        "test_the_loader_is_told",
-        "test_the_drawing_is_told",
+        "test_settings_reach_the_loader",
+        "test_settings_reach_generation",
     )
 )
 
@@ -36,8 +36,8 @@ KEY_TESTS = {
     "experiment.measure_samples": "test_measuring.py::test_a_run_measures_itself",
     "experiment.measure_features": "test_measuring.py::test_what_cannot_be_measured",
     "experiment.measure_statistics": "test_measuring.py::test_a_run_measures_itself",
-    "wandb.entity": HERE + "test_the_tracker_is_told",
-    "wandb.run_id": HERE + "test_the_tracker_is_told",
+    "wandb.entity": HERE + "test_settings_reach_the_tracker",
+    "wandb.run_id": HERE + "test_settings_reach_the_tracker",
     "model.vq_model.type": "test_tokenizer_families.py::test_made_by_one_run_and_given_to_another",
     "model.vq_model.pretrained": "test_tokenizer_families.py::test_made_by_one_run_and_given_to_another",
     "model.vq_model.params": (
@@ -57,7 +57,6 @@ KEY_TESTS = {
     "model.lora.target": HERE + "test_updates",
     "model.gradient_checkpointing": HERE + "test_checkpointed",
     "model.compile": HERE + "test_compiled",
-    "model.enable_xformers_memory_efficient_attention": HERE + "test_attention_is_one_thing",
     "dataset.type": "test_conditions.py::test_classes",
     "dataset.params.train_shards_path_or_url": "test_cli.py::test_a_folder_from_end_to_end",
     "dataset.params.eval_shards_path_or_url": "test_conditions.py::test_texts",
@@ -126,7 +125,7 @@ KEY_TESTS = {
     "training.use_stochastic_code": HERE + "test_codes_that_are_drawn",
     "training.soft_code_temp": HERE + "test_soft_targets",
     "training.split_vae_encode": HERE + "test_encoding_in_parts",
-    "training.use_empty_embeds_for_uncond": HERE + "test_what_is_told_instead",
+    "training.use_empty_embeds_for_uncond": HERE + "test_the_unconditional_values",
     "training.encode_first": "test_conditions.py::test_pre_encoded_is_what_encoding_first_gives",
     "training.pre_encode": "test_conditions.py::test_pre_encoded_texts",
     "training.guidance_scale": DRAWS,

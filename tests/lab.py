@@ -101,16 +101,16 @@ def find_browser(install: bool):
     they are not."""
     if not (missing := missing_packages()):
         return
-    asked = f"this needs {' and '.join(missing)}"
+    complaint = f"this needs {' and '.join(missing)}"
     if not install:
         raise SystemExit(
-            f"{asked}: make test-lab installs them where it can, or apt-get install {' '.join(missing)}"
+            f"{complaint}: make test-lab installs them where it can, or apt-get install {' '.join(missing)}"
         )
     sudo = [] if os.geteuid() == 0 else ["sudo"]
     if any(not shutil.which(program) for program in ("apt-get", *sudo)):
         raise SystemExit(
-            f"{asked}, and there is no {' or no '.join(['apt-get', *sudo])} here to install it with; install"
-            " Chromium and its driver"
+            f"{complaint}, and there is no {' or no '.join(['apt-get', *sudo])} here to install it with;"
+            " install Chromium and its driver"
         )
     print(f"installing {' and '.join(missing)} ...", flush=True)
     for command in (["update"], ["install", "--yes", "--no-install-recommends", *missing]):
@@ -118,7 +118,7 @@ def find_browser(install: bool):
         if subprocess.run(
             [*sudo, "apt-get", "--quiet=2", *command], env=environment, stdout=subprocess.DEVNULL
         ).returncode:
-            raise SystemExit(f"{asked}, and apt-get {command[0]} failed; install them by hand")
+            raise SystemExit(f"{complaint}, and apt-get {command[0]} failed; install them by hand")
 
 
 @contextmanager
@@ -191,12 +191,12 @@ def main() -> int:
     )
     options = parser.parse_args()
     notebooks = (path.relative_to(ROOT / "nbs") for path in (ROOT / "nbs").rglob("*.ipynb"))
-    known = sorted(
+    every_name = sorted(
         path.with_suffix("").as_posix() for path in notebooks if ".ipynb_checkpoints" not in path.parts
     )
-    names = options.names or known
-    if unknown := set(names) - set(known):
-        raise SystemExit(f"no notebook {', '.join(unknown)}; there are {', '.join(known)}")
+    names = options.names or every_name
+    if unknown := set(names) - set(every_name):
+        raise SystemExit(f"no notebook {', '.join(unknown)}; there are {', '.join(every_name)}")
     find_browser(options.install)
     SHOTS.mkdir(exist_ok=True)
     os.environ.setdefault("MUSEKIT_GOLDEN", str(ROOT.parent / "shared" / "golden"))

@@ -48,8 +48,8 @@ class Panel:
         "Waits for a truth."
         end = time.time() + self.seconds
         while time.time() < end:
-            if found := test():
-                return found
+            if result := test():
+                return result
             time.sleep(0.1)
         self.shot("missing")
         raise AssertionError(f"{self.name}: waited {self.seconds} s for {what}")

@@ -51,6 +51,10 @@ GUARDS = {  # module -> test files beside its notebook, those that run in one pr
     "core.decoding": ["test_samplers.py"],
     "core.guidance": ["test_samplers.py"],
     "models.pretrained": ["test_checkpoints.py"],
+    "data.text_tokenizers": ["test_text_data.py"],
+    "data.text": ["test_text_data.py"],
+    "models.text_transformer": ["test_text_transformer.py"],
+    "models.mdlm": ["test_golden_mdlm.py"],
     "training.checkpoint": ["test_going_on.py"],
     "training.loop": ["test_going_on.py"],
     "shards.rechunk": ["test_shards_rechunk.py"],
@@ -197,14 +201,14 @@ def places(node, path=(), assigned=frozenset()):
         if node.name.startswith(("plot_", "_plot_")):
             return
         arguments = node.args
-        given = [
+        parameters = [
             *arguments.posonlyargs,
             *arguments.args,
             *arguments.kwonlyargs,
             arguments.vararg,
             arguments.kwarg,
         ]
-        assigned = frozenset(argument.arg for argument in given if argument)
+        assigned = frozenset(argument.arg for argument in parameters if argument)
     for field, value in ast.iter_fields(node):
         if field in SKIPPED_FIELDS or (isinstance(node, ast.Call) and is_warning(node)):
             continue
@@ -244,7 +248,7 @@ def put(tree, path, new):
 
 def mutations(source):
     "All mutations of a module's source, in the order of its lines."
-    tree, found = ast.parse(source), []
+    tree, result = ast.parse(source), []
     for node, path, assigned in places(tree):
         line = getattr(node, "lineno", None) or getattr(getattr(node, "target", None), "lineno", 0)
         if not line or isinstance(node, ast.JoinedStr):
@@ -252,8 +256,8 @@ def mutations(source):
         for new in replacements(node, assigned):
             before = first_line(node)
             change = f"{before} -> {'(left out)' if isinstance(new, ast.Pass) else first_line(new)}"
-            found.append(Mutation(line, change, tree, path, new))
-    return sorted(found, key=lambda each: each.line)
+            result.append(Mutation(line, change, tree, path, new))
+    return sorted(result, key=lambda each: each.line)
 
 
 def first_line(node):
@@ -289,14 +293,14 @@ def notebook_cells(name):
     raise SystemExit(f"no notebook exports {name!r}")
 
 
-def by_export_cell(source, found):
+def by_export_cell(source, mutants):
     "Mutations by the id of the cell that they come from, which nbdev writes above what it exports."
     cell, cells = None, []
     for line in source.splitlines():
         cell = line.rpartition("#")[2] if line.startswith("# %%") and ".ipynb #" in line else cell
         cells.append(cell)
     groups = {}
-    for each in found:
+    for each in mutants:
         groups.setdefault(cells[each.line - 1], []).append(each)
     return groups
 
@@ -473,13 +477,13 @@ def explained():
 
 def wanted(name, source, options):
     "The mutations of a module that the options ask for."
-    found = mutations(source)
+    mutants = mutations(source)
     low, _, high = (options.only or "0-1000000").partition("-")
-    found = [each for each in found if int(low) <= each.line <= int(high or low)]
-    if options.sample and options.sample < len(found):
-        chosen = set(random.Random(options.seed).sample(range(len(found)), options.sample))
-        found = [each for number, each in enumerate(found) if number in chosen]
-    return found
+    mutants = [each for each in mutants if int(low) <= each.line <= int(high or low)]
+    if options.sample and options.sample < len(mutants):
+        chosen = set(random.Random(options.seed).sample(range(len(mutants)), options.sample))
+        mutants = [each for number, each in enumerate(mutants) if number in chosen]
+    return mutants
 
 
 def stages(cells, groups, whole):
@@ -500,18 +504,18 @@ def stages(cells, groups, whole):
 def run(name, options):
     "Mutates one module; gives how many mutations there were, were killed, are explained, and the survivors."
     source = module_path(name).read_text(encoding="utf-8")
-    lines, found = source.splitlines(), wanted(name, source, options)
+    lines, mutants = source.splitlines(), wanted(name, source, options)
     if options.list:
-        for each in found:
+        for each in mutants:
             print(f"{name}:{each.line}: {each.change}")
-        return len(found), 0, 0, []
-    known = set() if options.all else explained()
+        return len(mutants), 0, 0, []
+    excuses = set() if options.all else explained()
     left = [
         each
-        for each in found
-        if not known & {(name, change, lines[each.line - 1].strip()) for change in (each.change, "*")}
+        for each in mutants
+        if not excuses & {(name, change, lines[each.line - 1].strip()) for change in (each.change, "*")}
     ]
-    excused = len(found) - len(left)
+    excused = len(mutants) - len(left)
     files = [
         str(ROOT / "tests" / Path(file).name)
         for file in (options.tests if options.tests is not None else GUARDS.get(name, []))

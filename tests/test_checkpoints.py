@@ -167,7 +167,7 @@ def test_shards_there_and_back(tmp_path, model):
 
 
 @pytest.mark.parametrize(
-    "name, told",
+    "name, message",
     [
         ("../secret.safetensors", "not a plain file name"),
         ("/etc/passwd", "not a plain file name"),
@@ -177,11 +177,11 @@ def test_shards_there_and_back(tmp_path, model):
         (3, "no weight_map"),
     ],
 )
-def test_an_index_cannot_point_elsewhere(tmp_path, saved, name, told):
+def test_an_index_cannot_point_elsewhere(tmp_path, saved, name, message):
     save_file({"secret": torch.zeros(1)}, tmp_path / "secret.safetensors")
     (saved / "model.safetensors").unlink()
     (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"secret": name}}))
-    with pytest.raises((ValueError, FileNotFoundError), match=told):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_weights(saved)
 
 
@@ -193,7 +193,7 @@ def test_damaged_json_is_named(saved, text):
 
 
 @pytest.mark.parametrize(
-    "key, value, told",
+    "key, value, message",
     [
         ("hidden_size", "64", "a whole number"),
         ("hidden_size", 64.5, "a whole number"),
@@ -206,10 +206,10 @@ def test_damaged_json_is_named(saved, text):
         ("hiden_size", 64, "'hidden_size'"),
     ],
 )
-def test_a_setting_that_does_not_fit_is_named(saved, key, value, told):
+def test_a_setting_that_does_not_fit_is_named(saved, key, value, message):
     config = json.loads((saved / "config.json").read_text()) | {key: value}
     (saved / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"{key}.*{told}"):
+    with pytest.raises(ValueError, match=f"{key}.*{message}"):
         MaskGiTUViT.from_pretrained(saved)
 
 
@@ -244,12 +244,12 @@ def test_wrong_names_shapes_and_types_are_listed(saved, model):
             "encoder_proj.weight": weights["encoder_proj.weight"].int(),
         },
     }
-    for told, table in cases.items():
+    for message, table in cases.items():
         save_file(table, saved / "model.safetensors")
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             MaskGiTUViT.from_pretrained(saved)
-        if told.startswith("wrong"):
-            with pytest.raises(ValueError, match=told):
+        if message.startswith("wrong"):
+            with pytest.raises(ValueError, match=message):
                 MaskGiTUViT.from_pretrained(saved, strict=False)
         else:
             with pytest.warns(UserWarning, match="tensors are loaded"):
@@ -458,22 +458,22 @@ def test_the_hub_and_its_cache(tmp_path, saved, model):
     wanted = "load", "someone/model", {"subfolder": "transformer", "revision": "v1"}
     with Hub({"someone/model": {"main": other, "v1": {**files_of(saved, "transformer/"), **other}}}) as hub:
         missing, revision = ("load", "someone/nothing", {}), ("load", "someone/model", {"revision": "v2"})
-        told = ask(tmp_path, hub.url, wanted, missing, revision)
+        answers = ask(tmp_path, hub.url, wanted, missing, revision)
         fetched = {
             line.split("/resolve/")[1].split("/", 1)[1]
             for line in hub.requests
             if line.startswith("GET /someone")
         }
-    assert told[0] == total(model)
+    assert answers[0] == total(model)
     assert fetched == {"transformer/config.json", "transformer/model.safetensors"}
     assert (
-        told[1].startswith("FileNotFoundError someone/nothing is no folder here")
-        and "no such repository" in told[1]
+        answers[1].startswith("FileNotFoundError someone/nothing is no folder here")
+        and "no such repository" in answers[1]
     )
-    assert "has no revision 'v2'" in told[2] and len(told) == 3, "one line each"
+    assert "has no revision 'v2'" in answers[2] and len(answers) == 3, "one line each"
     for environment in ({"HF_HUB_OFFLINE": "1"}, {}):  # nobody answers at this address any more
-        told = ask(tmp_path, hub.url, wanted, ("load", "someone/other", {}), **environment)
-        assert told[0] == total(model) and "not in the cache" in told[1]
+        answers = ask(tmp_path, hub.url, wanted, ("load", "someone/other", {}), **environment)
+        assert answers[0] == total(model) and "not in the cache" in answers[1]
 
 
 def test_pickles_and_shards_from_the_hub(tmp_path, saved, model):
@@ -505,13 +505,13 @@ def test_variants_on_the_hub(tmp_path, saved, model):
         fetched = []
         for number, (name, options) in enumerate(requests):
             hub.requests.clear()
-            told, = ask(tmp_path / str(number), hub.url, ("load", name, options))
+            answer, = ask(tmp_path / str(number), hub.url, ("load", name, options))
             names = {
                 line.rsplit("/", 1)[1]
                 for line in hub.requests
                 if line.startswith("GET /a/") and line.endswith("safetensors")
             }
-            fetched.append((names, told == total(model.float()), told))
+            fetched.append((names, answer == total(model.float()), answer))
     assert fetched[0][:2] == ({"model.safetensors"}, False) and fetched[0][2].startswith("sum")
     assert fetched[1][:2] == fetched[2][:2] == ({"model.fp16.safetensors"}, True)
     assert "no weights of variant 'bf16'" in fetched[3][2] and "there are: fp16" in fetched[3][2]
@@ -523,7 +523,7 @@ def test_push_to_hub(tmp_path, saved, model):
 
     with Hub({}) as hub:
         pushed = push("me/new", facts={"loss": "1.5 after 40 steps"}, license="mit")
-        told = ask(tmp_path, hub.url, pushed, ("load", "me/new", {}), push("new"), push("locked/new"))
+        answers = ask(tmp_path, hub.url, pushed, ("load", "me/new", {}), push("new"), push("locked/new"))
     uploaded = hub.repositories["me/new"]["main"]
     assert sorted(uploaded) == ["README.md", "config.json", "model.safetensors"]
     card = uploaded["README.md"].decode()
@@ -534,10 +534,10 @@ def test_push_to_hub(tmp_path, saved, model):
     )
     assert 'model = load_model("me/new")' in card
     assert f"| total | {sum(weight.numel() for weight in model.state_dict().values()):,} |" in card
-    assert told[0].startswith(f"{hub.url}/me/new/commit/") and told[1] == total(model)
-    assert "no hub id" in told[2] and "locked/new was not uploaded" in told[3] and "403" in told[3]
-    told = ask(tmp_path, hub.url, push("me/new"))
-    assert told[0].startswith("ValueError me/new was not uploaded") and len(told) == 1
+    assert answers[0].startswith(f"{hub.url}/me/new/commit/") and answers[1] == total(model)
+    assert "no hub id" in answers[2] and "locked/new was not uploaded" in answers[3] and "403" in answers[3]
+    answers = ask(tmp_path, hub.url, push("me/new"))
+    assert answers[0].startswith("ValueError me/new was not uploaded") and len(answers) == 1
 
 
 def test_a_pipeline_to_the_hub_and_back(tmp_path, model):
@@ -545,7 +545,7 @@ def test_a_pipeline_to_the_hub_and_back(tmp_path, model):
     Pipeline(model, PaellaVQModel(levels=2, c_hidden=16, codebook_size=16)).save_pretrained(run / "pipeline")
     (run / "config.yaml").write_text("training: {seed: 7}\n")
     with Hub({}) as hub:
-        told = ask(
+        answers = ask(
             tmp_path,
             hub.url,
             ("command", "push", [str(run), "me/whole", "--license", "apache-2.0"]),
@@ -564,5 +564,5 @@ def test_a_pipeline_to_the_hub_and_back(tmp_path, model):
         "| seed | 7 |" in uploaded["README.md"].decode()
         and 'Pipeline.from_pretrained("me/whole")' in uploaded["README.md"].decode()
     )
-    assert told[0].startswith(f"{hub.url}/me/whole/commit/") and told[1] == "status 0"
-    assert told[2] == "MaskGiTUViT PaellaVQModel (4, 4)" and told[3] == "status 2"
+    assert answers[0].startswith(f"{hub.url}/me/whole/commit/") and answers[1] == "status 0"
+    assert answers[2] == "MaskGiTUViT PaellaVQModel (4, 4)" and answers[3] == "status 2"

@@ -17,79 +17,13 @@ import yaml
 from PIL import Image
 from torch import distributed
 
-from musekit import cli
 from musekit.utils import progress
-from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples
 from musekit.data.packing import write_shards
 from musekit.models.transformer import MaskGitTransformer
 from musekit.training.log import read_log
 from musekit.training.checkpoint import checkpoints
 from musekit.training.distributed import on_main_process
-from toy_training import free_port
-
-TINY = [
-    "model.vq_model.params.c_hidden=16",
-    "model.vq_model.params.codebook_size=32",
-    "model.vq_model.train.steps=10",
-    "model.text_encoder.train.steps=5",
-    "model.text_encoder.train.layers=1",
-    "model.transformer.hidden_size=32",
-    "model.transformer.num_hidden_layers=1",
-    "model.transformer.intermediate_size=64",
-    "training.max_train_steps=10",
-    "training.batch_size=8",
-    "training.generation_timesteps=2",
-    "lr_scheduler.params.warmup_steps=2",
-    "experiment.log_every=1",
-]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "110", "HF_HUB_OFFLINE": "1"}
-
-
-def musekit(folder, *arguments, launcher=(), **environment):
-    """Runs a command in `folder` in a process of its own; gives the finished process."""
-    command = [sys.executable, *launcher, "-m", "musekit", *map(str, arguments)]
-    options = {"env": ENVIRONMENT | environment, "capture_output": True, "text": True, "timeout": 120}
-    return subprocess.run(command, cwd=folder, **options)
-
-
-@pytest.fixture
-def here(monkeypatch, capfd):
-    """Runs commands in this process, which has imported everything already; gives what a finished process
-    would."""
-    monkeypatch.setenv("COLUMNS", "110")
-
-    def run(folder, *arguments):
-        monkeypatch.chdir(folder)
-        capfd.readouterr()
-        try:
-            status = cli.main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            status = end.code
-        out, complaints = capfd.readouterr()
-        return subprocess.CompletedProcess(arguments, status, out, complaints)
-
-    return run
-
-
-def assert_refused(process, *told):
-    """One line on standard error that says all of `told`, exit status 2."""
-    assert process.returncode == 2, process
-    assert process.stderr.startswith("musekit") and process.stderr.count("\n") == 1, process.stderr
-    for part in told:
-        assert part in process.stderr
-
-
-def some_digits(indices):
-    everything = set(range(len(WORDINGS)))
-    return make_samples(indices, 1, set(COMBINATIONS), lambda *combination: everything, seed=0)
-
-
-def make_photos(folder, count=40):
-    folder.mkdir(parents=True)
-    for number, sample in enumerate(some_digits(range(count))):
-        sample["image"].save(folder / f"{number:02d}.png")
-        (folder / f"{number:02d}.txt").write_text(sample["text"])
-    return folder
+from commands import ENVIRONMENT, TINY, assert_refused, launch_two, make_photos, musekit, some_digits
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +47,7 @@ def test_help_of_a_process(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, text",
     [
         ([], "musekit demo"),
         (["demo"], "--prompts"),
@@ -121,9 +55,9 @@ def test_help_of_a_process(tmp_path):
         (["generate"], "--negative-prompt"),
     ],
 )
-def test_help(tmp_path, here, arguments, told):
+def test_help(tmp_path, here, arguments, text):
     process = here(tmp_path, *arguments, "--help")
-    assert process.returncode == 0 and not process.stderr and told in process.stdout
+    assert process.returncode == 0 and not process.stderr and text in process.stdout
     assert max(map(len, process.stdout.splitlines())) <= 110
 
 
@@ -139,7 +73,7 @@ def test_a_process_finds_a_wrong_argument_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, message",
     [
         (["paint"], "invalid choice"),
         (["demo", "--prompts", "0"], "1 to 400"),
@@ -188,8 +122,8 @@ def test_a_process_finds_a_wrong_argument_at_once(tmp_path):
         ),
     ],
 )
-def test_what_is_wrong_is_found_before_anything_is_written(tmp_path, here, arguments, told):
-    assert_refused(here(tmp_path, *arguments), told)
+def test_what_is_wrong_is_found_before_anything_is_written(tmp_path, here, arguments, message):
+    assert_refused(here(tmp_path, *arguments), message)
     assert not list(tmp_path.iterdir())
 
 
@@ -229,16 +163,16 @@ def test_singles_and_the_sheet_have_names_of_their_own(tmp_path, here):
 @pytest.mark.parametrize("name, library", [("8bit_adamw", "bitsandbytes"), ("lion", "lion_pytorch")])
 def test_a_library_that_is_missing_here_is_no_mistake_of_the_file(tmp_path, here, monkeypatch, name, library):
     monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
-    asked = "data=digits", f"optimizer.name={name}"
+    settings = "data=digits", f"optimizer.name={name}"
     for command in (["check"], ["train", "--check"]):
-        process = here(tmp_path, *command, *asked)
+        process = here(tmp_path, *command, *settings)
         assert process.returncode == 0 and "training, one process" in process.stdout
         assert process.stderr.startswith("musekit: warning: ") and "pip install" in process.stderr
-    assert_refused(here(tmp_path, "train", *asked), "pip install")
+    assert_refused(here(tmp_path, "train", *settings), "pip install")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_warm_up_longer_than_the_run_is_told(tmp_path, here):
+def test_a_warm_up_longer_than_the_run_is_reported(tmp_path, here):
     with pytest.warns(UserWarning, match="warmup_steps=6 is above steps=5"):
         here(
             tmp_path,
@@ -325,12 +259,12 @@ class Terminal(io.StringIO):
 def test_a_log_gets_lines(place, trained, here, monkeypatch):
     """Every half minute in truth: here after every step."""
     monkeypatch.setattr(progress, "LINE_EVERY", 0)
-    given = [
+    changes = [
         "experiment.output_dir=runs/lines",
         "model.vq_model.pretrained=null",
         "training.max_grad_norm=null",
     ]
-    process = here(place, "train", "data=photos", *TINY, *given)
+    process = here(place, "train", "data=photos", *TINY, *changes)
     lines = process.stderr.splitlines()
     assert process.returncode == 0 and "\r" not in process.stderr
     for steps in (10, 5, 10):  # of tokenizer, text encoder, transformer
@@ -429,14 +363,8 @@ def test_interrupted_stage_leaves_nothing_half_made(place, trained, here):
     assert [path.name for path in run.iterdir()] == ["data"]
 
 
-def launch(folder, *arguments):
-    """The same command in two processes, as torchrun starts them."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    return musekit(folder, *arguments, launcher=launcher, ACCELERATE_USE_CPU="true")
-
-
 def test_two_processes_make_every_stage_once(place, trained):
-    process = launch(place, "train", "data=photos", "experiment.output_dir=runs/two", *TINY)
+    process = launch_two(place, "train", "data=photos", "experiment.output_dir=runs/two", *TINY)
     run = place / "runs" / "two"
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("transformer ...") == process.stdout.count("generate images with") == 1
@@ -451,7 +379,7 @@ def test_two_processes_make_every_stage_once(place, trained):
 def test_two_processes_fail_together(tmp_path):
     (make_photos(tmp_path / "photos", count=4) / "02.txt").unlink()
     start = time.perf_counter()
-    process = launch(tmp_path, "train", "data=photos", *TINY)
+    process = launch_two(tmp_path, "train", "data=photos", *TINY)
     assert time.perf_counter() - start < 50, "nobody waits for the one that failed"
     assert process.returncode != 0
     assert process.stderr.count("musekit: photos: 1 without a caption") == 1
@@ -488,18 +416,18 @@ def test_an_error_of_any_kind_reaches_both_processes(tmp_path):
     ]
     for child in children:
         child.start()
-    told = dict(answers.get(timeout=30) for _ in children)
+    answers_by_rank = dict(answers.get(timeout=30) for _ in children)
     for child in children:
         child.join(30)
         assert child.exitcode == 0
-    assert told[0][0] == told[1][0] == children[0].pid
-    assert told[0][1:] == [
+    assert answers_by_rank[0][0] == answers_by_rank[1][0] == children[0].pid
+    assert answers_by_rank[0][1:] == [
         ("ValueError", "bad"),
         ("FileNotFoundError", "gone"),
         ("Mistake", "ours"),
         ("KeyboardInterrupt", ""),
     ]
-    assert told[1][1:] == [
+    assert answers_by_rank[1][1:] == [
         ("ValueError", "bad"),
         ("ValueError", "gone"),
         ("RuntimeError", "The main process failed: Mistake: ours"),

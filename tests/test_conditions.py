@@ -14,15 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from conftest import ROOT
 import musekit.recipes.networks
 from musekit.recipes.memory import find_networks, memory_report, training_memory
 from musekit.cli import main
 from musekit.models.text_encoders import TextEncoder
-from musekit.recipes.clip import train_clip_bpe
-from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples, test_prompts as held_out_prompts
+from musekit.data.digits import test_prompts as held_out_prompts
 from musekit.data.token_parquet import encode_dataset
 from musekit.data.batch_encoder import BatchEncoder
 from musekit.evaluation.features import FeatureTable, collect_features
@@ -35,10 +34,12 @@ from musekit.models.paella_vq import PaellaVQModel
 from musekit.inference.pipeline import Pipeline
 from musekit.data.image_text import find_shards
 from musekit.recipes.text_to_image import Recipe, _captions, make_batches, make_trainer, show_inputs, train
-from musekit.recipes.configure import configure
+from musekit.recipes.configure import configure, validate
 from musekit.recipes.image_tokenizer import find_images
 from musekit.training.log import read_log
 from musekit.utils.seeds import step_seed
+from commands import some_digits
+from small_models import save_frozen_networks
 
 SETTINGS = [
     "model.transformer.hidden_size=32",
@@ -61,12 +62,7 @@ PLAIN, NO_POOLED = "model.architecture=transformer", "model.transformer.add_cond
 
 
 def digits(first, count):
-    everything = set(range(len(WORDINGS)))
-    return list(
-        make_samples(
-            range(first, first + count), 1, set(COMBINATIONS), lambda *combination: everything, seed=0
-        )
-    )
+    return list(some_digits(range(first, first + count)))
 
 
 def sheet(sample, side=2):
@@ -108,30 +104,9 @@ def place(tmp_path_factory):
     )
     collect_features([pixels], DigitFeatures()).save(folder / "real.safetensors")
     (folder / "names.json").write_text(json.dumps([f"the digit {number}" for number in range(10)]))
-    words = [sample["text"] for sample in digits(0, 40)]
-    PaellaVQModel(
-        levels=2, c_hidden=16, c_latent=4, bottleneck_blocks=1, codebook_size=32, scale_factor=1.0
-    ).save_pretrained(folder / "vq")
-    tokenizer = train_clip_bpe(words, 600, 20)
-    special = dict(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    clip = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=24,
-        intermediate_size=48,
-        projection_dim=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=20,
-        **special,
-    )
-    TextEncoder(CLIPTextModelWithProjection(clip), tokenizer, use_pooled=True).save_pretrained(
-        folder / "clip"
-    )
-    pieces = T5Tokenizer().train_new_from_iterator(words, 150, show_progress=False)
+    captions = [sample["text"] for sample in digits(0, 40)]
+    save_frozen_networks(folder, captions, max_seq_length=20, hidden_size=24)
+    pieces = T5Tokenizer().train_new_from_iterator(captions, 150, show_progress=False)
     t5 = T5EncoderModel(
         T5Config(vocab_size=len(pieces), d_model=24, d_kv=8, d_ff=48, num_layers=2, num_heads=3)
     )
@@ -158,17 +133,17 @@ def run_and_resume(place, name, *settings, data="digits"):
     """Trains, then goes on from the middle as if it had been killed there; gives the run and the loaded
     pipeline."""
     config = lambda: configure(None, settings_of(place, name, *settings, data=data))
-    recipe = train(config(), progress=False)
-    told = read_log(recipe.folder)
-    assert [line["step"] for line in told if "loss" in line] == [1, 2, 3, 4]
-    assert sum("eval_loss" in line for line in told) == 2
-    assert (recipe.folder / "samples" / "step-000004.png").is_file()
-    before = weights(recipe.folder)
-    shutil.rmtree(recipe.folder / "checkpoint-4"), shutil.rmtree(recipe.folder / "pipeline")
-    (recipe.folder / "model.safetensors").unlink()
+    run = train(config(), progress=False)
+    log = read_log(run.folder)
+    assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4]
+    assert sum("eval_loss" in line for line in log) == 2
+    assert (run.folder / "samples" / "step-000004.png").is_file()
+    before = weights(run.folder)
+    shutil.rmtree(run.folder / "checkpoint-4"), shutil.rmtree(run.folder / "pipeline")
+    (run.folder / "model.safetensors").unlink()
     assert train(config(), progress=False).trainer.step == 4
-    assert weights(recipe.folder) == before
-    return recipe, Pipeline.from_pretrained(recipe.folder)
+    assert weights(run.folder) == before
+    return run, Pipeline.from_pretrained(run.folder)
 
 
 def clip(place):
@@ -195,16 +170,16 @@ TEXTS = {
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_texts(place, name):
-    recipe, pipeline = run_and_resume(place, name, *TEXTS[name](place))
+    run, pipeline = run_and_resume(place, name, *TEXTS[name](place))
     assert pipeline.text_encoder.use_pooled == (name in ("clip, pooled", "names of classes"))
     assert len(pipeline(["a red one", "a blue two"], seed=0)) == 2
     if name == "names of classes":
-        assert next(iter(recipe.batches.data.everything("test")))["text"][0].startswith("the digit ")
+        assert next(iter(run.batches.data.everything("test")))["text"][0].startswith("the digit ")
 
 
 @pytest.mark.parametrize("encode_first", [False, True], ids=["images", "encoded"])
 def test_classes(place, encode_first, capsys):
-    recipe, pipeline = run_and_resume(
+    run, pipeline = run_and_resume(
         place,
         f"classes {encode_first}",
         CLASSES,
@@ -213,7 +188,7 @@ def test_classes(place, encode_first, capsys):
     )
     assert (
         pipeline.transformer.config.num_classes == 10
-        and recipe.batches.unconditional["class_ids"].item() == 10
+        and run.batches.unconditional["class_ids"].item() == 10
     )
     numbers, texts = pipeline([3, 7], seed=0), pipeline(["3", "7"], seed=0)
     assert [image.tobytes() for image in numbers] == [image.tobytes() for image in texts]
@@ -222,10 +197,10 @@ def test_classes(place, encode_first, capsys):
     assert torch.equal(ids(3, guidance_scale=0.0), ids("", guidance_scale=1.0))
     with pytest.raises(ValueError, match=r"has the classes 0 \.\. 9, and '10' is neither"):
         pipeline(10)
-    real, out = FeatureTable.load(place / "real.safetensors"), recipe.folder / "quality.json"
+    real, out = FeatureTable.load(place / "real.safetensors"), run.folder / "quality.json"
     command = (
         "evaluate",
-        recipe.folder,
+        run.folder,
         "data=digits",
         "--samples",
         40,
@@ -237,25 +212,25 @@ def test_classes(place, encode_first, capsys):
         out,
     )
     assert main(list(map(str, command))) == 0 and "agreement" in capsys.readouterr().out
-    asked = [prompt["digit"] for prompt in random.Random(0).sample(held_out_prompts(), 400)][:40]
-    drawn = pipeline(asked, seed=step_seed(0, 0, "evaluate"), steps=2)
+    labels = [prompt["digit"] for prompt in random.Random(0).sample(held_out_prompts(), 400)][:40]
+    drawn = pipeline(labels, seed=step_seed(0, 0, "evaluate"), steps=2)
     read = DigitFeatures().judge(drawn)["digit"]
-    told = json.loads(out.read_text())
+    report = json.loads(out.read_text())
     assert (
-        told["agreement"] == pytest.approx(np.mean([one == other for one, other in zip(read, asked)]))
-        and told["real"] == real.count
+        report["agreement"] == pytest.approx(np.mean([one == other for one, other in zip(read, labels)]))
+        and report["real"] == real.count
     )
 
 
 def test_classes_with_names(place, capsys):
-    recipe, pipeline = run_and_resume(place, "named classes", CLASSES, names(place), NO_TEXT)
+    run, pipeline = run_and_resume(place, "named classes", CLASSES, names(place), NO_TEXT)
     assert torch.equal(pipeline.ids("the digit 4", seed=0), pipeline.ids(4, seed=0))
-    assert set(recipe.batches.networks.text_encoder.names) == set(range(10))
+    assert set(run.batches.networks.text_encoder.names) == set(range(10))
     draw = lambda *prompts: main([
         "generate",
         *prompts,
         "--model",
-        str(recipe.folder),
+        str(run.folder),
         "--out",
         str(place / "named.png"),
         "--num-images",
@@ -271,18 +246,18 @@ def test_classes_with_names(place, capsys):
 
 def test_dropped_classes_are_the_mask_token(place):
     "What the trainer puts in front of half the rows is what an unknown class is when drawing."
-    recipe = train(
+    run = train(
         configure(None, settings_of(place, "dropped", CLASSES, "model.transformer.num_classes=10")),
         progress=False,
     )
-    batch = next(iter(recipe.batches.train(0)))
-    given, seen = batch["class_ids"], []
+    batch = next(iter(run.batches.train(0)))
+    labels, dropped = batch["class_ids"], []
     for step in range(50):
-        told = recipe.trainer.make_micro_batch(batch, step, 0).conditions["class_ids"]
-        assert ((told == given) | (told == 10)).all()
-        seen.append(told == 10)
-    assert 0.35 < torch.cat(seen).float().mean() < 0.65  # 400 coins of one half
-    model = recipe.trainer.network.eval()
+        class_ids = run.trainer.make_micro_batch(batch, step, 0).conditions["class_ids"]
+        assert ((class_ids == labels) | (class_ids == 10)).all()
+        dropped.append(class_ids == 10)
+    assert 0.35 < torch.cat(dropped).float().mean() < 0.65  # 400 coins of one half
+    model = run.trainer.network.eval()
     ids = torch.zeros(1, 64, dtype=torch.long)
     in_front = torch.cat([torch.tensor([[model.config.mask_token_id]]), ids], 1)
     assert torch.equal(model(ids, class_ids=torch.tensor([10])), model(in_front)[:, 1:])
@@ -295,14 +270,14 @@ def test_a_class_that_is_none_is_an_unusable_sample(place):
 
 
 def test_nothing(place):
-    recipe, pipeline = run_and_resume(place, "nothing", NO_TEXT)
+    run, pipeline = run_and_resume(place, "nothing", NO_TEXT)
     assert len(pipeline(num_images_per_prompt=3, seed=0)) == 3
-    assert recipe.batches.unconditional == {} and pipeline.generation.guidance_scale == 1
+    assert run.batches.unconditional == {} and pipeline.generation.guidance_scale == 1
     with pytest.raises(ValueError, match="is unconditional and cannot use the prompt 'a cat'"):
         pipeline("a cat")
     assert (
         main(
-            ["generate", "--model", str(recipe.folder), "--out", str(place / "any.png"), "--num-images", "3"]
+            ["generate", "--model", str(run.folder), "--out", str(place / "any.png"), "--num-images", "3"]
         )
         == 0
     )
@@ -315,8 +290,8 @@ def test_pictures_without_captions(place):
     for number, sample in enumerate(digits(0, 20)):
         sample["image"].save(album / f"{number}.png")
     alone = [f"data={album}", "dataset.params.eval_shards_path_or_url=null", NO_TEXT]
-    recipe = train(configure(None, [*settings_of(place, "bare"), *alone]), progress=False)
-    assert len(Pipeline.from_pretrained(recipe.folder)(num_images_per_prompt=2)) == 2
+    run = train(configure(None, [*settings_of(place, "bare"), *alone]), progress=False)
+    assert len(Pipeline.from_pretrained(run.folder)(num_images_per_prompt=2)) == 2
     with pytest.raises(ValueError, match="20 without a caption"):
         train(configure(None, [*settings_of(place, "bare text"), *alone[:2], clip(place)]), progress=False)
 
@@ -330,8 +305,8 @@ def test_pictures_without_captions(place):
     ],
 )
 def test_layouts(place, key, data, size):
-    recipe, pipeline = run_and_resume(place, key, f"dataset.params.{key}=true", clip(place), data=data)
-    batch = next(iter(recipe.batches.data.everything("test")))
+    run, pipeline = run_and_resume(place, key, f"dataset.params.{key}=true", clip(place), data=data)
+    batch = next(iter(run.batches.data.everything("test")))
     assert batch["micro_conds"][0].tolist() == [*size, 0, 0, 5]
     picture = digits(100, 1)[0]["image"]
     if key != "is_ds_clean_upscaled":  # the one picture that counts is the digit, pixel by pixel
@@ -374,18 +349,18 @@ def pre_encoded(folder):
 
 @pytest.mark.parametrize("form", ["parquet", "tar"])
 def test_pre_encoded_texts(place, form):
-    recipe, pipeline = run_and_resume(
+    run, pipeline = run_and_resume(
         place, f"pre {form}", clip(place), *pre_encoded(encoded(place, form, True))
     )
-    assert recipe.batches.prepare is None and len(pipeline("a red one")) == 1
+    assert run.batches.prepare is None and len(pipeline("a red one")) == 1
 
 
 def test_pre_encoded_classes(place):
-    told = CLASSES, "model.transformer.num_classes=10", *pre_encoded(encoded(place, "parquet", False))
-    recipe, pipeline = run_and_resume(place, "pre classes", *told)
-    batch = next(iter(recipe.batches.train(0)))
+    of_classes = CLASSES, "model.transformer.num_classes=10", *pre_encoded(encoded(place, "parquet", False))
+    run, pipeline = run_and_resume(place, "pre classes", *of_classes)
+    batch = next(iter(run.batches.train(0)))
     assert batch["class_ids"].dtype == torch.long and len(pipeline([1, 2])) == 2
-    few = configure(None, [*settings_of(place, "few codes"), *told, "model.transformer.num_classes=5"])
+    few = configure(None, [*settings_of(place, "few codes"), *of_classes, "model.transformer.num_classes=5"])
     with pytest.raises(ValueError, match=r"holds class \d, which is none of the 5 classes"):
         train(few, progress=False)
 
@@ -414,26 +389,26 @@ def test_encoded_data_needs_networks_only_to_draw(place, tmp_path, capsys):
         f"model.vq_model.pretrained={tmp_path}/gone/vq",
         f"model.text_encoder.pretrained={tmp_path}/gone/clip",
     ]
-    given = [
+    options = [
         *settings_of(place, "alone", *names),
         *pre_encoded(encoded(place, "parquet", True)),
         "model.transformer.codebook_size=32",
     ]
-    recipe = train(configure(None, [*given, "experiment.generate_every=null"]), progress=False)
+    run = train(configure(None, [*options, "experiment.generate_every=null"]), progress=False)
     assert (
         "no pipeline, only the transformer in" in capsys.readouterr().out
-        and not (recipe.folder / "pipeline").exists()
+        and not (run.folder / "pipeline").exists()
     )
-    assert [line["step"] for line in read_log(recipe.folder) if "loss" in line] == [1, 2, 3, 4]
-    assert [path.name for path in (recipe.folder / "samples").iterdir()] == ["first-inputs.png"]
+    assert [line["step"] for line in read_log(run.folder) if "loss" in line] == [1, 2, 3, 4]
+    assert [path.name for path in (run.folder / "samples").iterdir()] == ["first-inputs.png"]
     with pytest.raises(FileNotFoundError, match="gone/vq is no folder here"):
-        configure(None, [*given, "experiment.generate_every=2"])
+        validate(configure(None, [*options, "experiment.generate_every=2"]))
     with pytest.raises(ValueError, match="set model.transformer.codebook_size to the number of its codes"):
         train(
             configure(
                 None,
                 [
-                    *given,
+                    *options,
                     "experiment.generate_every=null",
                     "model.transformer.codebook_size=null",
                     f"experiment.output_dir={tmp_path}/x",
@@ -450,7 +425,7 @@ def test_encoded_data_frees_what_it_loads_to_draw(place, monkeypatch):
         monkeypatch.setattr(
             musekit.recipes.networks,
             name,
-            lambda *given, load=load, name=name: (loaded.append(name), load(*given))[1],
+            lambda *arguments, load=load, name=name: (loaded.append(name), load(*arguments))[1],
         )
     codes = pre_encoded(encoded(place, "parquet", True))
     recipe, batches, trainer = before_training(
@@ -498,19 +473,19 @@ def test_the_first_inputs_are_shown(place):
 
 
 @pytest.mark.parametrize("form", ["parquet", "tar"])
-def test_codes_and_pictures_are_told_apart(place, form):
+def test_codes_and_images_are_not_confused(place, form):
     "Before a sample is read, in a sentence with the setting to change."
     codes, networks = encoded(place, form, True), clip(place)
-    given = [*settings_of(place, "bad", networks), *pre_encoded(codes)]
+    options = [*settings_of(place, "bad", networks), *pre_encoded(codes)]
     for name in ("", "/digits.parquet" if form == "parquet" else "/tokens-000000.tar"):
-        pictures_wanted = configure(None, [*given, "training.pre_encode=false", f"data={codes}/train{name}"])
+        of_images = configure(None, [*options, "training.pre_encode=false", f"data={codes}/train{name}"])
         with pytest.raises(
             ValueError, match="holds tokens and no images; to train on them set training.pre_encode=true"
         ):
-            train(pictures_wanted, progress=False)
+            train(of_images, progress=False)
     for name in ("", "/shard-000000.tar"):
         with pytest.raises(ValueError, match="holds images and no tokens; set training.pre_encode=false"):
-            train(configure(None, [*given, f"data={place}/digits/train{name}"]), progress=False)
+            train(configure(None, [*options, f"data={place}/digits/train{name}"]), progress=False)
 
 
 def test_pictures_beside_a_table_of_metadata(place, tmp_path):
@@ -541,11 +516,10 @@ def test_pre_encoded_refusals(place):
     with pytest.raises(
         ValueError, match="set model.text_encoder.pretrained to the one that encoded the data"
     ):
-        configure(None, [*settings_of(place, "bad"), *ready])
+        validate(configure(None, [*settings_of(place, "bad"), *ready]))
     with pytest.raises(ValueError, match="needs the images in every step"):
-        configure(
-            None, [*settings_of(place, "bad", clip(place)), *ready, "dataset.preprocessing.random_flip=true"]
-        )
+        flipped = [*ready, "dataset.preprocessing.random_flip=true"]
+        validate(configure(None, [*settings_of(place, "bad", clip(place)), *flipped]))
     larger = configure(
         None, [*settings_of(place, "bad", clip(place)), *ready, "dataset.preprocessing.resolution=64"]
     )
@@ -584,7 +558,7 @@ def test_check_tells_of_no_text_encoder():
 
 
 @pytest.mark.parametrize(
-    "settings, told",
+    "settings, message",
     [
         ([CLASSES, "data=a.tar"], "num_classes=None must be the number of classes"),
         (
@@ -604,9 +578,9 @@ def test_check_tells_of_no_text_encoder():
         ),
     ],
 )
-def test_contradictions(settings, told):
-    with pytest.raises((ValueError, FileNotFoundError), match=told):
-        configure(None, ["data=digits", *settings])
+def test_contradictions(settings, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        validate(configure(None, ["data=digits", *settings]))
 
 
 def test_a_published_class_file_loads(tmp_path):

@@ -326,17 +326,17 @@ def test_codes_of_another_tokenizer_are_refused(place, whole, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["parquet", "tar"])
-@pytest.mark.parametrize("told", ["class", "nothing"])
-def test_classes_and_pictures_without_text(place, tmp_path, form, told):
+@pytest.mark.parametrize("condition", ["class", "nothing"])
+def test_classes_and_pictures_without_text(place, tmp_path, form, condition):
     rows = list(islice(train_samples(1), 12))
     members = [
-        {"png": save(row["image"])} | ({"cls": str(row["class_id"]).encode()} if told == "class" else {})
+        {"png": save(row["image"])} | ({"cls": str(row["class_id"]).encode()} if condition == "class" else {})
         for row in rows
     ]
     write_tars(members, tmp_path / "data")
-    more = ["dataset.type=classification"] if told == "class" else ["model.text_encoder.type=none"]
-    given = [setting for setting in settings(place) if "text_encoder" not in setting]
-    config = configure_encoding("small", [*given, f"data={tmp_path}/data", *more])
+    more = ["dataset.type=classification"] if condition == "class" else ["model.text_encoder.type=none"]
+    without_text = [setting for setting in settings(place) if "text_encoder" not in setting]
+    config = configure_encoding("small", [*without_text, f"data={tmp_path}/data", *more])
     assert encode_shards(config, EncodeOptions(tmp_path / "codes", form=form), progress=False).samples == 12
     source, networks = open_encoded(tmp_path / "codes"), load_networks(config)
     source.check(*networks)
@@ -345,7 +345,7 @@ def test_classes_and_pictures_without_text(place, tmp_path, form, told):
     assert batch["image_ids"].shape == (12, 64) and "encoder_hidden_states" not in batch
     assert (
         batch["class_ids"].tolist() == [row["class_id"] for row in rows]
-        if told == "class"
+        if condition == "class"
         else "class_ids" not in batch
     )
 

@@ -13,6 +13,7 @@ from musekit.recipes.clip import ClipTrainingConfig, build_clip, text_tower, tra
 from musekit.data.digits import draw, test_prompts as held_out_prompts
 from musekit.data.token_parquet import EncodedDataset, encoded_loader
 from musekit.evaluation.features import collect_features
+from musekit.data.masks import read_inpainting
 from musekit.data.packing import write_shards
 from musekit.evaluation.metrics import DigitFeatures
 from musekit.models.paella_vq import PaellaVQModel
@@ -20,10 +21,10 @@ from musekit.models.transformer import MaskGitTransformer
 from musekit.models.uvit import MaskGiTUViT
 from musekit.inference.pipeline import Pipeline
 from musekit.plots import run_figures
+from musekit.recipes.text_to_image import drawn_by_all, inpainting_sheet
 from musekit.training.callbacks import (
     Callback,
-    drawn_by_all,
-    inpainting_sheet,
+    diagnostic_callbacks,
     standard_callbacks,
     validation_loss,
 )
@@ -182,7 +183,8 @@ def test_a_run_with_all_diagnostics_is_drawn_while_it_goes_on(tmp_path):
     trainer = tiny_trainer(tmp_path / "run", data, *options, callbacks=[])
     trainer.eval_batches = list(encoded_loader(EncodedDataset(data), 8, training=False))
     look = Look()
-    trainer.callbacks = [*standard_callbacks(trainer.config, evaluation=True), look]
+    run = trainer.config.experiment
+    trainer.callbacks = [*standard_callbacks(run, diagnostics=diagnostic_callbacks(run)), look]
     trainer.fit()
     drawn = {"losses", "pace", "diagnostics", "gradients", "token_probabilities"}
     assert drawn <= set(look.seen[0]) and set(look.seen[1]) <= set(look.seen[0])
@@ -203,7 +205,7 @@ def test_the_last_evaluation_is_that_of_the_average(tmp_path):
         tmp_path / "run", data, "training.max_train_steps=5", "experiment.eval_every=2", callbacks=[]
     )
     trainer.eval_batches = list(encoded_loader(EncodedDataset(data), 8, training=False))
-    trainer.callbacks = standard_callbacks(trainer.config)
+    trainer.callbacks = standard_callbacks(trainer.config.experiment)
     trainer.fit()
     logged = [line["eval_loss"] for line in read_log(tmp_path / "run") if "eval_loss" in line]
     assert len(logged) == 3
@@ -224,15 +226,9 @@ def test_fillings_at_any_size_and_factor(tmp_path, levels, size, mask_size):
     mask = Image.new("L", mask_size)
     mask.paste(255, (0, 0, mask_size[0], mask_size[1] // 2))  # the upper half, of all columns
     mask.save(folder / "mask.png")
-    trainer = tiny_trainer(
-        tmp_path / "run",
-        write_data(tmp_path / "d.parquet"),
-        "dataset.preprocessing.resolution=32",
-        f"dataset.params.inpainting_folder={tmp_path / 'holes'}",
-        callbacks=[],
-    )
     pipeline.generation = pipeline.generation.override(steps=2)
-    sheet = np.asarray(inpainting_sheet(lambda model: pipeline, trainer.config)(None, 0)).astype(int)
+    examples = read_inpainting(tmp_path / "holes", 32)
+    sheet = np.asarray(inpainting_sheet(lambda model: pipeline, examples, 42)(None, 0)).astype(int)
     shown, hidden, filled = (sheet[6:102, 6 + 102 * column : 102 + 102 * column] for column in range(3))
     assert (hidden[:42] == 128).all() and np.abs(hidden[:42] - filled[:42]).mean() > 1
     assert np.array_equal(shown[60:], hidden[60:]) and np.array_equal(shown[60:], filled[60:])

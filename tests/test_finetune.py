@@ -11,40 +11,13 @@ from musekit import cli
 from musekit.models.lora import add_lora, load_lora, lora_parameters, lora_targets, merge_lora, save_lora
 from musekit.core.losses import masked_cross_entropy, saved_bytes
 from musekit.models.paella_vq import PaellaVQModel
-from musekit.models.transformer import MaskGitTransformer
 from musekit.models.uvit import MaskGiTUViT
 from musekit.inference.pipeline import Pipeline
 from musekit.training.log import read_log
-from test_cli import TINY, make_photos
+from commands import TINY, make_photos
+from small_models import small_transformers
 
-SIZES = dict(
-    vocab_size=17,
-    codebook_size=16,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=48,
-    encoder_hidden_size=12,
-)
-UVIT = dict(
-    in_channels=16,
-    block_out_channels=(16,),
-    num_res_blocks=1,
-    block_num_heads=2,
-    cond_embed_dim=12,
-    micro_cond_encode_dim=8,
-    micro_cond_embed_dim=40,
-    default_shape=(4, 4),
-)
-PLAIN = dict(num_vq_tokens=16, max_position_embeddings=17, hidden_dropout=0.0, attention_dropout=0.0)
-BUILD = {
-    "uvit": lambda: MaskGiTUViT(**SIZES, **UVIT),
-    "uvit with biases": lambda: MaskGiTUViT(**SIZES, **UVIT, use_bias=True, norm_type="layernorm"),
-    "text": lambda: MaskGitTransformer(
-        **SIZES, **PLAIN, add_cross_attention=True, project_encoder_hidden_states=True
-    ),
-    "class": lambda: MaskGitTransformer(**SIZES | {"vocab_size": 27}, **PLAIN, num_classes=10),
-}
+BUILD = small_transformers(side=4, num_layers=2)
 
 
 def build(name):
@@ -60,12 +33,12 @@ def build(name):
 def inputs(name, rows=3):
     torch.manual_seed(1)
     text = {"encoder_hidden_states": torch.randn(rows, 5, 12)}
-    given = {
+    conditions = {
         "uvit": text | {"cond_embeds": torch.randn(rows, 12), "micro_conds": torch.rand(rows, 5)},
         "text": text,
         "class": {"class_ids": torch.arange(rows)},
     }
-    return torch.randint(17, (rows, 16)), given[name.split()[0]]
+    return torch.randint(17, (rows, 16)), conditions[name.split()[0]]
 
 
 def disturb(model):
@@ -77,24 +50,24 @@ def disturb(model):
 
 @pytest.mark.parametrize("name", BUILD)
 def test_updates_on_every_family(name, tmp_path):
-    model, (ids, given) = build(name).eval(), inputs(name)
+    model, (ids, conditions) = build(name).eval(), inputs(name)
     adapted = add_lora(build(name).eval(), rank=3)
-    assert torch.equal(adapted(ids, **given), model(ids, **given)), "the same at first"
+    assert torch.equal(adapted(ids, **conditions), model(ids, **conditions)), "the same at first"
     targets = lora_targets(model)
     assert len(targets) == 2 * (7 if name == "class" else 11) and len(lora_parameters(adapted)) == 2 * len(
         targets
     )
     disturb(adapted)
-    learned = adapted(ids, **given)
-    assert (learned - model(ids, **given)).abs().max() > 0.05
+    learned = adapted(ids, **conditions)
+    assert (learned - model(ids, **conditions)).abs().max() > 0.05
     merged = merge_lora(
         load_lora(build(name).eval(), save_lora(adapted, tmp_path / "update") or tmp_path / "update")
     )
-    assert torch.allclose(merged(ids, **given), learned, atol=1e-4)
+    assert torch.allclose(merged(ids, **conditions), learned, atol=1e-4)
     adapted.save_pretrained(tmp_path / "whole", max_shard_size="20KB")
     loaded = type(model).from_pretrained(tmp_path / "whole")
     assert (
-        torch.allclose(loaded(ids, **given), learned, atol=1e-4)
+        torch.allclose(loaded(ids, **conditions), learned, atol=1e-4)
         and loaded.state_dict().keys() == model.state_dict().keys()
     )
 
@@ -105,7 +78,7 @@ def saved_update(tmp_path, name="uvit"):
 
 
 @pytest.mark.parametrize(
-    "wrong, told",
+    "wrong, message",
     [
         (lambda t: {n: w for n, w in t.items() if "lora_A" in n}, "lacks one of its matrices"),
         (lambda t: t | {"bias": torch.ones(1)}, "bias is not part of one"),
@@ -122,10 +95,10 @@ def saved_update(tmp_path, name="uvit"):
         (lambda t: {"w": torch.ones(1)}, "w is not part of one"),
     ],
 )
-def test_updates_that_do_not_fit_change_nothing(tmp_path, wrong, told):
+def test_updates_that_do_not_fit_change_nothing(tmp_path, wrong, message):
     save_file(wrong(saved_update(tmp_path)), tmp_path / "adapter_model.safetensors")
     model, before = build("uvit"), build("uvit").state_dict()
-    with pytest.raises(ValueError, match=told) as error:
+    with pytest.raises(ValueError, match=message) as error:
         load_lora(model, tmp_path)
     assert "strict" not in str(error.value) and "config.json" not in str(error.value), "it has neither"
     assert (
@@ -157,8 +130,8 @@ def test_what_is_said_about_alpha_counts(tmp_path):
 
 @pytest.mark.parametrize("name", BUILD)
 def test_every_update_gets_a_gradient_and_nothing_else(name):
-    model, (ids, given) = disturb(add_lora(build(name).train(), rank=2)), inputs(name)
-    masked_cross_entropy(model(ids, **given)[:, -16:, :16].contiguous(), ids.clamp(max=15)).backward()
+    model, (ids, conditions) = disturb(add_lora(build(name).train(), rank=2)), inputs(name)
+    masked_cross_entropy(model(ids, **conditions)[:, -16:, :16].contiguous(), ids.clamp(max=15)).backward()
     for parameter_name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (".lora_" in parameter_name), parameter_name
         assert parameter.grad is None or parameter.grad.abs().max() > 0, parameter_name
@@ -178,13 +151,15 @@ def test_a_pipeline_draws_with_updates_as_with_the_folded_model():
 @pytest.mark.parametrize("name", BUILD)
 @pytest.mark.parametrize("adapted", [False, True], ids=["all weights", "updates"])
 def test_checkpointing_changes_memory_and_nothing_else(name, adapted):
-    ids, given = inputs(name)
+    ids, conditions = inputs(name)
     grads, kept = {}, {}
     for checkpointing in (False, True):
         model = build(name).train()
         model = disturb(add_lora(model, rank=2)) if adapted else model
         model.gradient_checkpointing = checkpointing
-        loss = lambda: masked_cross_entropy(model(ids, **given)[:, -16:, :16].contiguous(), ids.clamp(max=15))
+        loss = lambda: masked_cross_entropy(
+            model(ids, **conditions)[:, -16:, :16].contiguous(), ids.clamp(max=15)
+        )
         kept[checkpointing] = saved_bytes(loss, list(model.parameters()))
         loss().backward()
         grads[checkpointing] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -300,14 +275,14 @@ def test_a_stopped_run_of_updates_goes_on_to_the_same_end(place, train):
         ends = [load_file(place / "runs" / folder / name) for folder in ("whole", "again")]
         assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0]), name
     assert [line["step"] for line in read_log(again) if "loss" in line] == list(range(1, 7))
-    told = train(
+    result = train(
         "experiment.output_dir=runs/again",
         FROM_PIPELINE,
         "model.lora.rank=3",
         *FAST,
         "experiment.resume_from_checkpoint=latest",
     )
-    assert told[0] == 2 and "model.lora.rank: 2 -> 3" in told[2]
+    assert result[0] == 2 and "model.lora.rank: 2 -> 3" in result[2]
 
 
 def test_all_weights_from_a_transformer(place, train):
@@ -335,7 +310,7 @@ def test_all_weights_from_a_transformer(place, train):
 
 
 @pytest.mark.parametrize(
-    "settings, told",
+    "settings, message",
     [
         (["model.lora.rank=2"], "set model.pretrained_model_path"),
         (["model.lora.rank=0"], "at least 1"),
@@ -350,9 +325,9 @@ def test_all_weights_from_a_transformer(place, train):
     ],
 )
 @pytest.mark.filterwarnings("ignore:model.transformer differs")
-def test_what_does_not_go_together_is_told(train, settings, told):
+def test_contradictions_are_one_line(train, settings, message):
     status, _, complaints = train("experiment.output_dir=runs/never", *settings)
-    assert status == 2 and told in complaints and complaints.count("\n") == 1, complaints
+    assert status == 2 and message in complaints and complaints.count("\n") == 1, complaints
 
 
 @pytest.mark.filterwarnings("ignore:model.transformer differs")

@@ -12,7 +12,7 @@ from musekit.training.callbacks import Checkpoint, Log
 from musekit.training.checkpoint import STATE_FILE, checkpoints, load_run
 from musekit.training.log import read_log
 from musekit.training.tokenizer import VQTrainer
-from test_cli import TINY, assert_refused, here, make_photos  # noqa: F401, a fixture among them
+from commands import TINY, assert_refused, make_photos
 from test_tokenizer_training import EVERYTHING, batches, settings, tiny_vqgan
 from toy_training import all_weights, launch, tiny_trainer, write_data
 
@@ -27,8 +27,8 @@ def transformer(folder, data, *overrides):
 
 
 def tokenizer(folder, data, *overrides):
-    given = [*EVERYTHING, "training.max_train_steps=4", *overrides]
-    return VQTrainer(tiny_vqgan(), batches, settings(folder, *given), callbacks=[Log(1), Checkpoint(2)])
+    options = [*EVERYTHING, "training.max_train_steps=4", *overrides]
+    return VQTrainer(tiny_vqgan(), batches, settings(folder, *options), callbacks=[Log(1), Checkpoint(2)])
 
 
 TRAINERS = {"transformer": transformer, "tokenizer": tokenizer}
@@ -87,14 +87,14 @@ def test_each_damaged_file_is_named_with_the_checkpoint_before_it(copied, data, 
         DAMAGES[damage](path)
         with pytest.raises(ValueError) as failure:
             make(folder, data, f"experiment.resume_from_checkpoint={wanted}").fit()
-        told = str(failure.value)
-        assert f"{path} is damaged" in told and "\n" not in told, name
-        assert f"experiment.resume_from_checkpoint={folder}/checkpoint-2" in told, name
+        message = str(failure.value)
+        assert f"{path} is damaged" in message and "\n" not in message, name
+        assert f"experiment.resume_from_checkpoint={folder}/checkpoint-2" in message, name
         path.write_bytes(content)
     DAMAGES[damage](folder / "checkpoint-4" / "optimizer.bin")
     later = make(
         folder, data, "experiment.resume_from_checkpoint=checkpoint-2", "training.max_train_steps=4"
-    ).fit()  # as told
+    ).fit()  # as the message says
     assert later.step == 4 and [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-4"]
 
 
@@ -148,12 +148,12 @@ def test_damage_in_a_checkpoint_of_an_older_version(copied, data, damage):
         DAMAGES[damage](path)
         with pytest.raises(ValueError) as failure:
             make(folder, data).fit()
-        told = str(failure.value)
+        message = str(failure.value)
         assert (
-            name in told
-            and "\n" not in told
-            and f"experiment.resume_from_checkpoint={folder}/checkpoint-2" in told
-        ), told
+            name in message
+            and "\n" not in message
+            and f"experiment.resume_from_checkpoint={folder}/checkpoint-2" in message
+        ), message
         path.write_bytes(content)
 
 
@@ -293,11 +293,11 @@ def test_latest_names_the_setting_and_the_way_out(run, data, change, said):
     before = make(folder, data).config.training.batch_size
     with pytest.raises(ValueError) as failure:
         make(folder, data, change).fit()
-    told = str(failure.value)
+    message = str(failure.value)
     assert (
-        said.format(before) in told
-        and f"experiment.resume_from_checkpoint={folder}/checkpoint-4" in told
-        and "\n" not in told
+        said.format(before) in message
+        and f"experiment.resume_from_checkpoint={folder}/checkpoint-4" in message
+        and "\n" not in message
     )
 
 
@@ -437,7 +437,7 @@ def test_runs_in_one_process_do_not_share_accelerates_state(data, tmp_path):
 
 def test_a_run_after_a_failed_one(data, tmp_path):
     broken = transformer(tmp_path / "broken", data, "training.mixed_precision=bf16")
-    broken.loss = lambda *given: (_ for _ in ()).throw(RuntimeError("out of memory"))
+    broken.loss = lambda *arguments: (_ for _ in ()).throw(RuntimeError("out of memory"))
     with pytest.raises(RuntimeError, match="out of memory"):
         broken.fit()
     assert (

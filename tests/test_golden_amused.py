@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from musekit import cli
 from musekit.models.text_encoders import TextEncoder
@@ -259,9 +258,9 @@ VQ_CHANGES = {
 }
 
 
-@pytest.mark.parametrize("asked", [True, False])
-def test_a_tokenizer_that_asks_for_single_precision_keeps_it(diffusers, asked, tmp_path):
-    diffusers.VQModel(**VQ_CHANGES["one level"], force_upcast=asked).save_pretrained(tmp_path)
+@pytest.mark.parametrize("upcast", [True, False])
+def test_a_tokenizer_that_asks_for_single_precision_keeps_it(diffusers, upcast, tmp_path):
+    diffusers.VQModel(**VQ_CHANGES["one level"], force_upcast=upcast).save_pretrained(tmp_path)
     model = VQGANModel.from_pretrained(tmp_path, torch_dtype="float16")
     model.save_pretrained(tmp_path / "ours")
     again = VQGANModel.from_pretrained(tmp_path / "ours")
@@ -271,9 +270,9 @@ def test_a_tokenizer_that_asks_for_single_precision_keeps_it(diffusers, asked, t
         again.to("cpu", torch.float16),
         again.to(torch.zeros(1, dtype=torch.float16)),
     ):
-        assert one.dtype == (torch.float32 if asked else torch.float16)
+        assert one.dtype == (torch.float32 if upcast else torch.float16)
     assert (
-        again.to(torch.bfloat16).dtype == torch.bfloat16 and again.config.get("force_upcast", False) == asked
+        again.to(torch.bfloat16).dtype == torch.bfloat16 and again.config.get("force_upcast", False) == upcast
     )
 
 
@@ -293,9 +292,9 @@ def test_vq_model_of_diffusers(diffusers, settings, tmp_path):
     assert difference(ours(pixels), expected) <= 1e-4 * scale
     save_diffusers(ours, tmp_path / "back")
     back = diffusers.VQModel.from_pretrained(tmp_path / "back")
-    found = back.decode(ids.view(codes.shape[0], *codes.shape[2:]), force_not_quantize=True,
+    decoded = back.decode(ids.view(codes.shape[0], *codes.shape[2:]), force_not_quantize=True,
                         shape=(*codes.permute(0, 2, 3, 1).shape,)).sample
-    assert difference(found, expected) <= 1e-4 * scale
+    assert difference(decoded, expected) <= 1e-4 * scale
 
 
 def test_as_many_parameters_as_published(diffusers):
@@ -378,15 +377,15 @@ def test_a_pipeline_of_diffusers_asks_and_answers_alike(theirs, folder):
             theirs, lambda: theirs(prompts, negative_prompt=negative, output_type="latent")
         )
         args, _, answer = first_step(ours, lambda: ours.ids(prompts, negative_prompt=negative))
-        without, asked = logits.flatten(2).mT.chunk(2)  # diffusers puts the empty prompt first
+        unconditional, conditional = logits.flatten(2).mT.chunk(2)  # diffusers puts the empty prompt first
         assert torch.equal(args[0], torch.full((4, 16), 39))
         assert difference(mine["micro_conds"], options["micro_conds"]) == 0
         assert mine["micro_conds"][0].tolist() == [8, 8, 0, 0, 6]
         assert difference(mine["cond_embeds"], options["pooled_text_emb"].roll(2, 0)) <= 1e-5
         assert difference(mine["encoder_hidden_states"], options["encoder_hidden_states"].roll(2, 0)) <= 1e-5
         assert (
-            difference(answer, torch.cat([asked, without]).flatten(0, 1)) <= 1e-4
-            and difference(asked, without) > 1e-2
+            difference(answer, torch.cat([conditional, unconditional]).flatten(0, 1)) <= 1e-4
+            and difference(conditional, unconditional) > 1e-2
         )
 
 
@@ -403,8 +402,8 @@ def test_tokens_are_the_schedulers_where_chance_has_no_say(theirs, folder, monke
     )
     monkeypatch.setattr("musekit.core.noise._invert", lambda probs, u: probs.max(-1)[::-1])
     expected = theirs(PROMPTS, num_inference_steps=steps, temperature=(0, 0), output_type="latent").images
-    found = Pipeline.from_pretrained(folder).ids(PROMPTS, steps=steps, temperature=(0.0, 0.0))
-    assert torch.equal(found, expected.flatten(1)) and len(found.unique()) > 2
+    ids = Pipeline.from_pretrained(folder).ids(PROMPTS, steps=steps, temperature=(0.0, 0.0))
+    assert torch.equal(ids, expected.flatten(1)) and len(ids.unique()) > 2
 
 
 @torch.no_grad()

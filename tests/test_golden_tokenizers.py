@@ -49,8 +49,8 @@ def test_images_of_another_kind_are_refused(read):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("given", ("quantized", "tokens", "tokens and grid", "pixels"))
-def test_images(read, family, given):
+@pytest.mark.parametrize("form", ("quantized", "tokens", "tokens and grid", "pixels"))
+def test_images(read, family, form):
     model, io = read
     grid = (GRIDS[family], GRIDS[family])
     ways = {
@@ -58,7 +58,7 @@ def test_images(read, family, given):
         "tokens and grid": lambda: model.decode_code(io["tokens"], grid),
         "pixels": lambda: model(io["pixel_values"]),
     }
-    assert (ways[given]() - io["decoded"]).abs().max() <= 1e-4
+    assert (ways[form]() - io["decoded"]).abs().max() <= 1e-4
 
 
 @torch.no_grad()
@@ -98,8 +98,8 @@ def test_it_learns_through_the_codes(read):
     images, loss = model.train()(io["pixel_values"], return_loss=True)
     ((images - io["pixel_values"]).square().mean() + loss).backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    known = [".k.bias", "conv_in.bias"]  # softmax is blind to one, a group norm may be to the other
-    assert not [name for name in silent if not name.endswith(tuple(known))]
+    expected = [".k.bias", "conv_in.bias"]  # softmax is blind to one, a group norm may be to the other
+    assert not [name for name in silent if not name.endswith(tuple(expected))]
 
 
 # Names and shapes of other configurations, by the rules that the published checkpoints show.

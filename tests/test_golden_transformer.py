@@ -116,7 +116,7 @@ def random_settings(seed):
 
 
 class Naive:
-    "Makes the weights it asks for, so that their names and shapes are told twice, too."
+    "Makes the weights it asks for, so that their names and shapes are checked, too."
 
     def __init__(self, settings, seed):
         self.settings, self.weights = settings, {}
@@ -301,16 +301,16 @@ def test_conditions_that_were_read_once_give_the_same_logits(classes):
     ).eval()
     ids, text = torch.randint(64, (3, 16)), torch.randn(3, 7, 32)
     mask = torch.arange(7) < torch.tensor([[7], [5], [3]])
-    given = {"encoder_hidden_states": text, "encoder_attention_mask": mask}
-    given |= {"class_ids": torch.tensor([1, 5, 9])} if classes else {}
-    ready = model.precompute(**given)
+    conditions = {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+    conditions |= {"class_ids": torch.tensor([1, 5, 9])} if classes else {}
+    ready = model.precompute(**conditions)
     assert {len(value) for value in ready.values()} == {3}
     model.encoder_proj.register_forward_hook(lambda *_: pytest.fail("the text was read again"))
     expected = None
     with torch.no_grad():
         got = model(ids, precomputed=ready)
         model.encoder_proj._forward_hooks.clear()
-        expected = model(ids, **given)
+        expected = model(ids, **conditions)
     assert torch.allclose(got, expected, atol=1e-5)
 
 

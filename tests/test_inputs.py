@@ -6,9 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
-import time
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -24,9 +22,9 @@ from musekit.recipes.encode import EncodeOptions, configure_encoding, encode_sha
 from musekit.recipes.settings import image_text_config, packing_options
 from musekit.data.image_text import find_shards
 from musekit.recipes.text_to_image import make_pipeline, train
-from musekit.recipes.configure import configure
+from musekit.recipes.configure import configure, validate
 from musekit.recipes.image_tokenizer import configure_tokenizer, train_tokenizer
-from test_cli import ENVIRONMENT, assert_refused, here, musekit  # noqa: F401 (a fixture)
+from commands import ENVIRONMENT, assert_refused, musekit
 from test_conditions import (
     CLASSES,
     clip,
@@ -133,19 +131,19 @@ def layouts(tmp_path_factory):
     return folder
 
 
-def texts_of(recipe):
-    return sorted(text for batch in recipe.batches.data.everything() for text in batch["text"])
+def texts_of(run):
+    return sorted(text for batch in run.batches.data.everything() for text in batch["text"])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_trains_and_goes_on(place, layouts, name):  # noqa: F811
     data = [f"data={layouts}/{name}/train", f"dataset.params.eval_shards_path_or_url={layouts}/{name}/test"]
-    recipe, pipeline = run_and_resume(place, f"input {name}", clip(place), *data, *LAYOUTS[name][1])
-    assert texts_of(recipe) == sorted(sample["text"] for sample in digits(0, 40))
+    run, pipeline = run_and_resume(place, f"input {name}", clip(place), *data, *LAYOUTS[name][1])
+    assert texts_of(run) == sorted(sample["text"] for sample in digits(0, 40))
     assert len(pipeline("a red one", seed=0)) == 1
     if name == "album":
-        told = left_out(recipe.batches.data.sources["train"].urls)
-        assert told == ["3 in hidden files or system folders", "1 file of other kinds: 1 .heic"]
+        report = left_out(run.batches.data.sources["train"].urls)
+        assert report == ["3 in hidden files or system folders", "1 file of other kinds: 1 .heic"]
 
 
 @pytest.mark.parametrize("name", ["json", "zipped", "clone"])
@@ -245,13 +243,13 @@ def zoo(tmp_path_factory):
 def test_class_folders(place, zoo, kind, tmp_path):  # noqa: F811
     "The number of classes and their names are found out, and drawn by."
     data = [f"data={zoo}/{kind}/train", f"dataset.params.eval_shards_path_or_url={zoo}/{kind}/test"]
-    recipe, pipeline = run_and_resume(place, f"zoo {kind}", CLASSES, *data)
+    run, pipeline = run_and_resume(place, f"zoo {kind}", CLASSES, *data)
     assert (
-        recipe.config.dataset.params.class_names == ["ant", "bee", "cat"]
+        run.recipe.config.dataset.params.class_names == ["ant", "bee", "cat"]
         and pipeline.transformer.config.num_classes == 3
     )
     assert pipeline(["bee"], seed=0)[0].tobytes() == pipeline([1], seed=0)[0].tobytes()
-    batch = next(iter(recipe.batches.data.everything()))
+    batch = next(iter(run.batches.data.everything()))
     assert [("ant", "bee", "cat")[number] for number in batch["class_ids"].tolist()] == batch["text"]
     config = configure_encoding(None, settings_of(place, "x", CLASSES, *data))
     assert encode_shards(config, EncodeOptions(tmp_path / "codes"), progress=False).samples == 40
@@ -342,7 +340,7 @@ def test_named_columns_and_keys(place, tmp_path):  # noqa: F811
             tmp_path / "x.parquet",
         )
     with pytest.raises(ValueError, match="class_field needs dataset.type=classification"):
-        configure(None, settings_of(place, "fields", clip(place), fields[2]))
+        validate(configure(None, settings_of(place, "fields", clip(place), fields[2])))
 
 
 def test_a_named_column_of_files(place, tmp_path):  # noqa: F811
@@ -460,9 +458,9 @@ from musekit.recipes.text_to_image import make_pipeline, train
 from musekit.recipes.configure import configure
 start = time.perf_counter()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-recipe = train(configure(None, sys.argv[1:]), progress=False)
+run = train(configure(None, sys.argv[1:]), progress=False)
 memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-print(recipe.trainer.step, memory, time.perf_counter() - start)
+print(run.trainer.step, memory, time.perf_counter() - start)
 """
 
 
@@ -499,8 +497,8 @@ def test_strips_and_bombs(place, tmp_path):  # noqa: F811
 
 
 def test_prompts_that_are_not_utf8(place, tmp_path, here):  # noqa: F811
-    recipe = train(configure(None, settings_of(place, "prompts", clip(place))), progress=False)
-    model = recipe.folder / "pipeline"
+    run = train(configure(None, settings_of(place, "prompts", clip(place))), progress=False)
+    model = run.folder / "pipeline"
     assert_refused(
         here(tmp_path, "generate", os.fsdecode(b"caf\xe9"), "--model", model),
         "the prompt 'caf\\udce9' is not UTF-8",
@@ -519,7 +517,7 @@ def test_captions_that_are_cut(place, tmp_path, capsys):  # noqa: F811
     "Reported once, with the count: of captions encoded first, on the way, beforehand, and of prompts."
     settings = [clip(place), "dataset.preprocessing.max_seq_length=6"]
     for first in ("true", "false"):
-        recipe = train(
+        run = train(
             configure(None, settings_of(place, f"cut {first}", *settings, f"training.encode_first={first}")),
             progress=False,
         )
@@ -536,7 +534,7 @@ def test_captions_that_are_cut(place, tmp_path, capsys):  # noqa: F811
         and f"{totals.cut} captions are longer than the text encoder reads, and are cut" in str(totals)
     )
     assert encode_shards(config, EncodeOptions(tmp_path / "codes"), progress=False).cut == totals.cut
-    pipeline = make_pipeline(recipe, recipe.batches, recipe.trainer.network)
+    pipeline = make_pipeline(run.recipe, run.batches, run.trainer.network)
     with pytest.warns(UserWarning, match="1 of 2 prompts are longer than the 6 tokens"):
         pipeline(["one", "a very long prompt about nothing at all"], seed=0)
 
@@ -551,9 +549,9 @@ def test_numbers_that_are_not_finite(place, tmp_path):  # noqa: F811
             "model.vq_model.train.learning_rate",
             "training.eval_mask_ratios.0",
         ):
-            given = f"training.eval_mask_ratios=[{value}]" if key.endswith(".0") else f"{key}={value}"
+            setting = f"training.eval_mask_ratios=[{value}]" if key.endswith(".0") else f"{key}={value}"
             with pytest.raises(ValueError, match="finite number|needs a number"):
-                configure(None, settings_of(place, "x", clip(place), given))
+                validate(configure(None, settings_of(place, "x", clip(place), setting)))
 
 
 def test_evaluation_of_every_layout(place, zoo, layouts, tmp_path):  # noqa: F811
@@ -589,7 +587,7 @@ def test_shards_that_are_no_good_as_a_whole(place, tmp_path, here):  # noqa: F81
             for each in ((f"img.{key}.png", image), (f"img.{key}.txt", text))
         ],
     }
-    told = {
+    messages = {
         "apart.tar": "the files of a sample are not next to each other, such as 00.png and 00.txt",
         "dots.tar": "dots in the names of files",
     }
@@ -600,7 +598,7 @@ def test_shards_that_are_no_good_as_a_whole(place, tmp_path, here):  # noqa: F81
                 described.size = len(data)
                 tar.addfile(described, io.BytesIO(data))
         refused = here(tmp_path, "train", *settings_of(place, name, clip(place))[2:], f"data={name}")
-        assert_refused(refused, f"musekit: {name}: {told[name]}")
+        assert_refused(refused, f"musekit: {name}: {messages[name]}")
         assert len(refused.stderr) < 220
     warned = musekit(
         tmp_path,

@@ -11,20 +11,23 @@ from PIL import Image
 from conftest import ROOT
 from key_tests import DRAWS, KEY_TESTS, LOG, READS, WEIGHTS
 from musekit.recipes.memory import Batch
-from musekit.models.text_encoders import TextEncoder
-from musekit.recipes.clip import train_clip_bpe
 from musekit.core.losses import saved_bytes
-from musekit.models.paella_vq import PaellaVQModel
-from musekit.recipes.settings import generation_config, image_text_config
+from musekit.recipes.settings import (
+    generation_config,
+    image_text_config,
+    read_sample_inputs,
+    sample_prompts,
+)
 from musekit.recipes.networks import FrozenNetworks, make_transformer
 from musekit.recipes.text_to_image import Data, ImageSource, Recipe, encode
 from musekit.recipes.configure import configure
-from musekit.training.callbacks import Evaluate, sample_prompts, standard_callbacks
+from musekit.training.callbacks import Evaluate, diagnostic_callbacks, standard_callbacks
 from musekit.training.config import all_keys, load_config
 from musekit.training.log import Log, read_log
 from musekit.training.checkpoint import checkpoints
 from musekit.training.schema import Config
 from musekit.training.distributed import make_accelerator
+from small_models import save_frozen_networks
 from toy_training import tiny_trainer, write_data
 
 
@@ -291,36 +294,19 @@ def test_label_smoothing(data, tmp_path):
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory):
     "An image tokenizer and a text encoder on the disk, untrained."
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
     folder = tmp_path_factory.mktemp("networks")
-    torch.manual_seed(0)
-    PaellaVQModel(
-        levels=2, c_hidden=16, c_latent=4, bottleneck_blocks=1, codebook_size=32, scale_factor=1.0
-    ).save_pretrained(folder / "vq")
-    words = train_clip_bpe(["a red seven", "a green two"], 600, 12)
-    special = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    sizes = dict(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
-        projection_dim=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-    )
-    clip = CLIPTextModelWithProjection(CLIPTextConfig(**sizes, max_position_embeddings=12, **special))
-    TextEncoder(clip, words, use_pooled=True).save_pretrained(folder / "clip")
+    save_frozen_networks(folder)
     return folder
 
 
 def batches_of(networks, *settings):
     "The batches of a run that encodes its images in every step; there are none."
-    given = [
+    options = [
         f"model.vq_model.pretrained={networks}/vq",
         f"model.text_encoder.pretrained={networks}/clip",
         "training.encode_first=false",
     ]
-    config = configure(None, ["data=digits", "dataset.preprocessing.max_seq_length=12", *given, *settings])
+    config = configure(None, ["data=digits", "dataset.preprocessing.max_seq_length=12", *options, *settings])
     no_data = Data({"train": ImageSource([])}, image_text_config(config))
     return encode(Recipe(config, progress=False), no_data, FrozenNetworks(config))
 
@@ -348,11 +334,11 @@ def test_soft_targets(networks, data, tmp_path):
     trainer, micros = micro(tmp_path, data, soft, count=1)
     soft = torch.rand(8, 16, 64, generator=torch.Generator().manual_seed(1)).softmax(-1)
     trainer.prepare = lambda batch: {**batch, "soft_targets": soft}
-    told = trainer.make_micro_batch(next(iter(trainer.data(0))), 0, 0)
-    mask = told.tokens.mask
+    micro = trainer.make_micro_batch(next(iter(trainer.data(0))), 0, 0)
+    mask = micro.tokens.mask
     with torch.no_grad():
-        loss = trainer.loss(trainer.model.eval(), told)
-        logits = trainer.model(told.tokens.input_ids, **told.conditions, token_mask=mask)
+        loss = trainer.loss(trainer.model.eval(), micro)
+        logits = trainer.model(micro.tokens.input_ids, **micro.conditions, token_mask=mask)
     assert loss.item() == pytest.approx(
         -(soft[mask] * logits.log_softmax(-1)).sum(-1).mean().item(), abs=1e-5
     )
@@ -372,7 +358,7 @@ def test_encoding_in_parts(networks):
     def encoded(*settings):
         batches, sizes = batches_of(networks, *settings), []
         batches.networks.vq_model.in_block.register_forward_pre_hook(
-            lambda module, given: sizes.append(len(given[0]))
+            lambda module, inputs: sizes.append(len(inputs[0]))
         )
         return batches.prepare(PIXELS)["image_ids"], sizes
 
@@ -398,7 +384,7 @@ def test_padding(networks):
     assert last("model.text_encoder.pad_token_id=0") == 0 != last()
 
 
-def test_what_is_told_instead(networks):
+def test_the_unconditional_values(networks):
     batches, states = batches_of(networks), "encoder_hidden_states"
     empty = batches.networks.text_encoder([""])
     assert (
@@ -409,7 +395,7 @@ def test_what_is_told_instead(networks):
     assert not zeros["cond_embeds"].any() and not zeros[states].any()
 
 
-# What the loader is told, whose own tests show what it makes of it (notebooks 20 and 22)
+# Settings of the loader, whose own tests show their effect (nbs/03_data/10_image_text.ipynb)
 
 READ = {
     "dataset.params.num_workers": (3, "num_workers"),
@@ -446,24 +432,24 @@ REJECTED = {  # by the value above, and not by the default
 
 
 @pytest.mark.parametrize("key", READ)
-def test_the_loader_is_told(key):
+def test_settings_reach_the_loader(key):
     value, path = READ[key]
     read = lambda *settings: image_text_config(
         config_of("dataset.params.use_filtered_dataset=true", *settings)
     )
-    found, name = read(f"{key}={value}"), path.split(".")[-1]
+    loaded, name = read(f"{key}={value}"), path.split(".")[-1]
     if key == "dataset.params.use_filtered_dataset":
-        assert found.metadata_filter is not None and image_text_config(config_of()).metadata_filter is None
+        assert loaded.metadata_filter is not None and image_text_config(config_of()).metadata_filter is None
         return
     for part in path.split("."):
-        found = getattr(found, part)
-    assert found == value
+        loaded = getattr(loaded, part)
+    assert loaded == value
     if name in REJECTED:
         sample, lenient = GOOD | REJECTED[name], [] if name != "min_size" else ["dataset.params.min_size=0"]
         assert read(*lenient).metadata_filter(sample) and not read(f"{key}={value}").metadata_filter(sample)
 
 
-# What drawing is told
+# Settings of generation
 
 DRAWN = {
     "training.guidance_scale": (3.0, "guidance_scale"), "training.generation_timesteps": (5, "steps"),
@@ -472,7 +458,7 @@ DRAWN = {
 
 
 @pytest.mark.parametrize("key", DRAWN)
-def test_the_drawing_is_told(key):
+def test_settings_reach_generation(key):
     value, name = DRAWN[key]
     if value is None:
         assert (
@@ -488,8 +474,9 @@ def test_the_drawing_is_told(key):
 
 def test_prompts(tmp_path):
     (tmp_path / "prompts.txt").write_text("a red seven\n\na green two\n")
-    told = config_of(f"dataset.params.validation_prompts_file={tmp_path}/prompts.txt")
-    assert sample_prompts(told, ["from the data"]) == ["a red seven", "a green two"]
+    config = config_of(f"dataset.params.validation_prompts_file={tmp_path}/prompts.txt")
+    assert read_sample_inputs(config).prompts == ["a red seven", "a green two"]
+    assert read_sample_inputs(config_of()).prompts is None
     assert sample_prompts(config_of(), ["from the data"]) == ["from the data"]
 
 
@@ -517,10 +504,14 @@ def test_it_is_logged(data, tmp_path, key):
     word, value = LOGGED[key]
     settings = {"epoch": ["experiment.log_every=1"], "limit": ["experiment.save_every=1"]}.get(word, [])
 
-    def run(folder, *given):
-        trainer = tiny_trainer(folder, data, *PLAIN, "training.max_train_steps=4", *NEVER, *settings, *given)
+    def run(folder, *more):
+        trainer = tiny_trainer(folder, data, *PLAIN, "training.max_train_steps=4", *NEVER, *settings, *more)
+        experiment = trainer.config.experiment
         trainer.callbacks = standard_callbacks(
-            trainer.config, sample=lambda *_: Image.new("RGB", (2, 2)), progress=False
+            experiment,
+            diagnostics=diagnostic_callbacks(experiment),
+            samples={"step": lambda *_: Image.new("RGB", (2, 2))},
+            progress=False,
         )
         trainer.eval_batches = [batch for _, batch in zip(range(4), trainer.data(0))]
         trainer.fit()
@@ -553,8 +544,8 @@ def test_it_is_logged(data, tmp_path, key):
         ]
 
 
-def test_the_tracker_is_told(data, tmp_path):
-    given = {}
+def test_settings_reach_the_tracker(data, tmp_path):
+    wandb = {}
     trainer = tiny_trainer(
         tmp_path,
         data,
@@ -564,11 +555,11 @@ def test_the_tracker_is_told(data, tmp_path):
         callbacks=[Log(1)],
     )
     trainer.config.experiment.trackers = ["wandb"]
-    trainer.accelerator.init_trackers = lambda project, config, init_kwargs: given.update(
+    trainer.accelerator.init_trackers = lambda project, config, init_kwargs: wandb.update(
         init_kwargs["wandb"]
     )
     trainer.fit()
-    assert (given["entity"], given["id"]) == ("us", "abc")
+    assert (wandb["entity"], wandb["id"]) == ("us", "abc")
 
 
 # The model
@@ -638,10 +629,10 @@ def test_checkpointed(networks):
     assert kept("model.gradient_checkpointing=true") < 0.9 * kept()
 
 
-def test_attention_is_one_thing(data, tmp_path):
-    "The key is accepted; attention is PyTorch's own, whatever it says."
-    told = after_steps(tmp_path, data, ["model.enable_xformers_memory_efficient_attention=true"], steps=1)
-    assert torch.equal(told, after_steps(tmp_path, data, [], steps=1))
+def test_attention_is_one_thing():
+    "An old key is accepted with a warning; attention is always PyTorch's own."
+    with pytest.warns(UserWarning, match="xformers_memory_efficient_attention .use PyTorch's own attention"):
+        assert config_of("model.enable_xformers_memory_efficient_attention=true") == config_of()
 
 
 def test_tf32():

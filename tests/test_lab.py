@@ -23,11 +23,11 @@ def run_lab(path, *options):
     )
 
 
-@pytest.mark.parametrize("options, told", (((), "make test-lab"), (("--install",), "no apt-get")))
-def test_without_a_browser_one_line_says_what_to_install(tmp_path, options, told):
+@pytest.mark.parametrize("options, message", (((), "make test-lab"), (("--install",), "no apt-get")))
+def test_without_a_browser_one_line_says_what_to_install(tmp_path, options, message):
     done = run_lab(tmp_path, *options)
     assert done.returncode == 1 and not done.stdout and done.stderr.count("\n") == 1
-    assert "chromium and chromium-driver" in done.stderr and told in done.stderr
+    assert "chromium and chromium-driver" in done.stderr and message in done.stderr
 
 
 def test_what_is_missing_is_asked_of_apt_get(tmp_path):

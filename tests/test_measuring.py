@@ -5,48 +5,24 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from conftest import ROOT
-from musekit.models.text_encoders import TextEncoder
-from musekit.recipes.clip import train_clip_bpe
-from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples
 from musekit.data.packing import write_shards
-from musekit.models.paella_vq import PaellaVQModel
 from musekit.recipes.text_to_image import MEASURED, Measurement, train
-from musekit.recipes.configure import configure
+from musekit.recipes.configure import configure, validate
 from musekit.training.log import read_log
+from commands import some_digits
+from small_models import save_frozen_networks
 from toy_training import free_port
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     "Digits as shards, and two networks that were never trained."
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
     folder = tmp_path_factory.mktemp("measuring")
-    everything = set(range(len(WORDINGS)))
-    for split, numbers in (("train", range(40)), ("test", range(1000, 1060))):
-        write_shards(
-            make_samples(numbers, 1, set(COMBINATIONS), lambda *combination: everything, seed=0),
-            folder / split,
-        )
-    torch.manual_seed(0)
-    PaellaVQModel(
-        levels=2, c_hidden=16, c_latent=4, bottleneck_blocks=1, codebook_size=32, scale_factor=1.0
-    ).save_pretrained(folder / "vq")
-    words = train_clip_bpe(["a red seven", "a green two"], 600, 12)
-    special = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    sizes = dict(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
-        projection_dim=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-    )
-    clip = CLIPTextModelWithProjection(CLIPTextConfig(**sizes, max_position_embeddings=12, **special))
-    TextEncoder(clip, words, use_pooled=True).save_pretrained(folder / "clip")
+    write_shards(some_digits(range(40)), folder / "train")
+    write_shards(some_digits(range(1000, 1060)), folder / "test")
+    save_frozen_networks(folder)
     return folder
 
 
@@ -85,11 +61,11 @@ DIGITS = (
 def test_a_run_measures_itself(place):
     "Every three steps and at the end, with averaged weights, and as a second look at the same weights finds."
     statistics = f"experiment.measure_statistics={place}/real.safetensors"
-    recipe = train(configure(None, settings(place, "digits", *DIGITS, statistics)), progress=False)
-    lines = [line for line in read_log(recipe.folder) if "frechet_distance" in line]
+    run = train(configure(None, settings(place, "digits", *DIGITS, statistics)), progress=False)
+    lines = [line for line in read_log(run.folder) if "frechet_distance" in line]
     assert [line["step"] for line in lines] == [3, 4] and all(set(MEASURED) <= set(line) for line in lines)
     assert (place / "real.safetensors").is_file() and 1 <= lines[-1]["inception_score"] <= 10
-    again = Measurement(recipe, recipe.batches)(recipe.trainer)
+    again = Measurement(run.recipe, run.batches)(run.trainer)
     assert again == {name: pytest.approx(lines[-1][name]) for name in MEASURED}
 
 
@@ -119,7 +95,7 @@ SHARDS = "data={place}/train", "dataset.params.eval_shards_path_or_url={place}/t
 
 
 @pytest.mark.parametrize(
-    "changes, told",
+    "changes, message",
     [
         (
             [*SHARDS],
@@ -132,6 +108,6 @@ SHARDS = "data={place}/train", "dataset.params.eval_shards_path_or_url={place}/t
         ([*DIGITS, "experiment.measure_samples=5"], "at least 20"),
     ],
 )
-def test_what_cannot_be_measured(changes, told, place):
-    with pytest.raises((ValueError, FileNotFoundError), match=told):
-        configure(None, settings(place, "bad", *(change.format(place=place) for change in changes)))
+def test_what_cannot_be_measured(changes, message, place):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        validate(configure(None, settings(place, "bad", *(change.format(place=place) for change in changes))))

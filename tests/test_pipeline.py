@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from musekit.utils import progress
 from musekit.cli import main
-from musekit.models.text_encoders import TextEncoder
 from musekit.recipes.clip import train_clip_bpe
 from musekit.data.masks import token_mask
 from musekit.models.lora import add_lora, lora_parameters, save_lora
@@ -24,6 +23,7 @@ from musekit.models.vqgan import VQGANModel
 from musekit.inference.pipeline import OUTPUT_TYPES, ImagePipeline, Pipeline
 from musekit.core.samplers import sampler_names
 from musekit.inference.sheets import GenerationTask, draw_again, draw_sheet, read_task, write_sheet
+from small_models import random_clip
 
 PROMPTS = ["a red three on white paper", "two"]
 UVIT = dict(
@@ -43,22 +43,9 @@ UVIT = dict(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "A pipeline of random weights, 8 x 8 tokens of 2 x 2 pixels, saved."
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
     torch.manual_seed(0)
     words = train_clip_bpe(PROMPTS * 4, vocab_size=530, max_seq_length=12)
-    special = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    clip = CLIPTextConfig(
-        vocab_size=len(words),
-        max_position_embeddings=12,
-        hidden_size=16,
-        intermediate_size=32,
-        num_attention_heads=2,
-        num_hidden_layers=2,
-        projection_dim=12,
-        **special,
-    )
-    text = TextEncoder(CLIPTextModelWithProjection(clip), words, use_pooled=True)
+    text = random_clip(words, projection_dim=12)
     uvit = MaskGiTUViT(33, 32, encoder_hidden_size=16, cond_embed_dim=12, default_shape=(8, 8), **UVIT)
     for parameter in uvit.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
@@ -347,7 +334,7 @@ def test_generate_inpaint_and_again_on_the_command_line(tasks, folder, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "words, told",
+    "words, message",
     (
         (["inpaint", "missing.png", "mask.png", "two"], "no image missing.png"),
         (["inpaint", "here.png"], "MASK"),
@@ -356,7 +343,7 @@ def test_generate_inpaint_and_again_on_the_command_line(tasks, folder, tmp_path,
         (["generate", "two", "--set", "steps"], "KEY=VALUE"),
     ),
 )
-def test_what_cannot_be_done_is_told_in_a_line(tmp_path, capsys, monkeypatch, words, told):
+def test_what_cannot_be_done_is_one_line(tmp_path, capsys, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "demo" / "pipeline").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save("here.png")
@@ -366,11 +353,14 @@ def test_what_cannot_be_done_is_told_in_a_line(tmp_path, capsys, monkeypatch, wo
         status = end.code
     said = capsys.readouterr().err
     assert (
-        status == 2 and told in said and said.count("\n") == 1 and not (tmp_path / "generated.png").exists()
+        status == 2
+        and message in said
+        and said.count("\n") == 1
+        and not (tmp_path / "generated.png").exists()
     )
 
 
-def told(capsys, *words):
+def error_of(capsys, *words):
     "The one line on standard error of a command that is refused."
     assert main([str(word) for word in words]) == 2
     said = capsys.readouterr().err
@@ -382,7 +372,7 @@ def test_a_picture_that_cannot_be_made_again_is_named(pipeline, folder, tmp_path
     monkeypatch.chdir(tmp_path)
     sheet, task = draw_sheet(pipeline, GenerationTask("two", num_images_per_prompt=2))
     write_sheet(sheet, task, "no model.png")
-    assert "no model.png does not name the model" in told(capsys, "generate", "--again", "no model.png")
+    assert "no model.png does not name the model" in error_of(capsys, "generate", "--again", "no model.png")
     assert (
         main(["generate", "--again", "no model.png", "--model", str(folder)]) == 0
         and not capsys.readouterr().err
@@ -397,14 +387,14 @@ def test_a_picture_that_cannot_be_made_again_is_named(pipeline, folder, tmp_path
         info = PngImagePlugin.PngInfo()
         info.add_text("musekit", text)
         sheet.save("damaged.png", pnginfo=info)
-        assert "damaged.png holds no task that can be read" in told(
+        assert "damaged.png holds no task that can be read" in error_of(
             capsys, "generate", "--again", "damaged.png"
         )
     shutil.copytree(folder, "runs/of/mine")
     write_sheet(sheet, task.change(model="runs/of/mine"), "moved.png")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
-    said = told(capsys, "generate", "--again", "../moved.png")
+    said = error_of(capsys, "generate", "--again", "../moved.png")
     assert "../moved.png was generated with runs/of/mine" in said and "--model" in said
     assert main(["generate", "--again", "../moved.png", "--model", "../runs/of/mine"]) == 0
 
@@ -424,8 +414,8 @@ def test_a_picture_is_never_written_over_what_it_is_made_from(folder, tmp_path, 
         ["generate", "--again", "generated.png", "--out", "./generated.png"],
         ["inpaint", "singles/001.png", "mask.png", "two", "--out", "mask.png"],
     ):
-        assert "is also an input" in told(capsys, *words)
-    assert "singles/001.png has the name of one" in told(
+        assert "is also an input" in error_of(capsys, *words)
+    assert "singles/001.png has the name of one" in error_of(
         capsys, "generate", "--again", "singles/001.png", "--singles", "singles", "--seed", 7
     )
     assert before == {path: Path(path).read_bytes() for path in before}
@@ -461,10 +451,10 @@ def test_seeds_on_the_command_line(folder, tmp_path, capsys, monkeypatch):
     assert drawn("generate", "--again", four[2], "--out", "again.png")
     assert np.array_equal(Image.open("again.png"), Image.open(four[2]))
     assert drawn("generate", "--again", "generated.png", "--seed", "7,8,9,10", "--out", "other.png")
-    assert "one for each of the 6 images" in told(
+    assert "one for each of the 6 images" in error_of(
         capsys, "generate", *PROMPTS, "--num-images", 3, "--seed", "1,2", "--model", folder
     )
-    assert "one for each of the 8 images" in told(
+    assert "one for each of the 8 images" in error_of(
         capsys, "generate", *PROMPTS, "--seed", "1,2,3", "--model", folder
     )
     for seed in ("1,", "1,x", "-1,2", "1.5"):
@@ -510,14 +500,14 @@ def test_updates_on_the_command_line(folder, tasks, tmp_path, capsys, monkeypatc
         for name, options in (("a", ()), ("b", ("--lora", "updates")))
     ]
     assert not np.array_equal(*inpainted)
-    assert "lora_scale=0.5 must be a number, and needs lora" in told(
+    assert "lora_scale=0.5 must be a number, and needs lora" in error_of(
         capsys, *how, "x.png", "--lora-scale", 0.5
     )
-    assert "no low-rank updates in" in told(capsys, *how, "x.png", "--lora", folder)
-    assert "scale must be a finite number" in told(
+    assert "no low-rank updates in" in error_of(capsys, *how, "x.png", "--lora", folder)
+    assert "scale must be a finite number" in error_of(
         capsys, *how, "x.png", "--lora", "updates", "--lora-scale", "nan"
     )
-    assert "nowhere" in told(capsys, *how, "x.png", "--lora", "nowhere") and not Path("x.png").exists()
+    assert "nowhere" in error_of(capsys, *how, "x.png", "--lora", "nowhere") and not Path("x.png").exists()
 
 
 @pytest.mark.parametrize("part", ["transformer", "vq_model", "text_encoder"])
@@ -538,7 +528,7 @@ def test_numbers_that_are_not_finite_are_named_with_their_part(
     }[part]
     weights[last].fill_(value)
     save_file(weights, path, metadata={"format": "pt"})
-    said = told(capsys, "generate", "two", "--model", "broken", "--num-images", 1)
+    said = error_of(capsys, "generate", "two", "--model", "broken", "--num-images", 1)
     names = {"transformer": "transformer", "vq_model": "image tokenizer", "text_encoder": "text encoder"}
     assert (
         f"broken/{part}: {last}" if value != 3e38 else f"the {names[part]} returned "
@@ -563,7 +553,7 @@ def test_a_type_that_overflows_is_named(folder):
     assert pipeline.to(dtype=torch.float16).vq_model.dtype == torch.float32 and pipeline("two", seed=0)
 
 
-def test_long_work_is_seen_and_a_far_too_large_picture_told(folder, tmp_path, capsys, monkeypatch):
+def test_long_work_shows_progress_and_a_far_too_large_image_is_refused(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(progress, "LINE_EVERY", 0)
     for side, warned in (32, False), (33, True):  # the model's pictures have 16 x 16 pixels
@@ -592,7 +582,7 @@ def test_long_work_is_seen_and_a_far_too_large_picture_told(folder, tmp_path, ca
 
 
 def test_an_interrupted_drawing_promises_nothing(folder, tmp_path, capsys, monkeypatch):
-    def interrupt(*given, **options):
+    def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
@@ -601,10 +591,10 @@ def test_an_interrupted_drawing_promises_nothing(folder, tmp_path, capsys, monke
     assert capsys.readouterr().err == "musekit: interrupted\n" and not list(tmp_path.iterdir())
 
 
-def test_an_option_of_what_has_none_is_told(folder, tmp_path, capsys, monkeypatch):
+def test_an_option_of_what_has_none_is_refused(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = ["--set", "sampler_params=3", "--set", "sampler_params.eta=2"]
-    assert "sampler_params is 3 already" in told(capsys, "generate", "two", "--model", folder, *given)
+    options = ["--set", "sampler_params=3", "--set", "sampler_params.eta=2"]
+    assert "sampler_params is 3 already" in error_of(capsys, "generate", "two", "--model", folder, *options)
 
 
 def test_model_classes_are_found_by_name_alone():

@@ -11,7 +11,7 @@ def run(folder, data, precision, pipe):
     kinds, losses = set(), []
     for module in trainer.network.modules():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(lambda module, given, answer: kinds.add(str(answer.dtype)))
+            module.register_forward_hook(lambda module, inputs, answer: kinds.add(str(answer.dtype)))
     for _ in range(4):
         trainer.train_step()
         losses.append(trainer.metrics["loss"].item())
@@ -24,7 +24,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("precision")
     data = write_data(folder / "train.parquet")
 
-    def told(precision):
+    def run_in_a_child(precision):
         ours, theirs = CHILDREN.Pipe()
         child = CHILDREN.Process(target=run, args=(str(folder / precision), str(data), precision, theirs))
         child.start()
@@ -32,7 +32,7 @@ def runs(tmp_path_factory):
         assert child.exitcode == 0
         return ours.recv()
 
-    return told
+    return run_in_a_child
 
 
 def test_half_precision(runs):

@@ -141,7 +141,7 @@ def broken_at_four(folder, data, rank):
     trainer = tiny_trainer(folder, data, callbacks=[])
     loss = trainer.loss
     if rank == 1:
-        trainer.loss = lambda *given: loss(*given) * (float("nan") if trainer.step == 3 else 1)
+        trainer.loss = lambda *arguments: loss(*arguments) * (float("nan") if trainer.step == 3 else 1)
     try:
         trainer.fit()
     except ValueError as error:
@@ -179,12 +179,12 @@ def test_diagnostics_cover_all_processes(data, tmp_path):
     assert not torch.equal(first["sums"], second["sums"])
     sums, counts = first["sums"] + second["sums"]
     table = torch.tensor(first["values"].pop("token_probabilities"))
-    told = {
+    expected = {
         f"image_entropy/{tenth / 10:.1f}": mean
         for tenth, mean in enumerate((sums / counts).tolist())
         if counts[tenth]
     }
-    assert first["values"] == pytest.approx(told)
+    assert first["values"] == pytest.approx(expected)
     weighted = [rank["histogram"].nan_to_num(0.0) * rank["hidden"][:, None] for rank in (first, second)]
     expected = sum(weighted) / (first["hidden"] + second["hidden"])[:, None]
     assert torch.allclose(table, expected.nan_to_num(0.0), atol=1e-6)

@@ -225,15 +225,15 @@ def test_older_model_files_load(family, golden, tmp_path):
     )
 
 
-@pytest.mark.parametrize("family, changes, told", [
+@pytest.mark.parametrize("family, changes, message", [
     ("uvit", {"use_encoder_layernorm": True}, "use_encoder_layernorm=True describes another network"),
     ("uvit", {"block_has_attention": [False]}, "describes another network"),
     ("transformer_text", {"add_cond_embeds": True}, "add_cond_embeds=True describes another network"),
     ("vqgan", {"num_resolutions": 3}, "num_resolutions=3 contradicts"),
 ])
-def test_model_files_of_other_networks(family, changes, told, golden, tmp_path):
+def test_model_files_of_other_networks(family, changes, message, golden, tmp_path):
     cls = stored(golden, family, tmp_path, **changes)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         cls.from_pretrained(tmp_path)
 
 
@@ -253,13 +253,13 @@ def test_model_files_of_other_networks(family, changes, told, golden, tmp_path):
 def test_the_published_layout_is_written(family, golden, tmp_path):
     """Plain PyTorch reads the very tensors, config.json has the keys of the published class, and the model
     loads back."""
-    told = json.loads((golden / family / "config.json").read_text())
-    cls = find_model_class(told["_class_name"])
+    config = json.loads((golden / family / "config.json").read_text())
+    cls = find_model_class(config["_class_name"])
     model = cls.from_pretrained(golden / family)
     model.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path, safe_serialization=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "pytorch_model.bin"]
-    assert json.loads((tmp_path / "config.json").read_text()) == told
+    assert json.loads((tmp_path / "config.json").read_text()) == config
     tensors, published = torch.load(tmp_path / "pytorch_model.bin", weights_only=True), load_weights(
         golden / family
     )
@@ -273,7 +273,7 @@ def test_the_published_layout_is_written(family, golden, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, settings, told",
+    "name, settings, message",
     [
         (
             "MaskGiTUViT",
@@ -300,7 +300,7 @@ def test_the_published_layout_is_written(family, golden, tmp_path):
         ),
     ],
 )
-def test_what_the_published_classes_do_not_have(name, settings, told, tmp_path):
+def test_what_the_published_classes_do_not_have(name, settings, message, tmp_path):
     model = find_model_class(name).from_config(settings)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         model.save_pretrained(tmp_path, safe_serialization=False)

@@ -28,7 +28,7 @@ from musekit.models.vqgan import VQGANModel
 from musekit.inference.pipeline import Pipeline
 from musekit.shards.catalog import CATALOG
 from musekit.training.reconstruction import VGGFeatures
-from test_cli import make_photos, some_digits
+from commands import make_photos, some_digits
 from test_evaluate import pipeline_of
 from toy_training import free_port
 from typing_room import make_environment, typing_room
@@ -227,8 +227,8 @@ def room(tmp_path, hub):
 
 def hints(printed):
     "The commands that other commands printed, as the next thing to do."
-    found = re.findall(r": (musekit(?:-shards)? .+)$", printed, re.MULTILINE)
-    return list(dict.fromkeys(found))
+    commands = re.findall(r": (musekit(?:-shards)? .+)$", printed, re.MULTILINE)
+    return list(dict.fromkeys(commands))
 
 
 def test_the_readme(room):
@@ -341,7 +341,7 @@ def test_targets_of_make_that_are_not_typed(target, expected):
 
 
 def test_the_laboratory_starts(tmp_path):
-    "JupyterLab refuses root, which one is in a container, unless it is told that this is meant."
+    "JupyterLab refuses root, which one is in a container, unless an option says that this is meant."
     pytest.importorskip("jupyterlab")
     for name in ("Makefile", "constraints.txt", "settings.ini", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)

@@ -1,4 +1,4 @@
-"""What happens to runs that go on for weeks: they are killed, told to stop, run out of disk, meet broken
+"""What happens to runs that go on for weeks: they are killed, asked to stop, run out of disk, meet broken
 data."""
 import io
 import json
@@ -22,7 +22,7 @@ from musekit.utils.files import PARTIAL
 from musekit.training.callbacks import Callback, Checkpoint, Log
 from musekit.training.checkpoint import checkpoints
 from musekit.training.log import read_log
-from toy_training import SAVE_EVERY, STEPS, RandomEncoder, all_weights, die, tiny_trainer, write_data
+from toy_training import SAVE_EVERY, RandomEncoder, all_weights, die, tiny_trainer, write_data
 
 KILLS, LONG, SHORT = 20, 60, 18
 
@@ -38,8 +38,8 @@ def make_trainer(folder, data, steps, *more):
     return tiny_trainer(folder, data, *length, callbacks=[Log(2), *more, Checkpoint(SAVE_EVERY, limit=2)])
 
 
-def start(function, *given):
-    child = CHILDREN.Process(target=function, args=given)
+def start(function, *arguments):
+    child = CHILDREN.Process(target=function, args=arguments)
     child.start()
     return child
 
@@ -89,9 +89,9 @@ def dies_at_event(folder, data, number):
     them."""
     seen = [0]
 
-    def watch(name, given):
+    def watch(name, arguments):
         if name in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and str(folder) in str(
-            given[0]
+            arguments[0]
         ):
             seen[0] += 1
             if seen[0] == number:
@@ -149,11 +149,11 @@ def test_killed_at_twenty_random_moments(data, whole, tmp_path):
     print(f"{KILLS} kills, {half_written} of them with a checkpoint half written, up to step {saved[-1]}")
 
 
-# Told to stop
+# Asked to stop
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_stop_it_saves(data, whole, tmp_path, number):
+def test_on_sigterm_it_saves(data, whole, tmp_path, number):
     rng, before = random.Random(int(number)), 0
     for _ in range(3):
         child = begin(tmp_path, data, SHORT)
@@ -199,11 +199,11 @@ def test_no_room_for_a_checkpoint(data, whole, tmp_path, room):
     child = start(fills, str(tmp_path), str(data), room, theirs)
     child.join(120)
     assert ours.poll(), "it did not fail"
-    told = ours.recv()
+    message = ours.recv()
     assert (
-        "checkpoint-9 could not be written" in told
-        and f"Last good checkpoint: {tmp_path}/checkpoint-6" in told
-        and "\n" not in told
+        "checkpoint-9 could not be written" in message
+        and f"Last good checkpoint: {tmp_path}/checkpoint-6" in message
+        and "\n" not in message
     )
     assert steps_saved(tmp_path) == [3, 6] and not list(tmp_path.glob(f"{PARTIAL}*"))
     assert ends_like(whole, tmp_path, data, SHORT)
@@ -216,9 +216,9 @@ def test_a_loss_that_is_no_number_names_its_examples(data, tmp_path):
     trainer = tiny_trainer(tmp_path, data, callbacks=[Log(2), Checkpoint(SAVE_EVERY)])
     loss, seen = trainer.loss, []
 
-    def broken(model, micro, *given):
+    def broken(model, micro, *arguments):
         seen.append(micro.keys)
-        return loss(model, micro, *given) * (
+        return loss(model, micro, *arguments) * (
             float("nan") if len(seen) == 14 else 1.0
         )  # the second half of step 7
 

@@ -80,14 +80,14 @@ def test_remasking_comes_near_with_many_steps():
 def test_known_tokens_stay_and_nothing_is_left_hidden(name):
     assert name in sampler_names()
     ids = torch.arange(40).view(4, 10) % 5
-    start, known = ids.clone(), torch.rand(4, 10, generator=seeded()) < 0.5
-    start[~known] = 5
+    start, visible = ids.clone(), torch.rand(4, 10, generator=seeded()) < 0.5
+    start[~visible] = 5
     flat = lambda ids, hidden, step: torch.zeros(int(hidden.sum()), 5)
     for steps in (1, 3, 20):
         drawn, records = generate_ids(
             flat, start, 5, steps=steps, sampler=name, grid=(2, 5), generator=seeded(), return_steps=True
         )
-        assert (drawn < 5).all() and torch.equal(drawn[known], ids[known])
+        assert (drawn < 5).all() and torch.equal(drawn[visible], ids[visible])
         assert torch.equal(
             drawn, generate_ids(flat, start, 5, steps=steps, sampler=name, grid=(2, 5), generator=seeded())
         )

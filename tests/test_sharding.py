@@ -132,10 +132,10 @@ def test_each_process_holds_a_piece(both):
 def test_evaluation_and_drawing_wait_for_nobody(both):
     folder, cut, whole = both
     assert cut[0]["drawn"] == cut[1]["drawn"] == whole[0]["drawn"] == [5, 10, 12]
-    told = lambda name: [
+    evaluations = lambda name: [
         (line["step"], line["eval_examples"]) for line in read_log(folder / name) if "eval_loss" in line
     ]
-    assert told("pieces") == told("whole") == [(4, 15), (8, 15), (12, 15)]
+    assert evaluations("pieces") == evaluations("whole") == [(4, 15), (8, 15), (12, 15)]
 
 
 def test_checkpoints_hold_the_whole_model(both):

@@ -160,7 +160,7 @@ def test_killed_at_thirty_moments(server, first_set, tmp_path):
     for attempt in ("warm", "whole"):
         cache = new_cache(first_set, tmp_path / attempt)
         times = times_of(start(server, cache), cache.folder)
-    new, found, stretches = digests(cache.data), {"old": 0, "new": 0}, {name: 0 for name in MILESTONES}
+    new, counts, stretches = digests(cache.data), {"old": 0, "new": 0}, {name: 0 for name in MILESTONES}
     for trial in range(30):
         cache, which = new_cache(first_set, tmp_path / str(trial)), trial % len(MILESTONES)
         child, name = start(server, cache), list(MILESTONES)[which]
@@ -173,7 +173,7 @@ def test_killed_at_thirty_moments(server, first_set, tmp_path):
         now = digests(cache.data)
         assert now in (old, new), f"trial {trial}: neither the old set nor the new one is whole"
         verify_shards(cache.data, SMALL)
-        found["old" if now == old else "new"] += 1
+        counts["old" if now == old else "new"] += 1
         assert now == old or not cache.tokenizer.exists(), "the old tokenizer stands beside the new data"
         for backup in list_backups(cache.folder):
             assert not backup.problem and digests(backup.path / "data") == old
@@ -186,10 +186,10 @@ def test_killed_at_thirty_moments(server, first_set, tmp_path):
         assert (cache.backup("climbmix") / "tokenizer" / "tokenizer.pkl").read_text() == "of the original"
         shutil.rmtree(cache.folder)
     print(
-        f"whole run {times[-1]:.2f} s; 30 kills, alive when killed while {stretches}; found {found}; every"
+        f"whole run {times[-1]:.2f} s; 30 kills, alive when killed while {stretches}; found {counts}; every"
         " next run finished"
     )
-    assert sum(stretches.values()) >= 10 and found["old"] > 0
+    assert sum(stretches.values()) >= 10 and counts["old"] > 0
 
 
 def test_workers_end_with_a_killed_parent(cache, tmp_path):
@@ -385,11 +385,11 @@ def test_what_does_not_fit_is_refused_before_it_is_fetched(server, first_set, tm
         assert str(disk) in str(caught.value) and shutil.disk_usage(disk).free > 50_000
 
 
-@pytest.mark.parametrize("limit, told", [(90_000, "too large"), (20_000, "too large")])
-def test_files_that_may_not_grow(server, cache, limit, told):
+@pytest.mark.parametrize("limit, message", [(90_000, "too large"), (20_000, "too large")])
+def test_files_that_may_not_grow(server, cache, limit, message):
     old = digests(cache.data)
     error = finish(server, cache, limit=limit)
-    assert told in error and digests(cache.data) == old and cache.tokenizer.exists()
+    assert message in error and digests(cache.data) == old and cache.tokenizer.exists()
 
 
 def test_a_quota_while_cutting(server, cache):
@@ -413,10 +413,10 @@ def test_a_cache_that_cannot_be_written(server, first_set, tmp_path, capsys):
         assert digests(cache.data) == old
 
 
-def assert_one_line(capsys, *told):
+def assert_one_line(capsys, *parts):
     said = capsys.readouterr().err
     assert (
-        said.startswith("musekit-shards: ") and said.count("\n") == 1 and all(part in said for part in told)
+        said.startswith("musekit-shards: ") and said.count("\n") == 1 and all(part in said for part in parts)
     ), said
 
 
@@ -431,7 +431,7 @@ LONG = "a text of more than fifty characters, as every text should be that is ke
 
 
 @pytest.mark.parametrize(
-    "make, arguments, told",
+    "make, arguments, message",
     [
         (lambda path: pq.write_table(pa.table({"body": [LONG] * 9}), path), [], "no column 'text'"),
         (lambda path: pq.write_table(pa.table({"text": [1, 2, 3]}), path), [], "not text"),
@@ -468,17 +468,17 @@ LONG = "a text of more than fifty characters, as every text should be that is ke
         (lambda path: path.write_bytes(b""), [], "source.parquet"),
     ],
 )
-def test_bad_sources(cache, tmp_path, capsys, make, arguments, told):
+def test_bad_sources(cache, tmp_path, capsys, make, arguments, message):
     source, old = tmp_path / "source.parquet", digests(cache.data)
     make(source)
     assert main(["--from", str(source), "--cache-dir", str(cache.folder), "--quiet", *arguments]) == 1
-    assert_one_line(capsys, told)
+    assert_one_line(capsys, message)
     assert digests(cache.data) == old and (cache.tokenizer / "tokenizer.pkl").exists()
     assert {path.name for path in cache.folder.iterdir()} == {".lock", "data", "tokenizer", "backup_climbmix"}
 
 
 @pytest.mark.parametrize(
-    "arguments, status, told",
+    "arguments, status, message",
     [
         (["fineweb-edo"], 1, "Did you mean 'fineweb-edu'"),
         (["--num-shards", "-1"], 2, "'-1'"),
@@ -540,7 +540,7 @@ def test_bad_sources(cache, tmp_path, capsys, make, arguments, told):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, status, told):
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, status, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.yaml").write_text("x: [1")
     (tmp_path / "number.yaml").write_text("x: {files: [5]}")
@@ -552,11 +552,11 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, status,
         assert main(arguments) == status
     except SystemExit as end:
         assert end.code == status
-    assert_one_line(capsys, told)
+    assert_one_line(capsys, message)
 
 
 @pytest.mark.parametrize(
-    "more, told",
+    "more, message",
     [
         (["--remote"], "note        --remote has no effect: all files are on this machine"),
         (["--workers", "8"], "note        --workers has no effect: all files are on this machine"),
@@ -570,14 +570,14 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, status,
 )
 @pytest.mark.parametrize("way", [[], ["--dry-run"], ["--quiet"]], ids=str)
 def test_options_for_servers_say_so_where_all_files_are_here(
-    cache, tmp_path, monkeypatch, capsys, more, told, way
+    cache, tmp_path, monkeypatch, capsys, more, message, way
 ):
     monkeypatch.chdir(tmp_path)
     source = write_source(tmp_path / "source.parquet", texts("here", 900))
     assert main(["--from", str(source), "--cache-dir", str(cache.folder), *more, *way]) == 0
     said = capsys.readouterr().out
     assert [line for line in said.splitlines() if "no effect" in line] == (
-        [told] if told and way != ["--quiet"] else []
+        [message] if message and way != ["--quiet"] else []
     )
     assert not (tmp_path / "raw").exists()
     assert not list(cache.folder.glob("raw_*"))
@@ -743,24 +743,24 @@ SECRET = "s3cret/s3cret"
 BUSY = (503, {"Retry-After": "7000"})
 
 
-def assert_never_told(folder, said):
+def assert_never_shown(folder, said):
     """No file, no name of a file and no line that was printed holds a part of the secret."""
-    found = [
+    leaks = [
         path
         for path in folder.rglob("*")
         if "s3cret" in path.name or path.is_file() and b"s3cret" in path.read_bytes()
     ]
-    assert not found and "s3cret" not in said, (found, said)
+    assert not leaks and "s3cret" not in said, (leaks, said)
 
 
 @pytest.mark.parametrize("more", [[], ["--remote"], ["--processes", "2"], ["--dry-run"]], ids=" ".join)
-def test_a_signature_is_never_written_down_or_told(server, cache, capsys, more):
+def test_a_signature_is_never_written_down_or_printed(server, cache, capsys, more):
     for number, content in enumerate(list(server.files.values())):
         server.files[f"texts/part-{number}.parquet?sig={SECRET}"] = content
     signed = f"{server.url}/texts/part-{{0..2}}.parquet?sig={SECRET}"
     for _ in range(2):  # the second set is made of what was fetched, and the first becomes a backup
         assert main(["--from", signed, "--num-shards", "1", "--cache-dir", str(cache.folder), *more]) == 0
-    assert_never_told(cache.folder, "".join(capsys.readouterr()))
+    assert_never_shown(cache.folder, "".join(capsys.readouterr()))
     assert (
         "--dry-run" in more
         or read_manifest(cache.data)["sources"][0]["from"] == f"{server.url}/texts/part-0.parquet"
@@ -782,14 +782,14 @@ def test_a_signature_is_never_written_down_or_told(server, cache, capsys, more):
     ids=str,
 )
 @pytest.mark.parametrize("remote", [False, True])
-def test_a_signature_is_not_told_by_a_failure(server, cache, capsys, monkeypatch, mood, remote):
+def test_a_failure_does_not_show_a_signature(server, cache, capsys, monkeypatch, mood, remote):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     path = f"texts/part-0.parquet?sig={SECRET}"
     server.files[path], server.moods[path] = b"PAR1 and no more", [mood] * 9
     options = Options(cache.folder, remote=remote, connection=Connection(sleep=lambda seconds: None))
     with pytest.raises((OSError, ValueError), match="texts/part-0.parquet|127.0.0.1:9/b") as caught:
         convert(dataset_of(f"{server.url}/{path}"), options, SMALL)
-    assert_never_told(cache.folder, str(caught.value) + "".join(capsys.readouterr()))
+    assert_never_shown(cache.folder, str(caught.value) + "".join(capsys.readouterr()))
 
 
 @pytest.mark.parametrize(
@@ -797,7 +797,7 @@ def test_a_signature_is_not_told_by_a_failure(server, cache, capsys, monkeypatch
     [["--text-column", "body"], ["--text-column", "number"], ["--score-column", "text", "--min-score", "1"]],
     ids=str,
 )
-def test_a_signature_is_not_told_by_what_is_wrong_with_a_file(server, cache, capsys, columns):
+def test_an_error_about_a_file_does_not_show_a_signature(server, cache, capsys, columns):
     path = write_source(cache.folder.parent / "source.parquet", [LONG] * 9, number=[1] * 9)
     server.files[f"texts/part-0.parquet?sig={SECRET}"] = path.read_bytes()
     assert (
@@ -814,7 +814,7 @@ def test_a_signature_is_not_told_by_what_is_wrong_with_a_file(server, cache, cap
     )
     said = capsys.readouterr().err
     assert f"{server.url}/texts/part-0.parquet" in said
-    assert_never_told(cache.folder, said)
+    assert_never_shown(cache.folder, said)
 
 
 @pytest.mark.parametrize(
@@ -876,7 +876,7 @@ def test_one_entry_of_a_file_of_datasets_needs_no_other(cache, tmp_path, monkeyp
     )
 
 
-def test_what_is_told_of_the_bytes_that_came(server, cache, monkeypatch, capsys):
+def test_the_report_of_the_bytes_received(server, cache, monkeypatch, capsys):
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     arguments = ["--repo", "me/words", "--pattern", "part-{0..2}.parquet", "--cache-dir", str(cache.folder)]
     for more in (["--remote"], []):
@@ -887,7 +887,7 @@ def test_what_is_told_of_the_bytes_that_came(server, cache, monkeypatch, capsys)
         assert ("came over the network" in capsys.readouterr().out) == bool(more)
 
 
-def test_a_validation_shard_of_a_few_rows_is_told(cache, tmp_path, capsys):
+def test_a_validation_shard_of_a_few_rows_is_reported(cache, tmp_path, capsys):
     rows = 2 * Layout.rows_per_shard + 1
     pq.write_table(pa.table({"text": [LONG] * rows}), tmp_path / "many.parquet", row_group_size=8192)
     for more, held_out in (([], 1), (["--validation", "first"], Layout.rows_per_shard)):
@@ -903,8 +903,8 @@ def test_a_validation_shard_of_a_few_rows_is_told(cache, tmp_path, capsys):
             == 0
         )
         assert pq.read_metadata(cache.data / VALIDATION_SHARD).num_rows == held_out
-        told = "only 1 row held out: there were no more rows; --validation first holds out a whole shard"
-        assert (told in (said := capsys.readouterr().out)) == (held_out == 1) and ("held out" in said) == (
+        note = "only 1 row held out: there were no more rows; --validation first holds out a whole shard"
+        assert (note in (said := capsys.readouterr().out)) == (held_out == 1) and ("held out" in said) == (
             held_out == 1
         )
 
@@ -989,7 +989,7 @@ def test_advice_is_that_of_the_hub(server, cache, monkeypatch, capsys, more):
         str(cache.folder),
         *more,
     ]
-    for headers, told in (
+    for headers, parts in (
         (
             {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"},
             ["401", "(Repository not found)", "check the repository for a mistake"],
@@ -1002,7 +1002,7 @@ def test_advice_is_that_of_the_hub(server, cache, monkeypatch, capsys, more):
     ):
         server.moods[path] = [(401, headers)]
         assert main(arguments) == 1
-        assert_one_line(capsys, *told)
+        assert_one_line(capsys, *parts)
     with MoodyServer({}) as store:
         store.moods["a"] = [(403, {})] * 9
         server.moods[path] = [(302, {"Location": store.url.replace("127.0.0.1", "localhost") + "/a"})] * 9
@@ -1012,7 +1012,7 @@ def test_advice_is_that_of_the_hub(server, cache, monkeypatch, capsys, more):
 
 @pytest.mark.parametrize("more", [[], ["--remote"]], ids=str)
 @pytest.mark.parametrize(
-    "path, content, told",
+    "path, content, message",
     [
         ("datasets/me/words/blob/main/0.parquet", b"<!doctype html>", "write /resolve/ for /blob/"),
         (
@@ -1023,10 +1023,10 @@ def test_advice_is_that_of_the_hub(server, cache, monkeypatch, capsys, more):
         ("datasets/me/words/resolve/main/0.parquet", b"PARE" + bytes(99), "is encrypted; only"),
     ],
 )
-def test_what_stands_for_a_file_is_asked_for_once(server, cache, capsys, more, path, content, told):
+def test_what_stands_for_a_file_is_asked_for_once(server, cache, capsys, more, path, content, message):
     server.files[path] = content
     assert main(["--from", f"{server.url}/{path}", "--quiet", "--cache-dir", str(cache.folder), *more]) == 1
-    assert_one_line(capsys, path, told)
+    assert_one_line(capsys, path, message)
     assert len(server.requests) <= 3
 
 
@@ -1113,7 +1113,7 @@ def test_addresses_in_capitals_and_numbers(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "mood, told",
+    "mood, message",
     [
         ("page", "not Parquet"),
         ((404, {}), "404"),
@@ -1122,11 +1122,11 @@ def test_addresses_in_capitals_and_numbers(tmp_path, capsys):
     ],
     ids=str,
 )
-def test_what_an_address_gives_is_never_taken_for_data(server, cache, mood, told):
+def test_what_an_address_gives_is_never_taken_for_data(server, cache, mood, message):
     old, address = digests(cache.data), "datasets/me/words/resolve/main/part-0.parquet"
     server.moods[address] = [mood] * 9
     options = Options(cache.folder, quiet=True, connection=Connection(sleep=lambda seconds: None))
-    with pytest.raises((OSError, ValueError), match=told):
+    with pytest.raises((OSError, ValueError), match=message):
         convert(dataset_of(f"{server.url}/{address}"), options, SMALL)
     assert digests(cache.data) == old and not list(cache.folder.rglob("part-0.parquet"))
 
@@ -1213,7 +1213,7 @@ def test_again_and_again_keeps_one_backup(server, cache):
 
 
 @pytest.mark.parametrize(
-    "trouble, told",
+    "trouble, message",
     [
         ((404, {}), "check the repository"),
         ((401, {}), "HF_TOKEN"),
@@ -1223,12 +1223,12 @@ def test_again_and_again_keeps_one_backup(server, cache):
     ],
     ids=str,
 )
-def test_troubles_of_reading_in_place_are_one_line(server, cache, monkeypatch, capsys, trouble, told):
+def test_troubles_of_reading_in_place_are_one_line(server, cache, monkeypatch, capsys, trouble, message):
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     old, server.moods["datasets/me/words/resolve/main/part-0.parquet"] = digests(cache.data), [trouble] * 9
     place = ["--cache-dir", str(cache.folder), "--remote", "--quiet"]
     assert main(["--repo", "me/words", "--pattern", "part-{0..1}.parquet", *place]) == 1
-    assert_one_line(capsys, told)
+    assert_one_line(capsys, message)
     assert digests(cache.data) == old
 
 
@@ -1267,7 +1267,7 @@ def test_a_damaged_download_is_set_aside_and_fetched_again(server, cache, monkey
     assert main(arguments) == 0 and read_manifest(cache.data)["rows"] == 1_260
 
 
-def test_a_token_is_never_told(cache, monkeypatch, capsys):
+def test_a_token_is_never_shown(cache, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_secret 1")
     for way in ([], ["--remote"]):
         assert main(["fineweb", "--quiet", "--cache-dir", str(cache.folder), *way]) == 1
@@ -1351,10 +1351,10 @@ def test_ctrl_c_before_the_command_is_loaded(monkeypatch, capsys):
     assert_one_line(capsys, "stopped")
 
 
-@pytest.mark.parametrize("asked", [["--list-backups"], ["fineweb", "--dry-run"]], ids=str)
-def test_nobody_reads_on(cache, asked):
+@pytest.mark.parametrize("arguments", [["--list-backups"], ["fineweb", "--dry-run"]], ids=str)
+def test_nobody_reads_on(cache, arguments):
     command = (
-        f"{sys.executable} -m musekit.shards {' '.join(asked)} --cache-dir {cache.folder} | true; exit"
+        f"{sys.executable} -m musekit.shards {' '.join(arguments)} --cache-dir {cache.folder} | true; exit"
         " ${PIPESTATUS[0]}"
     )
     done = subprocess.run(["bash", "-c", f"sleep 0.1; {command}"], capture_output=True, text=True)

@@ -47,7 +47,7 @@ def connection(server, waits):
 
 
 def ranges(server):
-    return [asked for _, asked, _ in server.requests]
+    return [requested for _, requested, _ in server.requests]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_what_is_no_file_is_not_asked_for_again_and_loses_nothing(server, connec
 def test_a_cut_is_resumed_and_the_rest_alone_travels(server, connection, tmp_path):
     server.moods["a.parquet"] = ["cut", "cut"]
     fetch(f"{server.url}/a.parquet", tmp_path / "a.parquet", connection)
-    places = [int(asked[6:-1]) for asked in ranges(server)[1:]]
+    places = [int(requested[6:-1]) for requested in ranges(server)[1:]]
     assert ranges(server)[0] is None and 0 < places[0] < places[1] < len(FILES["a.parquet"])
 
 
@@ -124,7 +124,7 @@ def test_retry_after_as_a_date(server, connection, waits, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "status, kind, told",
+    "status, kind, message",
     [
         (404, FileNotFoundError, "check the repository"),
         (410, FileNotFoundError, "410"),
@@ -133,9 +133,9 @@ def test_retry_after_as_a_date(server, connection, waits, tmp_path):
         (400, ValueError, "400"),
     ],
 )
-def test_answers_that_stay_fail_at_once(server, connection, waits, tmp_path, status, kind, told):
+def test_answers_that_stay_fail_at_once(server, connection, waits, tmp_path, status, kind, message):
     server.moods["a.parquet"] = [(status, {})]
-    with pytest.raises(kind, match=told) as caught:
+    with pytest.raises(kind, match=message) as caught:
         fetch(f"{server.url}/a.parquet", tmp_path / "a.parquet", connection)
     assert (len(server.requests), waits, list(tmp_path.iterdir())) == (1, [], []) and "\n" not in str(
         caught.value
@@ -157,17 +157,17 @@ def test_five_attempts_and_never_taken_for_data(server, connection, waits, tmp_p
 @pytest.mark.parametrize("kind", ["sha256", "md5"])
 def test_checksums(server, connection, tmp_path, kind):
     content = FILES["a.parquet"]
-    given = {
+    headers = {
         "sha256": {
             "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
             "X-Linked-Size": len(content),
         },
         "md5": {"Content-MD5": b64encode(hashlib.md5(content).digest()).decode()},
     }[kind]
-    server.extra["a.parquet"], server.moods["a.parquet"] = given, ["garbled"]
+    server.extra["a.parquet"], server.moods["a.parquet"] = headers, ["garbled"]
     assert fetch(f"{server.url}/a.parquet", tmp_path / "a.parquet", connection).path.read_bytes() == content
     assert not (tmp_path / "a.parquet.bad").exists() and len(server.requests) == 2
-    server.moods["b.parquet"], server.extra["b.parquet"] = [], given
+    server.moods["b.parquet"], server.extra["b.parquet"] = [], headers
     with pytest.raises(
         ConnectionError, match=f"{kind} is not" if kind == "md5" else "bytes instead of|sha256 is not"
     ):
@@ -241,7 +241,7 @@ def test_what_a_note_and_an_error_hold_of_an_address(server, tmp_path):
     assert "s3cret" not in "".join(traceback.format_exception(caught.type, caught.value, None))
 
 
-def test_the_token_is_told_to_the_hub_alone(server, tmp_path):
+def test_the_token_is_sent_to_the_hub_alone(server, tmp_path):
     connection = Connection(endpoint=server.url, token="hf_secret", sleep=lambda seconds: None)
     with MoodyServer(FILES) as store:
         elsewhere = store.url.replace("127.0.0.1", "localhost")
@@ -298,7 +298,7 @@ def test_killed_downloads_go_on(server, tmp_path):
     server.pause = 0
     download_all(urls, tmp_path, Connection(), quiet=True)
     assert all((tmp_path / name).read_bytes() == content for name, content in FILES.items())
-    assert any(asked for asked in ranges(server)), "no part was used"
+    assert any(requested for requested in ranges(server)), "no part was used"
 
 
 def test_a_full_disk_keeps_the_part(server, tmp_path):

@@ -355,7 +355,7 @@ def damage(path, group, column="text"):
 
 @pytest.mark.parametrize("group", [0, 7, 15])
 @engines
-def test_a_damaged_page_is_told_with_file_and_row_group(sources, tmp_path, group, engine):
+def test_a_damaged_page_is_reported_with_file_and_row_group(sources, tmp_path, group, engine):
     layout = Layout(1000, engine=engine)
     damage(sources[1], group)
     for way in (
@@ -377,7 +377,7 @@ def test_damage_beyond_the_rows_that_are_needed_does_no_harm(sources, tmp_path, 
 
 
 @engines
-def test_bytes_that_are_no_text_are_told_with_file_and_row_group(tmp_path, engine):
+def test_bytes_that_are_no_text_are_reported_with_file_and_row_group(tmp_path, engine):
     texts = [b"a text that is long enough to be kept, as all the others are"] * 300
     texts[250] = b"\xff\xfe" * 100
     pq.write_table(
@@ -411,7 +411,7 @@ def test_columns_are_checked_before_anything_is_read(sources, tmp_path, columns,
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"<html>log in</html>" * 100, b"PAR1" + b"x" * 5000, None])
-def test_what_is_no_parquet_is_told(sources, tmp_path, content):
+def test_what_is_no_parquet_is_reported(sources, tmp_path, content):
     path = tmp_path / "c.parquet"
     path.write_bytes(sources[0].read_bytes()[:-1000] if content is None else content)
     with pytest.raises(

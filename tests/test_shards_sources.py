@@ -2,7 +2,6 @@
 layout: as typed."""
 import gzip
 import json
-import os
 import random
 import signal
 import subprocess
@@ -114,10 +113,10 @@ def texts_in(folder, names=None):
 
 
 def command(*arguments):
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "musekit.shards", *map(str, arguments)], capture_output=True, text=True
     )
-    return found.returncode, found.stdout, found.stderr
+    return process.returncode, process.stdout, process.stderr
 
 
 # ---- formats ----
@@ -201,7 +200,7 @@ def test_a_download_that_was_cut_is_set_aside_and_fetched_again(server, tmp_path
 
 
 @pytest.mark.parametrize(
-    "content, told",
+    "content, message",
     [
         (b'{"text": "a"}\n{"text": ', "own.jsonl, line 2 is not JSON"),
         (b'{"text": "a"}\n"b"\n', "line 2 is not a JSON object"),
@@ -216,13 +215,13 @@ def test_a_download_that_was_cut_is_set_aside_and_fetched_again(server, tmp_path
     ],
     ids=range(7),
 )
-def test_bad_lines_are_one_line(tmp_path, capsys, content, told):
+def test_bad_lines_are_one_line(tmp_path, capsys, content, message):
     (tmp_path / "own.jsonl").write_bytes(content)
     assert (
         main(["--from", str(tmp_path / "own.jsonl"), "--cache-dir", str(tmp_path / "cache"), "--quiet"]) == 1
     )
     said = capsys.readouterr().err
-    assert said.startswith("musekit-shards: ") and said.count("\n") == 1 and told in said, said
+    assert said.startswith("musekit-shards: ") and said.count("\n") == 1 and message in said, said
 
 
 def test_rows_that_are_not_utf8_are_dropped_and_counted(tmp_path, capsys):
@@ -357,8 +356,8 @@ def test_the_hub_lists_page_by_page_and_no_other_host_is_asked(server, tmp_path)
     words = Dataset("words", "me/words", pattern="jsonl/part-*.jsonl")
     hub = Connection(server.url, token="secret", sleep=lambda seconds: None)
     server.moods[first] = [(503, {}), (429, {"Retry-After": "1"})]
-    found = list_files(words, hub)
-    assert found.paths == ["jsonl/part-0.jsonl", "jsonl/part-1.jsonl"] and found.gigabytes > 0
+    listed = list_files(words, hub)
+    assert listed.paths == ["jsonl/part-0.jsonl", "jsonl/part-1.jsonl"] and listed.gigabytes > 0
     assert server.requests[-1] == ("page2", None, "Bearer secret")
     with MoodyServer({"page2": b"[]"}) as other:
         server.extra[first] = {"Link": f'<{other.url}/page2>; rel="next"'}
@@ -369,7 +368,7 @@ def test_the_hub_lists_page_by_page_and_no_other_host_is_asked(server, tmp_path)
 
 def test_what_the_hub_does_not_have_is_one_line(server, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    for pattern, told in (
+    for pattern, message in (
         (
             "jsonl/*.parquet",
             "no file of me/words matches 'jsonl/*.parquet'; in that folder there is jsonl/README.md",
@@ -391,7 +390,7 @@ def test_what_the_hub_does_not_have_is_one_line(server, tmp_path, capsys, monkey
             == 1
         )
         said = capsys.readouterr().err
-        assert told in said and said.count("\n") == 1, said
+        assert message in said and said.count("\n") == 1, said
 
 
 def test_a_question_mark_stands_for_one_letter_on_the_hub_as_it_does_here(server, tmp_path):
@@ -552,7 +551,7 @@ blend: {mix: {first: 0.75, second: 0.25}, shuffle: 2}
 
 
 @pytest.mark.parametrize(
-    "arguments, status, told",
+    "arguments, status, message",
     [
         (["--mix", "a=0.7", "--text-column", "x"], 2, "--text-column is of one dataset"),
         (["--mix", "a=1", "a=2"], 2, "a is in --mix twice"),
@@ -575,14 +574,14 @@ blend: {mix: {first: 0.75, second: 0.25}, shuffle: 2}
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_contradictions_are_one_line(tmp_path, monkeypatch, capsys, arguments, status, told):
+def test_contradictions_are_one_line(tmp_path, monkeypatch, capsys, arguments, status, message):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     try:
         assert main([*arguments, "--cache-dir", str(tmp_path / "cache")]) == status
     except SystemExit as end:
         assert end.code == status
     said = capsys.readouterr().err
-    assert said.startswith("musekit-shards: ") and said.count("\n") == 1 and told in said, said
+    assert said.startswith("musekit-shards: ") and said.count("\n") == 1 and message in said, said
     assert not (tmp_path / "cache" / "data").exists()
 
 

@@ -57,8 +57,8 @@ def cache(sets, tmp_path):
 
 def set_in_place(folder, sets):
     """The name of the set in a folder, every byte of which was read."""
-    found = set(verify_shards(folder, LAYOUT))
-    return next(name for name, (_, shards) in sets.items() if set(shards) == found)
+    present = set(verify_shards(folder, LAYOUT))
+    return next(name for name, (_, shards) in sets.items() if set(shards) == present)
 
 
 EXCHANGES = """
@@ -136,9 +136,9 @@ def test_every_step_can_be_the_last(cache, sets, monkeypatch, atomic, has_data):
             pass
         monkeypatch.setattr(os, "rename", rename)
         finish_interrupted(cache)
-        found = list_shards(cache.data)
-        assert not found and not has_data or set_in_place(cache.data, sets) in ("old", "new")
-        if found and set(verify_shards(cache.data, LAYOUT)) == set(shards):
+        names = list_shards(cache.data)
+        assert not names and not has_data or set_in_place(cache.data, sets) in ("old", "new")
+        if names and set(verify_shards(cache.data, LAYOUT)) == set(shards):
             assert not cache.tokenizer.exists()
         assert not [path for path in cache.folder.iterdir() if path.name not in ("data", "tokenizer")]
         if reached_end:
@@ -313,8 +313,8 @@ def old_script_backup(cache, name, data, days_ago):
 def test_backups_of_the_earlier_script(cache, sets):
     old_script_backup(cache, "fineweb-edu", sets["old"][0], days_ago=9)  # the original, truly
     old_script_backup(cache, "slimpajama", sets["new"][0], days_ago=3)  # made of fineweb-edu
-    found = list_backups(cache.folder)
-    assert [(backup.name, backup.origin, backup.shards) for backup in found] == [
+    backups = list_backups(cache.folder)
+    assert [(backup.name, backup.origin, backup.shards) for backup in backups] == [
         ("fineweb-edu", "climbmix", 4),
         ("slimpajama", "climbmix", 4),
     ]
@@ -357,11 +357,11 @@ def test_unreadable_backups_are_named_and_not_fatal(cache, sets):
     assert set_in_place(cache.data, sets) == "old"
 
 
-def shards_of(cache, sets, known):
+def shards_of(cache, sets, has_manifest):
     """Backs the old set up, with a manifest or without; the backup, and the path and the content of one of
     its shards."""
     shards = [{"name": shard.name, "sha256": shard.sha256} for shard in sets["old"][1]]
-    if known:
+    if has_manifest:
         (cache.data / "manifest.json").write_text(json.dumps({"dataset": "mine", "shards": shards}))
     kept = back_up(cache)
     shard = kept / "data" / list_shards(cache.data)[1]
@@ -378,10 +378,10 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["with a manifest", "without"])
+@pytest.mark.parametrize("has_manifest", [True, False], ids=["with a manifest", "without"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_backup_is_not_restored(cache, sets, damage, known):
-    kept, shard, content = shards_of(cache, sets, known)
+def test_a_damaged_backup_is_not_restored(cache, sets, damage, has_manifest):
+    kept, shard, content = shards_of(cache, sets, has_manifest)
     shard.write_bytes(DAMAGES[damage](content))
     refused_and_shown(
         cache, sets, shard, damage in ("truncated", "gone wrong")
@@ -389,7 +389,7 @@ def test_a_damaged_backup_is_not_restored(cache, sets, damage, known):
 
 
 def test_a_backup_without_a_shard_is_not_restored(cache, sets):
-    _, shard, _ = shards_of(cache, sets, known=True)
+    _, shard, _ = shards_of(cache, sets, has_manifest=True)
     refused_and_shown(cache, sets, shard, True)
 
 
@@ -406,7 +406,7 @@ def refused_and_shown(cache, sets, shard, shows):
 
 
 def test_a_damaged_set_is_backed_up_once(cache, sets):
-    kept, shard, content = shards_of(cache, sets, known=False)
+    kept, shard, content = shards_of(cache, sets, has_manifest=False)
     shard.write_bytes(content[:-30])
     again = Cache(cache.folder / "again")
     shutil.copytree(kept / "data", again.data)
@@ -414,7 +414,7 @@ def test_a_damaged_set_is_backed_up_once(cache, sets):
 
 
 def test_a_damaged_original_is_not_passed_over_for_another(cache, sets):
-    kept, shard, content = shards_of(cache, sets, known=False)
+    kept, shard, content = shards_of(cache, sets, has_manifest=False)
     other = cache.backup("other")
     shutil.copytree(kept, other, copy_function=shutil.copy)
     (other / "data" / shard.name).write_bytes(content)

@@ -75,7 +75,7 @@ def test_a_generation_reads_its_conditions_once_and_asks_for_hidden_tokens_alone
 @pytest.mark.parametrize("grid", ((6, 6), (4, 10), (3, 7)))
 def test_any_grid_and_batch_size_draws_what_raw_conditions_draw(grid):
     model = make_model()
-    given = dict(
+    arguments = dict(
         conditions=conditions(),
         negative_prompt=nothing(),
         num_images_per_prompt=2,
@@ -83,15 +83,15 @@ def test_any_grid_and_batch_size_draws_what_raw_conditions_draw(grid):
         seed=3,
         steps=4,
     )
-    ids = TokenPipeline(model, micro_conds=(48, 48, 0, 0, 5.0)).ids(**given)
+    ids = TokenPipeline(model, micro_conds=(48, 48, 0, 0, 5.0)).ids(**arguments)
     assert ids.shape == (4, grid[0] * grid[1]) and ids.max() < 32
     for batch_size in (1, 3):
-        again = TokenPipeline(model, micro_conds=(48, 48, 0, 0, 5.0)).ids(**given, batch_size=batch_size)
+        again = TokenPipeline(model, micro_conds=(48, 48, 0, 0, 5.0)).ids(**arguments, batch_size=batch_size)
         assert torch.equal(ids, again)
     raw = TokenPipeline(model, micro_conds=(48, 48, 0, 0, 5.0))
     raw.input_names.remove("precomputed")
     raw.input_names.remove("token_mask")
-    assert torch.equal(raw.ids(**given), ids)
+    assert torch.equal(raw.ids(**arguments), ids)
 
 
 def step(model, precision=None):

@@ -3,10 +3,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from musekit.data.digits import COMBINATIONS, WORDINGS, make_samples
 from musekit.data.packing import write_shards
 from musekit.recipes.text_to_image import Recipe, find_data, make_vq_model
 from musekit.recipes.configure import configure
+from commands import some_digits
 
 SMALL = {
     "resolution": 16,
@@ -27,10 +27,7 @@ FRESH = {
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    everything = set(range(len(WORDINGS)))
-    write_shards(
-        make_samples(range(20), 1, set(COMBINATIONS), lambda *combination: everything, seed=0), folder
-    )
+    write_shards(some_digits(range(20)), folder)
     return folder
 
 
@@ -50,7 +47,7 @@ def made_tokenizer(folder, shards, name, **section):
         "micro_cond_encode_dim": 4,
         "micro_cond_embed_dim": 20,
     }
-    given = {
+    settings = {
         "experiment": {"output_dir": str(folder)},
         "data": str(shards),
         "dataset": {"preprocessing": {"resolution": 16, "max_seq_length": 20}, "params": {"min_size": 0}},
@@ -62,8 +59,8 @@ def made_tokenizer(folder, shards, name, **section):
         },
         "training": {"max_train_steps": 1, "batch_size": 4, "encode_first": True},
     }
-    OmegaConf.save(given, folder / "given.yaml")
-    recipe = Recipe(configure(folder / "given.yaml"), progress=False)
+    OmegaConf.save(settings, folder / "run.yaml")
+    recipe = Recipe(configure(folder / "run.yaml"), progress=False)
     data = find_data(recipe)
     return recipe.folder, data, make_vq_model(recipe, data)
 

@@ -18,17 +18,8 @@ from musekit.training.config import load_config
 from musekit.training.checkpoint import checkpoints
 from musekit.training.log import read_log
 from musekit.training.tokenizer import VQConfig, VQTrainer
-from test_cli import (
-    TINY,
-    assert_refused,
-    here,
-    make_photos,
-    musekit,
-    some_digits,
-)  # noqa: F401, a fixture among them
-from test_cli import launch as launch_command
-from toy_training import launch
-from toy_training import DieAt
+from commands import TINY, assert_refused, launch_two, make_photos, musekit, some_digits
+from toy_training import DieAt, launch
 
 STEPS = 10
 EVERYTHING = [  # whatever has state or draws random numbers
@@ -361,7 +352,7 @@ def test_interrupted_command_goes_on(place, here, monkeypatch):
 
     command = ["train-tokenizer", "data=photos", *SMALL, "experiment.output_dir=runs/stopped"]
     usual = room._callbacks
-    monkeypatch.setattr(room, "_callbacks", lambda *given: [Interrupt(), *usual(*given)])
+    monkeypatch.setattr(room, "_callbacks", lambda *arguments: [Interrupt(), *usual(*arguments)])
     process = here(place, *command)
     monkeypatch.setattr(room, "_callbacks", usual)
     assert (
@@ -377,7 +368,7 @@ def test_interrupted_command_goes_on(place, here, monkeypatch):
 
 
 def test_the_command_in_two_processes(place):
-    process = launch_command(
+    process = launch_two(
         place, "train-tokenizer", "data=photos", *SMALL, "experiment.output_dir=runs/two"
     )
     assert process.returncode == 0, process.stderr
@@ -390,7 +381,7 @@ def test_the_command_in_two_processes(place):
     )
 
 
-@pytest.mark.parametrize("arguments, told", [
+@pytest.mark.parametrize("arguments, message", [
     ([], "no data: name them"),
     (["nowhere.yaml"], "nowhere.yaml"),
     (["data=nowhere"], "no shard, folder or YAML list at nowhere"),
@@ -407,7 +398,7 @@ def test_the_command_in_two_processes(place):
     (["data=images", "loss.perceptual=1", "loss.perceptual_network=vgg.pth"], "vgg.pth does not exist"),
     (["data=images", "loss.perceptual=1", "loss.perceptual_network=images/notes.txt"], "images/notes.txt"),
 ])
-def test_bad_input_is_one_clear_line(place, here, arguments, told):
+def test_bad_input_is_one_clear_line(place, here, arguments, message):
     (place / "empty").mkdir(exist_ok=True)
     (place / "one").mkdir(exist_ok=True)
     next(train_samples())["image"].save(place / "one" / "1.png")
@@ -420,7 +411,7 @@ def test_bad_input_is_one_clear_line(place, here, arguments, told):
             if arguments
             else here(place, "train-tokenizer")
         ),
-        told,
+        message,
     )
 
 

@@ -8,7 +8,7 @@ import tempfile
 import pytest
 from PIL import Image
 
-from musekit.training.callbacks import standard_callbacks
+from musekit.training.callbacks import diagnostic_callbacks, standard_callbacks
 from musekit.training.log import check_trackers, read_log
 from musekit.training.distributed import make_accelerator
 from toy_training import tiny_trainer, write_data
@@ -32,7 +32,11 @@ def run(folder, tracker, steps):
     options = [*EVERY, f"experiment.trackers=[{tracker}]", f"training.max_train_steps={steps}"]
     trainer = tiny_trainer(folder, data, *options, callbacks=[])
     draw = lambda model, step: Image.new("RGB", (40, 20), "teal")
-    trainer.callbacks = standard_callbacks(trainer.config, sample=draw, evaluation=False)
+    run = trainer.config.experiment
+    diagnostics = diagnostic_callbacks(run)
+    trainer.callbacks = standard_callbacks(
+        run, diagnostics=diagnostics, samples={"step": draw}, evaluate=None
+    )
     trainer.fit()
     trainer.accelerator.end_training()
     return trainer
@@ -76,9 +80,9 @@ def test_wandb_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     last = twice(tmp_path / "run", "wandb")
     kept = last.callbacks[0].run_id
-    found = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
-    assert len(found) == 2 and all(path.name.endswith(f"-{kept}") for path in found)
-    pictures = [path.name for path in found[-1].rglob("*.png")]
+    runs = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2 and all(path.name.endswith(f"-{kept}") for path in runs)
+    pictures = [path.name for path in runs[-1].rglob("*.png")]
     assert any(name.startswith("samples") for name in pictures)
     assert any(name.startswith("token_probabilities") for name in pictures)
 

@@ -135,8 +135,8 @@ def free_port():
 
 def launch(function, folder, data, processes=2, environment=()):
     "Runs `function(folder, data, rank)` in each process; gives what they returned."
-    given = function, str(folder), str(data), processes, free_port(), dict(environment)
-    started = [CHILDREN.Process(target=_enter, args=(rank, *given)) for rank in range(processes)]
+    arguments = function, str(folder), str(data), processes, free_port(), dict(environment)
+    started = [CHILDREN.Process(target=_enter, args=(rank, *arguments)) for rank in range(processes)]
     for child in started:
         child.start()
     for child in started:

@@ -15,16 +15,16 @@ def _run_demo(options):
     from musekit.recipes.demo import demo, export_demo
 
     disable_progress_bars()
-    recipe = demo(options.out, [f"training.seed={options.seed}", *options.overrides], options.prompts)
+    run, results = demo(options.out, [f"training.seed={options.seed}", *options.overrides], options.prompts)
     settings = ["--out", options.out, "--seed", str(options.seed), "--prompts", str(options.prompts)]
     if options.export:
         settings += ["--export", options.export]
-    if recipe.trainer.stop:
-        return report_stop(recipe.trainer, "demo", *settings, *options.overrides)
-    if options.export and recipe.accelerator.is_main_process:
+    if run.trainer.stop:
+        return report_stop(run.trainer, "demo", *settings, *options.overrides)
+    if options.export and results:
         command = shlex.join(["musekit", "demo", *settings, *options.overrides])
-        results = export_demo(recipe.folder, options.export, command, recipe.results["prompts"])
-        print(f"copy in half precision: {options.export}, all three right {results['overall']['joint']:.1%}")
+        copy = export_demo(run.folder, options.export, command, results["prompts"])
+        print(f"copy in half precision: {options.export}, all three right {copy['overall']['joint']:.1%}")
 
 
 def add_demo(commands):

@@ -10,14 +10,16 @@ import shlex
 from argparse import RawDescriptionHelpFormatter
 
 from musekit.commands.options import (
-    add_check_options, add_configuration, disable_progress_bars, files_and_settings, folder_of,
+    add_check_options, add_configuration, disable_progress_bars, files_and_settings, folder_of, is_text,
     print_data_report, print_message, report_stop, resuming_arguments,
 )
 
 # %% ../../nbs/10_commands/04_train.ipynb #4c4ed268
 def _run_check(options):
     paths, settings = files_and_settings("check", options.arguments)  # before PyTorch is imported
-    from musekit.recipes.configure import configure
+    if is_text(paths):
+        return _check_text(options, paths, settings)
+    from musekit.recipes.configure import configure, validate
     from musekit.recipes.memory import memory_report
     from musekit.recipes.precision import bf16_report
     from musekit.recipes.survey import data_report
@@ -26,6 +28,7 @@ def _run_check(options):
 
     disable_progress_bars()
     config = configure(paths, settings)
+    validate(config)
     most = None if vars(options).get("all") else 60
     parts = [describe(config, most=most), memory_report(config), bf16_report(config)]
     print(*filter(None, parts), sep="\n\n", end="\n\n")
@@ -34,6 +37,15 @@ def _run_check(options):
     except ValueError as error:
         print_message(f"warning: {error}")
     print_data_report(options, lambda: data_report(config, folder_of(paths)))
+
+
+def _check_text(options, paths, settings):
+    from musekit.recipes.text import text_report
+    from musekit.recipes.text_config import configure_text, describe_text
+
+    config = configure_text(paths, settings)
+    print(describe_text(config, most=None if vars(options).get("all") else 60), end="\n\n")
+    print_data_report(options, lambda: text_report(config, folder_of(paths)))
 
 
 _CHECK = """Checks a configuration of musekit train and its data.
@@ -67,20 +79,34 @@ def _run_train(options):
     if options.check:
         return _run_check(options)
     paths, settings = files_and_settings("train", options.arguments)  # before PyTorch is imported
+    if is_text(paths):
+        return _train_text(options, paths, settings)
     from musekit.recipes.configure import configure
     from musekit.recipes.text_to_image import train
 
     disable_progress_bars()
-    recipe = train(configure(paths, settings), base_dir=folder_of(paths))
-    if recipe.trainer.stop:
-        return report_stop(recipe.trainer, "train", *resuming_arguments(options.arguments))
-    if recipe.accelerator.is_main_process:
-        _print_next(recipe)
+    run = train(configure(paths, settings), base_dir=folder_of(paths))
+    if run.trainer.stop:
+        return report_stop(run.trainer, "train", *resuming_arguments(options.arguments))
+    if run.recipe.accelerator.is_main_process:
+        _print_next(run.recipe)
+
+
+def _train_text(options, paths, settings):
+    from musekit.recipes.text import train_text
+    from musekit.recipes.text_config import configure_text
+
+    result = train_text(configure_text(paths, settings), base_dir=folder_of(paths))
+    if result.trainer.stop:
+        return report_stop(result.trainer, "train", *resuming_arguments(options.arguments))
+    if result.recipe.accelerator.is_main_process:
+        model = shlex.quote(str(result.recipe.folder / "pipeline"))
+        print(f"model saved in {model}; generate text with: musekit generate --model {model}")
 
 
 def _print_next(recipe):
     "Prints the command that generates with a trained model."
-    from musekit.training.config import condition_of
+    from musekit.recipes.settings import condition_of
 
     folder = recipe.folder / "pipeline"
     if not folder.is_dir():  # trained on encoded data, without the networks that decode
@@ -100,13 +126,15 @@ _TRAIN_EXAMPLES = """examples:
   musekit train run.yaml                    # a configuration file, such as the README's
   musekit train run.yaml batch_size=32 output=runs/other  # and changes to it
   musekit train small mine.yaml             # a file with what differs from the small model
+  musekit train text data=shards/           # masked diffusion on text, from Parquet files
   musekit train data=photos/ model.pretrained_model_path=runs/demo/pipeline model.lora.rank=8 \\
       output=runs/tuned                     # low-rank updates of a trained model
   accelerate launch -m musekit train run.yaml  # on every GPU of this machine
   ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m musekit train run.yaml \\
       output=runs/two                       # in two processes without a GPU
 
-Without a file, the small 32-pixel model of the demo is trained, into runs/small. A folder holds one
+Without a file, the small 32-pixel model of the demo is trained, into runs/small; text is a small model
+of text, into runs/text, and model.causal=true its left-to-right twin. A folder holds one
 run; output=FOLDER starts another. The same command resumes a stopped run where
 experiment.resume_from_checkpoint is latest, as in the small model. Settings with short names: data,
 eval_data, output, batch_size, steps, lr, resolution. --check prints the settings with their

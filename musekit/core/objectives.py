@@ -155,7 +155,7 @@ def _rounded_up(tokens: Tensor, ratio: Tensor) -> Tensor:
 
 def _by_share(tokens: Tensor, hidden: Tensor, rate: Tensor) -> Tensor:
     "n / k: the weights of a row add up to n."
-    return tokens / hidden.clamp(min=1)
+    return tokens.to(rate.dtype) / hidden.clamp(min=1)
 
 
 def _by_rate(tokens: Tensor, hidden: Tensor, rate: Tensor) -> Tensor:
@@ -181,11 +181,10 @@ def get_objective(name: str,  # one of `OBJECTIVES`
     "The objective with this name and schedule; unknown ones raise a ValueError."
     if name not in OBJECTIVES:
         hint = did_you_mean(name, OBJECTIVES)
-        raise ValueError(f"unknown objective {name!r}{hint and ', '}{hint}; use one of {list(OBJECTIVES)}")
+        raise ValueError(f"unknown objective {name!r}.{hint} Use one of {list(OBJECTIVES)}")
     if schedule not in MASK_RATIOS:
         hint = did_you_mean(schedule, MASK_RATIOS)
-        raise ValueError(f"unknown schedule {schedule!r} of an objective{hint and ', '}{hint}; "
-                         f"use one of {list(MASK_RATIOS)}")
+        raise ValueError(f"unknown schedule of masks {schedule!r}.{hint} Use one of {list(MASK_RATIOS)}")
     if schedule != "linear" and name in ("any_order", "causal"):
         raise ValueError(f"the objective {name!r} has no schedule {schedule!r}; use 'bernoulli' with it")
     return replace(OBJECTIVES[name], schedule=schedule)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
@@ -97,6 +96,8 @@ def held_out_combinations() -> set[tuple[int, str, str]]:
 # %% ../../nbs/03_data/07_digits.ipynb #3023bb73
 def plot_held_out():
     "Plots the combinations in training: a panel per paper, a row per digit, a column per ink."
+    import matplotlib.pyplot as plt
+
     unseen = held_out_combinations()
     figure, axes = plt.subplots(1, len(PAPERS), figsize=(7, 2.6), sharey=True)
     for axis, (paper, colour) in zip(axes, PAPERS.items()):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKINGS', 'RowGroup', 'TextFiles', 'find_text', 'BestFit', 'Cut', 'TextRows']
 
-# %% ../../nbs/03_data/18_text.ipynb #21f9318f
+# %% ../../nbs/03_data/18_text.ipynb #efbea301
 import json
 import os
 import re
@@ -24,6 +24,8 @@ from .columns import is_parquet, opened_parquet
 from .image_text import check_place
 from .locate import locate
 from .text_tokenizers import TextTokenizer
+from ..utils.files import write_aside
+from ..utils.hashing import file_digest, text_digest
 from ..utils.validation import check_names, one_line, whole_numbers
 
 # %% ../../nbs/03_data/18_text.ipynb #b8eae1aa
@@ -162,13 +164,28 @@ def _last_tenth(groups):
         validation += [RowGroup(group.path, group.number, edge, group.stop)] * (edge < group.stop)
     return train, validation
 
-# %% ../../nbs/03_data/18_text.ipynb #b7f9026d
+# %% ../../nbs/03_data/18_text.ipynb #fd8f72b6
+def _joined(documents):
+    "Documents as two arrays: their sizes and all their ids."
+    sizes = np.array([len(ids) for ids in documents], np.int64)
+    return {"sizes": sizes, "ids": np.concatenate([np.empty(0, np.int32), *documents])}
+
+
+def _divided(state):
+    "The documents of `_joined`."
+    return np.split(state["ids"], state["sizes"].cumsum()[:-1]) if len(state["sizes"]) else []
+
+
 class BestFit:
     "Fills rows with the largest waiting document that fits, else with the start of the shortest."
 
-    def __init__(self, length: int, bos_id: int, buffer_size: int = 1000):
+    def __init__(
+        self,
+        length: int,  # of a row in tokens
+        buffer_size: int = 1000,  # documents to choose from
+    ):
         self.length = length
-        self.buffer_size = buffer_size  # documents to choose from
+        self.buffer_size = buffer_size
         self.waiting = []  # (tokens, arrival) of each document, sorted
         self.documents = {}  # arrival -> the ids, as many as fit into a row
         self.arrivals = 0
@@ -208,6 +225,19 @@ class BestFit:
         self.cropped += tokens - len(ids)
         return ids
 
+    def state_dict(self) -> dict[str, np.ndarray]:
+        "The waiting documents, in the order of their arrival."
+        tokens = {arrival: tokens for tokens, arrival in self.waiting}
+        arrivals = sorted(tokens)
+        documents = [self.documents[arrival] for arrival in arrivals]
+        return {"tokens": np.array([tokens[arrival] for arrival in arrivals], np.int64), **_joined(documents)}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]):
+        "Restores a `state_dict`."
+        self.documents = dict(enumerate(_divided(state)))
+        self.arrivals = len(self.documents)
+        self.waiting = sorted(zip(state["tokens"].tolist(), self.documents))
+
 
 class Cut:
     "Cuts one stream of documents into rows; a row that begins inside of a document gets a document token."
@@ -241,11 +271,21 @@ class Cut:
                 self.waiting.appendleft(ids[len(part) :])
         return row
 
+    def state_dict(self) -> dict[str, np.ndarray]:
+        "What is left of the stream."
+        return _joined(self.waiting)
 
-PACKINGS = {"best_fit": BestFit, "cut": Cut}
+    def load_state_dict(self, state: dict[str, np.ndarray]):
+        "Restores a `state_dict`."
+        self.waiting = deque(_divided(state))
 
-# %% ../../nbs/03_data/18_text.ipynb #7170ade2
+
+PACKINGS = ("best_fit", "cut")
+
+# %% ../../nbs/03_data/18_text.ipynb #d0ef754f
 _READ_AT_ONCE = 128  # documents tokenized together, and added to the buffer together, as autoresearch does
+_STATE_EVERY = 1000  # batches
+_STATES_KEPT = 3
 
 
 class _Tokenized:
@@ -255,11 +295,10 @@ class _Tokenized:
         self.tokenizer = tokenizer
 
     def __getitem__(self, item):
-        epoch, texts = item
+        place, texts = item
         rows = [[self.tokenizer.bos_id, *ids] for ids in self.tokenizer.encode_many(texts)]
-        lengths = np.array([len(row) for row in rows], np.int64)
-        ids = np.concatenate([np.empty(0, np.int32), *(np.array(row, np.int32) for row in rows)])
-        return epoch, torch.from_numpy(ids), torch.from_numpy(lengths)
+        documents = _joined([np.array(row, np.int32) for row in rows])
+        return place, {name: torch.from_numpy(values) for name, values in documents.items()}
 
 
 def _prepare_worker(number):
@@ -278,11 +317,14 @@ class TextRows:
         *,
         split: str = "train",  # endless; "validation": one pass in the order of the files
         packing: str = "best_fit",  # or "cut"
+        buffer_size: int = 1000,  # documents to choose from, packed best-fit
         separate_documents: bool = False,  # also give the number of each token's document in its row
+        mix_epochs: bool = False,  # read on before an epoch is packed, endlessly, as autoresearch does
         shuffle_seed: int | None = None,  # of row groups and of the documents in each; None: as in the files
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,  # processes that tokenize; the batches do not depend on their number
+        state_folder: str | Path | None = None,  # of states that make a restart quick
     ):
         check_names([split], ["train", "validation"])
         check_names([packing], PACKINGS)
@@ -293,29 +335,34 @@ class TextRows:
         self.batch_size = whole_numbers("batch_size", batch_size, 1)
         self.workers = whole_numbers("workers", workers, 0)
         self.packing = packing
+        self.buffer_size = whole_numbers("buffer_size", buffer_size, 1)
         self.separate_documents = separate_documents
         self.shuffle_seed = None if split == "validation" else shuffle_seed
         self.groups = getattr(files, split)
-        self.epochs = 1 if split == "validation" else None
+        self.mix_epochs = mix_epochs
+        self.epochs = 1 if split == "validation" and not mix_epochs else None
         self.rank = rank
         self.world_size = world_size
+        self.states = state_folder and _States(Path(state_folder), self._facts())
 
     def __call__(self, start_batch: int = 0) -> Iterator[dict]:
         "Batches from a number on: ids (B, length) int64, maskable (B, length) bool, epoch, cropped tokens."
         start_batch = whole_numbers("start_batch", start_batch, 0)
-        packer = PACKINGS[self.packing](self.length, self.tokenizer.bos_id)
-        chunks = self._tokenized()
-        epoch = 1
+        is_cut = self.packing == "cut"
+        packer = Cut(self.length, self.tokenizer.bos_id) if is_cut else BestFit(self.length, self.buffer_size)
+        number, place = self.states.load(packer, start_batch) if self.states else (0, _START)
+        chunks = self._tokenized(place)
+        chunk = next(chunks, None)
 
         def read_more():
-            nonlocal epoch
+            nonlocal chunk, place
+            if chunk is None or packer.waiting and chunk[0][0] > place[0] and not self.mix_epochs:
+                return False  # an epoch begins when no document of the last one waits
+            place, documents = chunk
+            packer.add(documents)
             chunk = next(chunks, None)
-            if chunk is not None:
-                epoch, documents = chunk
-                packer.add(documents)
-            return chunk is not None
+            return True
 
-        number = 0
         while True:
             before = packer.cropped
             rows = [packer.row(read_more) for _ in range(self.batch_size)]
@@ -323,8 +370,10 @@ class TextRows:
             if not rows:
                 break
             if number >= start_batch:
-                yield self._batch(np.stack(rows), epoch, packer.cropped - before)
+                yield self._batch(np.stack(rows), place[0], packer.cropped - before)
             number += 1
+            if self.states and number % _STATE_EVERY == 0:
+                self.states.save(packer, number, place)
         if not number:
             raise ValueError(f"{self.groups[0].path} holds less text than one row of {self.length} tokens; "
                              "choose a shorter length, or more text")
@@ -338,37 +387,80 @@ class TextRows:
             batch["documents"] = (ids == self.tokenizer.bos_id).cumsum(1) - 1
         return batch
 
-    def _tokenized(self):
-        "The epoch and the ids of each chunk of documents, in order."
-        loader = DataLoader(_Tokenized(self.tokenizer), sampler=self._chunks(), batch_size=None,
+    def _tokenized(self, place):
+        "The ids of each chunk of documents from a place on, with the place after it."
+        loader = DataLoader(_Tokenized(self.tokenizer), sampler=self._chunks(*place), batch_size=None,
                             num_workers=self.workers, worker_init_fn=_prepare_worker)
-        for epoch, ids, lengths in loader:
-            yield epoch, np.split(ids.numpy(), lengths.cumsum(0)[:-1].numpy()) if len(lengths) else []
+        for place, documents in loader:
+            yield place, _divided({name: values.numpy() for name, values in documents.items()})
 
-    def _chunks(self):
-        "The epoch and the texts of this process's documents, a few at a time."
+    def _chunks(self, epoch, part, row):
+        "The texts of this process's documents, a few at a time, with the place after them."
         pieces = -(-self.world_size // len(self.groups))  # of a row group, so that every process has some
-        places = [(group, piece) for group in range(len(self.groups)) for piece in range(pieces)]
-        epoch = 0
-        while self.epochs is None or epoch < self.epochs:
-            epoch += 1
-            order = self._order(len(places), epoch)
-            count = 0
-            for place in order[self.rank :: self.world_size]:
-                group, piece = places[place]
+        parts = [(group, piece) for group in range(len(self.groups)) for piece in range(pieces)]
+        has_documents = (part, row) > (0, 0)
+        while self.epochs is None or epoch <= self.epochs:
+            order = self._order(len(parts), epoch)[self.rank :: self.world_size]
+            for part in range(part, len(order)):
+                group, piece = parts[order[part]]
                 texts = self.groups[group].read(self.files.column)
                 rows = self._order(len(texts), epoch, group)[piece::pieces]
-                for first in range(0, len(rows), _READ_AT_ONCE):
-                    chunk = texts.take(pa.array(rows[first : first + _READ_AT_ONCE])).to_pylist()
+                for row in range(row, len(rows), _READ_AT_ONCE):
+                    chunk = texts.take(pa.array(rows[row : row + _READ_AT_ONCE])).to_pylist()
                     chunk = [text for text in chunk if text is not None]
-                    count += len(chunk)
-                    yield epoch, chunk
-            if not count:
-                raise ValueError(f"process {self.rank} of {self.world_size} has no document: the text is too "
-                                 "little, or missing in every row")
+                    has_documents = has_documents or bool(chunk)
+                    yield (epoch, part, row + _READ_AT_ONCE), chunk
+                row = 0
+            if not has_documents:
+                raise ValueError(f"process {self.rank} of {self.world_size} has no document; give more text, "
+                                 "or use fewer processes")
+            epoch, part = epoch + 1, 0
 
     def _order(self, count, *place):
         "The order of row groups, or of the documents in one."
         if self.shuffle_seed is None:
             return np.arange(count)
         return np.random.default_rng([self.shuffle_seed, *place]).permutation(count)
+
+    def _facts(self):
+        "What the batches depend on."
+        urls = sorted({group.path for group in self.groups})
+        contents = {url: file_digest(url) if os.path.isfile(url) else None for url in urls}
+        numbers = [(group.number, group.start, group.stop) for group in self.groups]
+        places = self.rank, self.world_size, self.length, self.batch_size, self.epochs, self.shuffle_seed
+        packing = self.packing, self.buffer_size, self.mix_epochs
+        return [self.tokenizer.digest(), contents, numbers, self.files.column, *packing, *places]
+
+
+_START = (1, 0, 0)  # epoch, number of the part among this process's, row in it
+
+
+class _States:
+    "States of a packer between batches, in a folder."
+
+    def __init__(self, folder, facts):
+        self.folder = folder
+        self.name = f"rows-{text_digest(repr(facts), 8)}"
+
+    def _paths(self):
+        "The files by number of batches."
+        paths = self.folder.glob(f"{self.name}-*.npz")
+        return {int(path.stem.rpartition("-")[2]): path for path in paths}
+
+    def save(self, packer, number, place):
+        "Writes the state after `number` batches, and removes old ones."
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with write_aside(self.folder / f"{self.name}-{number}.npz") as aside, open(aside, "wb") as file:
+            np.savez(file, place=place, **packer.state_dict())
+        for old in sorted(paths := self._paths())[:-_STATES_KEPT]:
+            paths[old].unlink(missing_ok=True)
+
+    def load(self, packer, number):
+        "Restores the last state of at most `number` batches; returns its number and place."
+        paths = self._paths()
+        last = max((saved for saved in paths if saved <= number), default=0)
+        if not last:
+            return 0, _START
+        with np.load(paths[last]) as state:
+            packer.load_state_dict(state)
+            return last, tuple(state["place"].tolist())

@@ -253,8 +253,8 @@ class InceptionFeatures(nn.Module):
         class_weights = weights.get("fc.weight")
         weights = {name: value for name, value in weights.items()
                    if not name.startswith(("fc.", "AuxLogits.")) and not name.endswith(batches)}
-        wanted = {name: value for name, value in network.state_dict().items() if not name.endswith(batches)}
-        check_state_dict(wanted, weights, advice="Fetch pt_inception-2015-12-05-6726825d.pth")
+        expected = {name: value for name, value in network.state_dict().items() if not name.endswith(batches)}
+        check_state_dict(expected, weights, advice="Fetch pt_inception-2015-12-05-6726825d.pth")
         network.load_state_dict(weights, strict=False)
         network.class_weights = class_weights
         return network.eval().requires_grad_(False)

@@ -113,10 +113,6 @@ def precision_recall(
     return _covered(fake, real, radii(real), chunk), _covered(real, fake, radii(fake), chunk)
 
 # %% ../../nbs/06_evaluation/03_metrics.ipynb #1eba1f4c
-def _entropy(probabilities):
-    return -torch.special.xlogy(probabilities, probabilities).sum(-1)
-
-
 def inception_score(
     probabilities: Tensor,  # (N, classes) of a classifier, each row sums to 1
 ) -> float:  # 1 to the number of classes
@@ -125,7 +121,9 @@ def inception_score(
     if rows.dim() != 2 or not len(rows) or (rows < 0).any() or ((rows.sum(1) - 1).abs() > 1e-3).any():
         raise ValueError(f"an Inception score needs probabilities (N, classes) whose rows sum to 1, "
                          f"got {tuple(rows.shape)}; apply softmax to logits")
-    return float((_entropy(rows.mean(0)) - _entropy(rows).mean()).exp())
+    marginal = torch.special.entr(rows.mean(0)).sum()
+    conditional = torch.special.entr(rows).sum(-1).mean()
+    return float((marginal - conditional).exp())
 
 # %% ../../nbs/06_evaluation/03_metrics.ipynb #2d442538
 def compare_features(real: FeatureTable, fake: FeatureTable, neighbours: int = 3, blocks: int = 10) -> dict:

@@ -278,9 +278,9 @@ class ImagePipeline(TokenPipeline):
         prompts = options.pop("prompts")
         if path is not None:
             check_gif(path)
-        barred = {"image", "mask", "ratio", "start", "output_type", "postprocess", "return_steps"}
-        barred = {name for name in barred if options.get(name) is not None}
-        if names := ", ".join(sorted(barred)):
+        unsupported = {"image", "mask", "ratio", "start", "output_type", "postprocess", "return_steps"}
+        unsupported = {name for name in unsupported if options.get(name) is not None}
+        if names := ", ".join(sorted(unsupported)):
             raise ValueError(f"{names} cannot be set: an animation shows images generated from prompts")
         images, steps = self(prompts, return_steps=True, **options)
         captions = [""] if prompts is None else prompt_list(prompts)

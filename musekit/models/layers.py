@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FEED_FORWARDS', 'LayerNorm', 'RMSNorm', 'make_norm', 'PointwiseConv', 'conv_channels_last', 'resolve_grid',
-           'AdaLNModulation', 'DocumentMask', 'attend', 'Attention', 'key_mask', 'rotary_table', 'rotate', 'LayerCache',
-           'GLU', 'FeedForward', 'GlobalResponseNorm', 'TransformerLayer', 'run_block', 'stack_blocks',
-           'unstack_blocks', 'NestedNorm', 'TokenEmbedding', 'TokenHead', 'check_width']
+           'AdaLNModulation', 'DocumentMask', 'attends_in_float32', 'attend', 'Attention', 'key_mask', 'rotary_table',
+           'rotate', 'LayerCache', 'GLU', 'FeedForward', 'GlobalResponseNorm', 'TransformerLayer', 'run_block',
+           'stack_blocks', 'unstack_blocks', 'NestedNorm', 'TokenEmbedding', 'TokenHead', 'check_width']
 
 # %% ../../nbs/02_models/02_layers.ipynb #afd93991
 import math
@@ -143,6 +143,12 @@ def _attend_documents(query, key, value, mask):
     return y.unflatten(0, query.shape[:2])
 
 
+def attends_in_float32(query):
+    "Whether attention has a slow backward pass in the dtype of `query`: in half precision on a real CPU."
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return half and query.device.type == "cpu" and type(query) is torch.Tensor
+
+
 def attend(
     query,  # (B, N, heads, head_dim)
     key,  # (B, M, heads, head_dim)
@@ -156,9 +162,13 @@ def attend(
         if varlen_attn and query.is_cuda and query.element_size() == 2 and not dropout:
             return _attend_documents(query, key, value, mask)
         mask = mask.allowed
-    heads = (y.transpose(1, 2) for y in (query, key, value))
-    y = F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=is_causal, dropout_p=dropout)
-    return y.transpose(1, 2)
+    heads = [y.transpose(1, 2) for y in (query, key, value)]
+    options = {"attn_mask": mask, "is_causal": is_causal, "dropout_p": dropout}
+    if not (torch.is_grad_enabled() and attends_in_float32(query)):
+        return F.scaled_dot_product_attention(*heads, **options).transpose(1, 2)
+    with torch.autocast("cpu", enabled=False):
+        wide = F.scaled_dot_product_attention(*(y.float() for y in heads), **options)
+    return wide.transpose(1, 2).to(query.dtype)
 
 # %% ../../nbs/02_models/02_layers.ipynb #dc80e03a
 class Attention(nn.Module):

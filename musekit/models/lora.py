@@ -30,12 +30,16 @@ from ..utils.validation import did_you_mean, is_number
 TARGETS = ("query", "key", "value", "out", "wi_0", "wi_1", "wo")
 
 
+def _linear_names(model):
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
 def lora_targets(
     model: nn.Module,
     target: list[str] | None = None,  # ends of names, such as "query"; None: `TARGETS` in transformer_layers
 ) -> list[str]:  # full names
     "The linear layers to update; ValueError for an end that matches none."
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = _linear_names(model)
     if target is None:
         inner = [name for name in names if "transformer_layers." in name]
         target = TARGETS
@@ -203,7 +207,7 @@ def _read_updates(path):
 def _layer_names(model):
     "Other libraries' layer names -> ours; two where diffusers fuses them into one matrix."
     names = {}
-    for layer in [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]:
+    for layer in _linear_names(model):
         theirs = layer
         if isinstance(model, MaskGiTUViT):
             gate = re.sub(r"\.wi_[01]$", ".wi", layer)
@@ -279,8 +283,8 @@ def _targets_without(model, fitting, settings):
     "Layers that the settings name as targets but that have no update."
     target = settings.get("target_modules") or []
     ends = [target] if isinstance(target, str) else [rf"(.*\.)?{re.escape(end)}" for end in target]
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in names if name not in fitting and any(re.fullmatch(end, name) for end in ends)]
+    names = [name for name in _linear_names(model) if name not in fitting]
+    return [name for name in names if any(re.fullmatch(end, name) for end in ends)]
 
 
 def load_lora(

@@ -28,11 +28,10 @@ from musekit.evaluation.digits import (
 from ..models.card import run_facts, write_card
 from ..inference.pipeline import Pipeline
 from .configure import configure
-from .text_to_image import Recipe, plot_stages, train
-from ..training.config import Config
+from .text_to_image import TrainedRun, plot_stages, train
+from ..training.config import Config, replace_overrides
 from ..utils.validation import is_rehearsal
 from ..training.log import plot_run
-from ..training.schema import SHORT_NAMES
 from ..training.checkpoint import latest_checkpoint
 from ..training.reconstruction import codebook_report
 
@@ -52,11 +51,11 @@ DEMO = [
 
 def demo_settings(overrides: list[str] = ()) -> list[str]:
     "`DEMO` without the settings that `overrides` replace, and the overrides."
-    names = {override.partition("=")[0] for override in overrides}
-    names |= {SHORT_NAMES[name] for name in names & SHORT_NAMES.keys()}
-    if "optimizer.name" in names and "optimizer.name=muon" not in overrides:
-        names.add("optimizer.params.muon_learning_rate")
-    return [*(setting for setting in DEMO if setting.partition("=")[0] not in names), *overrides]
+    settings = DEMO
+    names = [override for override in overrides if override.startswith("optimizer.name=")]
+    if names and "optimizer.name=muon" not in names:
+        settings = [each for each in DEMO if not each.startswith("optimizer.params.muon_learning_rate=")]
+    return replace_overrides(settings, overrides)
 
 
 def check_demo(config: Config, prompts: int):
@@ -126,10 +125,10 @@ def clean_reconstructions(
     return cleanness(images)
 
 
-def measure(recipe: Recipe, pipeline: Pipeline, prompts: list[dict]) -> dict:
+def measure(run: TrainedRun, pipeline: Pipeline, prompts: list[dict]) -> dict:
     "The scores of the model on prompts, and of the tokenizer on the test split."
-    seed = recipe.config.training.seed
-    data = recipe.batches.data
+    seed = run.recipe.config.training.seed
+    data = run.batches.data
     tokenizer = codebook_report(pipeline.vq_model, data.everything("test"))
     tokenizer["clean"] = clean_reconstructions(pipeline.vq_model, data.everything("test"))
     scores = judge_prompts(pipeline, DigitJudge(), prompts, seed)
@@ -179,7 +178,7 @@ def demo(
     overrides: list[str] = (),  # such as "steps=500"
     prompts: int = 400,  # number of held-out prompts
     progress: bool | None = None,  # show it, see `watched`
-) -> Recipe:  # with `results`, unless the run was stopped
+) -> tuple[TrainedRun, dict | None]:  # the results are the main process's, and None after a stop
     "Trains on the built-in digits, scores held-out prompts, saves images, and prints a report."
     start = time.perf_counter()
     config = configure(None, demo_settings([f"output={folder}", *overrides]))
@@ -187,14 +186,14 @@ def demo(
     prompts = min(prompts, 20) if is_rehearsal() else prompts
     last = latest_checkpoint(folder)
     finished = last is not None and last.name == f"checkpoint-{config.training.max_train_steps}"
-    recipe = train(config, progress=progress)
-    if recipe.trainer.stop or not recipe.accelerator.is_main_process:
-        return recipe
-    folder = recipe.folder
+    run = train(config, progress=progress)
+    recipe, folder = run.recipe, run.folder
+    if run.trainer.stop or not recipe.accelerator.is_main_process:
+        return run, None
     held_out = test_prompts(prompts)
     pipeline = Pipeline.from_pretrained(folder / "pipeline", recipe.accelerator.device)
     with recipe.stage("judging"):
-        results = measure(recipe, pipeline, held_out)
+        results = measure(run, pipeline, held_out)
     with recipe.stage("pictures"):
         texts = [prompt["text"] for prompt in held_out[:: max(1, len(held_out) // 8)]][:8]
         save_pictures(pipeline, texts, folder, config.training.seed)
@@ -204,11 +203,11 @@ def demo(
         plot_stages(recipe.seconds).savefig(folder / "stages.png", dpi=150)
     seconds = {**recipe.seconds, "all": time.perf_counter() - start}
     costs = {"seconds": seconds, "peak_memory_gb": peak_memory_gb()}
-    recipe.results = results | (_first_costs(folder, costs) if finished else costs)
-    write_results(recipe.results, folder / "results.json")
-    print(report(folder, recipe.results))
+    results |= _first_costs(folder, costs) if finished else costs
+    write_results(results, folder / "results.json")
+    print(report(folder, results))
     write_card(folder / "pipeline")  # again, with the results
-    return recipe
+    return run, results
 
 
 def _first_costs(folder, costs):

@@ -53,9 +53,9 @@ def append_log(folder: str | Path, line: dict):
 
 # %% ../../nbs/04_training/04_log.ipynb #10ca9389
 class Callback:
-    "Does something at the start of a run, after each step, and at the end."
+    "Does something at the start of a run, every so many steps, and at the end."
 
-    def __init__(self, every: int | None = None):  # steps between two calls; None: never
+    def __init__(self, every: int | None = None):  # steps between two calls of `run`; None: never
         self.every = every
 
     def due(self, trainer) -> bool:
@@ -66,7 +66,12 @@ class Callback:
         "Before the first step, after a resume."
 
     def on_step(self, trainer):
-        "After an optimizer step."
+        "After an optimizer step: calls `run` if it is due."
+        if self.due(trainer):
+            self.run(trainer)
+
+    def run(self, trainer):
+        "What is done every `every` steps."
 
     def on_end(self, trainer):
         "After the last step; `trainer.stop` is true if the run was stopped."
@@ -108,7 +113,6 @@ def start_trackers(trainer, run_id: str | None = None):
 class Log(Callback):
     "Logs the metrics of the steps and their speed, and shows a progress bar."
 
-    COUNTS = ("skipped", "filtered")
     SHOWN = ("loss", "masking_rate", "codes_used", "learning_rate", "samples_per_second", "data_time")
 
     def __init__(
@@ -139,16 +143,15 @@ class Log(Callback):
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value
         self.steps += 1
-        if self.due(trainer):
-            self.write(trainer)
+        super().on_step(trainer)
         self.bar.update()
 
     def on_end(self, trainer):
         if self.every and self.steps and trainer.metrics and not trainer.stop:
-            self.write(trainer)
+            self.run(trainer)
         self.bar.close()
 
-    def write(self, trainer):
+    def run(self, trainer):
         "Logs the means since the last line."
         device = trainer.accelerator.device
         sums = [torch.as_tensor(v, dtype=torch.float32, device=device) for v in self.sums.values()]
@@ -160,7 +163,7 @@ class Log(Callback):
             values |= {"grad_norm": norm / finite_share} if finite_share else {}
         values["samples_per_second"] = values.pop("examples") / values["batch_time"]
         for name, value in trainer.metrics.items():
-            if name in self.COUNTS:
+            if name in trainer.COUNTS:
                 values[name] = int(trainer.reduce(torch.tensor(value, device=device), "sum"))
             elif name not in self.sums:
                 values[name] = value

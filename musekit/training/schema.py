@@ -196,7 +196,6 @@ class Model(Section):
     lora: Lora = field(default_factory=Lora)
     gradient_checkpointing: bool = setting(False, "recompute activations to save memory")
     compile: bool = setting(False, "compile the transformer with torch.compile; the first steps are slow")
-    enable_xformers_memory_efficient_attention: bool = setting(False, "accepted without effect")
 
     def check(self, path):
         super().check(path)

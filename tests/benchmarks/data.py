@@ -216,9 +216,9 @@ def tell(title, taken, items, unit):
         for name, seconds in taken.items():
             ratios = [slow[clock] / fast[clock] for slow, fast in zip(base, seconds)]
             rate = items / statistics.median(second[clock] for second in seconds)
-            told = "" if name == first else (f"   {statistics.median(ratios):.2f} times {first} "
+            comparison = "" if name == first else (f"   {statistics.median(ratios):.2f} times {first} "
                                              f"({min(ratios):.2f} to {max(ratios):.2f})")
-            print(f"  {of:6}{name:{width}} {rate:12,.0f} {unit} a second{told}")
+            print(f"  {of:6}{name:{width}} {rate:12,.0f} {unit} a second{comparison}")
 
 
 def main():

@@ -103,8 +103,8 @@ def main():
     finally:
         client.stop_channels()
         manager.shutdown_kernel()
-    found = json.loads("".join(said).split("RESULTS ")[1])
-    blocks = found["blocks"]
+    results = json.loads("".join(said).split("RESULTS ")[1])
+    blocks = results["blocks"]
     pairs = [sorted(blocks[i : i + 2], key=lambda block: block["watched"]) for i in range(0, len(blocks), 2)]
     quartiles = lambda kind: statistics.quantiles(
         [watched[kind] / alone[kind] for alone, watched in pairs], n=4
@@ -112,8 +112,8 @@ def main():
     share = statistics.mean(watched["share"] for _, watched in pairs)
     alone = statistics.median(one["step"] for one, _ in pairs)
     print(
-        f"on {found['device']}, {len(pairs)} pairs of {options.seconds:g} s, a step takes {1000 * alone:.1f}"
-        " ms unwatched"
+        f"on {results['device']}, {len(pairs)} pairs of {options.seconds:g} s, a step takes"
+        f" {1000 * alone:.1f} ms unwatched"
     )
     for kind, name in (("step", "time"), ("cpu", "processor time of the process")):
         low, middle, high = quartiles(kind)

@@ -1,5 +1,5 @@
 """How fast the U-ViT trains and draws, and in how much memory, beside diffusers' UVit2DModel and
-AmusedPipeline.
+AmusedPipeline. (The text transformer beside a plain GPT: text_models.py.)
 
     python tests/benchmarks/models.py                  # the CPU, hidden 384, 6 layers, 256 tokens, batch 8
     python tests/benchmarks/models.py --quick          # a small model, few repetitions: does everything run?
@@ -40,7 +40,7 @@ from musekit.inference.pipeline import TokenPipeline
 try:
     from diffusers import AmusedPipeline, AmusedScheduler, UVit2DModel
 except ImportError:
-    sys.exit("This compares with diffusers, which is not installed here: pip install diffusers==0.42.1")
+    UVit2DModel = None
 
 # "target" is aMUSEd-256 with every width times 0.375 (three residual blocks a stage, as published) and 6 of
 # 22 layers
@@ -190,7 +190,7 @@ def _cpu_seconds():
 
 
 def timed(function, device, clock=time.perf_counter):
-    """Seconds of the clock, and how many processors others used meanwhile (0 where that cannot be told)."""
+    """Seconds of the clock, and how many processors others used meanwhile (0 where unknown)."""
     watched = os.path.exists("/proc/stat")
     before, since, started = _cpu_seconds() if watched else (0, 0), time.perf_counter(), clock()
     function()
@@ -284,11 +284,11 @@ def print_profile(name, function, device, rows=22):
 def check(theirs, ours, batch):
     """Raises SystemExit unless both give the same logits and losses."""
     with torch.no_grad():
-        expected, found = their_logits(theirs, batch).flatten(2).mT, our_logits(ours, batch)
-        given = ours.precompute(batch["states"], batch["pooled"], batch["sizes"])
-        once = ours(batch["ids"], precomputed=given)
+        expected, logits_of_ours = their_logits(theirs, batch).flatten(2).mT, our_logits(ours, batch)
+        precomputed = ours.precompute(batch["states"], batch["pooled"], batch["sizes"])
+        once = ours(batch["ids"], precomputed=precomputed)
         losses = their_loss(theirs, batch), our_loss(ours, batch)
-    off = max((expected - logits).abs().max().item() for logits in (found, once))
+    off = max((expected - logits).abs().max().item() for logits in (logits_of_ours, once))
     apart = (losses[0] - losses[1]).abs().item()
     print(
         f"largest difference of logits {off:.1e} (their spread {expected.std():.2f}), of losses {apart:.1e}"
@@ -319,6 +319,8 @@ def main():
     parser.add_argument("--profile", action="store_true", help="where the time of a training step goes")
     parser.add_argument("--quick", action="store_true", help="a tiny model, three pairs")
     options = parser.parse_args()
+    if UVit2DModel is None:
+        sys.exit("This compares with diffusers, which is not installed here: pip install diffusers==0.42.1")
     size, repeats = ("tiny", 3) if options.quick else (options.size, options.repeats)
     device = options.device
     if options.threads:
