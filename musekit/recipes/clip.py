@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['train_clip_bpe', 'ClipTrainingConfig', 'build_clip', 'contrastive_loss', 'retrieval_accuracy', 'text_tower',
-           'ClipRun', 'Pairs', 'ClipTrainer', 'train_clip', 'plot_similarity']
+           'ClipRun', 'Pairs', 'clip_optimizer', 'ClipTrainer', 'train_clip', 'plot_similarity']
 
 # %% ../../nbs/07_recipes/01_clip.ipynb #3e2b8a9f
 import json
@@ -22,6 +22,7 @@ from ..models.text_encoders import TextEncoder
 from ..training.distributed import new_accelerator
 from ..training.log import Log, read_log
 from ..training.loop import Loop
+from ..training.optim import MuonAdamW, block_matrices, parameter_groups
 from ..training.schema import Run, Section, Steps, WandB, setting
 
 # %% ../../nbs/07_recipes/01_clip.ipynb #5438106b
@@ -133,8 +134,15 @@ class Pairs:
         return len(self.pixel_values)
 
 
+def clip_optimizer(model: nn.Module, learning_rate: float) -> MuonAdamW:
+    "Muon for the matrices in the layers of both towers, at ten times the rate of the rest."
+    groups = parameter_groups(model, weight_decay=0.01)
+    muon = {"lr": 10 * learning_rate, "weight_decay": 0.01}
+    return MuonAdamW(groups, block_matrices(model), {"lr": learning_rate}, muon)
+
+
 class ClipTrainer(Loop):
-    "Trains both towers in place; the learning rate of AdamW rises and falls once."
+    "Trains both towers in place; the learning rates rise and fall once."
 
     MEANS = (*Loop.MEANS, "accuracy")
 
@@ -155,14 +163,16 @@ class ClipTrainer(Loop):
         self.model = model.to(accelerator.device)
         total_steps = max(3, config.steps)
         rising = max(0.1, 2 / total_steps)  # at least one step
-        optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=0.01)
-        scheduler = OneCycleLR(optimizer, config.learning_rate, total_steps=total_steps, pct_start=rising)
+        optimizer = clip_optimizer(model, config.learning_rate)
+        highest = [group["lr"] for group in optimizer.param_groups]
+        scheduler = OneCycleLR(
+            optimizer, highest, total_steps=total_steps, pct_start=rising, cycle_momentum=False)
         self.optimizer, self.scheduler = accelerator.prepare(optimizer, scheduler)
 
     def make_micro_batch(self, batch: dict, step: int, number: int) -> Pairs:
         "The images and tokenized captions of a batch."
         text = list(batch["text"])
-        tokens = self.tokenizer(text, padding="max_length", truncation=True, return_tensors="pt")
+        tokens = self.tokenizer(text, padding=True, truncation=True, return_tensors="pt")
         device = self.accelerator.device
         return Pairs(batch["pixel_values"].to(device), tokens.input_ids.to(device), batch.get("keys"))
 
