@@ -20,7 +20,7 @@ $(STAMP): constraints.txt settings.ini setup.py
 
 setup: $(STAMP) ## create .venv with the pinned packages
 
-demo: $(STAMP) ## train on real handwriting and draw from unseen prompts (about 7 minutes on 2 cores)
+demo: $(STAMP) ## train on real handwriting and draw from unseen prompts (about 4 minutes on 2 cores)
 	$(BIN)/musekit demo $(ARGS)
 
 lab: $(STAMP) ## open JupyterLab on the notebooks

@@ -57,7 +57,6 @@ KEY_TESTS = {
     "model.lora.target": HERE + "test_updates",
     "model.gradient_checkpointing": HERE + "test_checkpointed",
     "model.compile": HERE + "test_compiled",
-    "model.enable_xformers_memory_efficient_attention": HERE + "test_attention_is_one_thing",
     "dataset.type": "test_conditions.py::test_classes",
     "dataset.params.train_shards_path_or_url": "test_cli.py::test_a_folder_from_end_to_end",
     "dataset.params.eval_shards_path_or_url": "test_conditions.py::test_texts",

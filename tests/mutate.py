@@ -51,6 +51,8 @@ GUARDS = {  # module -> test files beside its notebook, those that run in one pr
     "core.decoding": ["test_samplers.py"],
     "core.guidance": ["test_samplers.py"],
     "models.pretrained": ["test_checkpoints.py"],
+    "data.text_tokenizers": ["test_text_data.py"],
+    "data.text": ["test_text_data.py"],
     "models.text_transformer": ["test_text_transformer.py"],
     "models.mdlm": ["test_golden_mdlm.py"],
     "training.checkpoint": ["test_going_on.py"],

@@ -243,6 +243,9 @@ def test_it_starts_as_the_identity_at_the_loss_of_a_uniform_guess(ids):
     for layer in fresh.transformer_layers:
         assert not layer.attention.out.weight.any() and not layer.ffn.wo.weight.any()
         assert layer.attention.query.weight.std().item() == pytest.approx(24 ** -0.5, rel=0.2)
+    wide = TextTransformer(initializer_range=1.0, use_bias=True, norm_type="layernorm", **SMALL)
+    assert wide.embeddings.weight.std().item() == pytest.approx(1, rel=0.2)
+    assert not any(weight.any() for name, weight in wide.named_parameters() if name.endswith("bias"))
     tied = TextTransformer(tie_embeddings=True, **SMALL)
     assert tied.embeddings.weight.std().item() == pytest.approx(0.02, rel=0.2)
     hidden = torch.full_like(ids, 20)

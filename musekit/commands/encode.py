@@ -27,16 +27,12 @@ def _run_encode(options):
 
 def _train_on_codes(paths, settings, config, out):
     "The command that trains on the codes of a configuration, in a folder of its own."
-    replaced = (
-        "data=", "dataset.params.train_shards_path_or_url=",
-        "eval_data=", "dataset.params.eval_shards_path_or_url=",
-        "output=", "experiment.output_dir=", "training.pre_encode=",
-    )
-    kept = [setting for setting in settings if not setting.startswith(replaced)]
+    from musekit.training.config import replace_overrides
+
     new = [f"data={out}", "training.pre_encode=true", f"output={config.experiment.output_dir}-codes"]
     if config.dataset.params.eval_shards_path_or_url:
         new.append("eval_data=null")
-    return shlex.join(["musekit", "train", *(paths or ()), *kept, *new])
+    return shlex.join(["musekit", "train", *(paths or ()), *replace_overrides(settings, new)])
 
 
 _DESCRIPTION = """Encodes the data of a training configuration with its two trained networks, shard by shard.

@@ -12,26 +12,59 @@ from argparse import RawDescriptionHelpFormatter
 
 from musekit.commands.options import (
     add_decoding_options, check_writable, decoding_settings, disable_progress_bars, number_between,
+    refuse_options,
 )
-from ..utils.model_folder import model_folder
+from ..utils.model_folder import is_text_model, model_folder
 from ..utils.validation import is_rehearsal
 
 # %% ../../nbs/10_commands/08_evaluate.ipynb #4dc8d039
 def _run_evaluate(options):
-    model_folder(options.model)  # refuses a wrong name before PyTorch is imported
-    from musekit.evaluation.evaluate import describe_quality, evaluate_pipeline
-    from musekit.utils.files import write_aside
-
+    folder = model_folder(options.model)  # refuses a wrong name before PyTorch is imported
+    of_text = folder is not None and is_text_model(folder)
+    if of_text:
+        refuse_options(options, _OF_IMAGES, "images", options.model)
+    else:
+        refuse_options(options, _OF_TEXT, "text", options.model)
+    if not of_text and not options.data:
+        raise ValueError("no held-out data: name them, such as data=digits or data=held-out/")
     disable_progress_bars()
     if options.out and os.path.splitext(options.out)[1] != ".json":
         raise ValueError(f"--out {options.out} is written as JSON; use the extension .json")
     if options.out:
         check_writable(os.path.dirname(os.path.abspath(options.out)), f"--out {options.out}")
-    result = evaluate_pipeline(_quality_config(options))
-    print(describe_quality(result))
+    result = _evaluate_text(options) if of_text else _evaluate_images(options)
     if options.out:
+        from musekit.utils.files import write_aside
+
         with write_aside(options.out) as aside:
             aside.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def _evaluate_images(options):
+    from musekit.evaluation.evaluate import describe_quality, evaluate_pipeline
+
+    result = evaluate_pipeline(_quality_config(options))
+    print(describe_quality(result))
+    return result
+
+
+def _evaluate_text(options):
+    from musekit.recipes.text_evaluation import TextEvaluation, describe_text_evaluation, evaluate_text
+
+    typed = {name: getattr(options, name) for name in (*_OF_TEXT, "samples", "batch_size")}
+    typed = {name: value for name, value in typed.items() if value is not None}
+    typed["with_references"] = not typed.pop("no_references")
+    data = [argument.removeprefix("data=") for argument in options.data]
+    result = evaluate_text(TextEvaluation(options.model, data or None, seed=options.seed, **typed))
+    print(describe_text_evaluation(result))
+    return result
+
+
+_OF_IMAGES = (
+    "real", "features", "judge", "classifier", "prompts", "statistics", "image_field", "caption_field",
+    "class_field", "steps", "guidance_scale", "temperature", "set",
+)
+_OF_TEXT = ("column", "tokens", "length", "repeats", "order_rows", "twin", "decoded_bytes", "no_references")
 
 
 def _quality_config(options):
@@ -44,7 +77,7 @@ def _quality_config(options):
     return QualityConfig(
         options.model,
         data[0] if len(data) == 1 else data,
-        samples=min(options.samples, 20) if is_rehearsal() else options.samples,
+        samples=20 if is_rehearsal() else 1000 if options.samples is None else options.samples,
         fields=[options.image_field, options.caption_field, options.class_field],
         options=decoding | decoding_settings(options.set),
         **{name: getattr(options, name) for name in names},
@@ -52,25 +85,43 @@ def _quality_config(options):
 
 
 _DESCRIPTION = """Generates images for the captions of real images, or for the prompts of a file, and computes
-Fréchet and kernel distance, precision, recall, prompt alignment, and the Inception score."""
+Fréchet and kernel distance, precision, recall, prompt alignment, and the Inception score. Of a model of
+text: bits per byte of held-out text, as a bound and in exact orders, beside n-grams and compressors."""
 
 _EXAMPLES = """examples:
   musekit evaluate runs/demo data=digits
   musekit evaluate runs/small data=held-out/ --features inception=pt_inception-2015-12-05-6726825d.pth
   musekit evaluate runs/small 'data=test/{000..009}.tar' --features clip=openai/clip-vit-base-patch32 \\
-      --statistics test.safetensors --samples 10000 --out evaluation.json"""
+      --statistics test.safetensors --samples 10000 --out evaluation.json
+  musekit evaluate runs/text --twin runs/twin        # on the held-out text of the run"""
+
+
+def _add_text_options(parser):
+    group = parser.add_argument_group("models of text")
+    add, whole = group.add_argument, number_between(1)
+    add("--tokens", type=whole, metavar="N", help="held-out tokens, at most (default: 20,971,520)")
+    add("--length", type=number_between(2), metavar="N", help="tokens of a row (default: the model's)")
+    add("--column", metavar="NAME", help="column of the texts (default: the run's, or the usual one)")
+    add("--repeats", type=number_between(2), metavar="N", help="estimates of the bound (default: 8)")
+    add("--order-rows", type=number_between(0), metavar="N",
+        help="rows of the exact orders, a pass a token (default: 16)")
+    add("--twin", metavar="FOLDER", help="a causal model of the same tokenizer, to compare with")
+    add("--decoded-bytes", action="store_true", help="count bytes as autoresearch does")
+    add("--no-references", action="store_true", help="without n-grams and compressors")
 
 
 def add_evaluate(commands):
     "Adds the parser of `musekit evaluate` and returns it."
     parser = commands.add_parser(
-        "evaluate", help="compare a model's images with real ones",
+        "evaluate", help="compare a model's images with real ones, or measure a model of text",
         description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=RawDescriptionHelpFormatter,
     )
     add, whole = parser.add_argument, number_between(1)
     add("model", metavar="MODEL", help="folder of a run or a pipeline, or hub id")
-    add("data", nargs="+", metavar="data=...", help="held-out data: digits, images with captions, or shards")
-    add("--samples", type=whole, default=1000, metavar="N", help="images to generate (default: %(default)s)")
+    add("data", nargs="*", metavar="data=...", help="held-out data: digits, images with captions, or shards; "
+        "of text, Parquet files (default: those of the run)")
+    add("--samples", type=number_between(0), metavar="N",
+        help="images to generate (default: 1000), or texts (default: 16)")
     add("--real", type=whole, metavar="N", help="real images to take (default: all)")
     add("--features", metavar="WHAT", help="digits, inception=FILE or clip=FOLDER (default: digits)")
     add("--judge", metavar="WHAT", help="for prompt alignment: digits or clip=FOLDER (default: the features)")
@@ -86,6 +137,7 @@ def add_evaluate(commands):
     add_decoding_options(parser)
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting of decoding, "
         "such as sampler=halton or guidance_schedule=linear")
+    _add_text_options(parser)
     add("--out", metavar="FILE.json", help="also write the numbers")
     parser.set_defaults(run=_run_evaluate, words="data")
     return parser

@@ -12,9 +12,9 @@ import re
 
 from musekit.commands.options import (
     add_decoding_options, check_writable, decoding_settings, disable_progress_bars, number_between,
-    print_message,
+    print_message, refuse_options,
 )
-from ..utils.model_folder import PACKAGED_MODEL, model_folder
+from ..utils.model_folder import PACKAGED_MODEL, is_text_model, model_folder
 
 # %% ../../nbs/10_commands/07_generate.ipynb #d62ecc74
 def check_image_file(path: str):
@@ -197,8 +197,45 @@ def _generate(options, task):
     print(*written, sep="\n")
 
 # %% ../../nbs/10_commands/07_generate.ipynb #158b8127
+_OF_IMAGES = (
+    "again", "animate", "lora", "lora_scale", "singles", "negative_prompt", "guidance_scale", "compile",
+)
+
+
+def _generate_text(options):
+    "Generates texts from their beginnings, or fills the gaps of one, and prints them."
+    import torch
+
+    from musekit.inference.text_pipeline import TextPipeline
+
+    refuse_options(options, _OF_IMAGES, "images", options.model)
+    if options.infill and options.prompts:
+        raise ValueError("--infill names the whole text, so that there is no prompt; leave one of them out")
+    if isinstance(options.seed, list):
+        raise ValueError(f"--seed {options.seed} must be one number for a model of text")
+    pipeline = TextPipeline.from_pretrained(options.model, "cuda" if torch.cuda.is_available() else "cpu")
+    names = ("steps", "temperature", "sampler", "batch_size")
+    how = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    how |= decoding_settings(options.set) | {"count": options.num_images or 1, "seed": options.seed or 0}
+    if options.infill:
+        texts = pipeline.infill(options.infill, **how)
+    else:
+        texts = [text for prompt in options.prompts or [""] for text in pipeline(prompt, **how)]
+    written = "\n\n".join(texts) + "\n"
+    if not options.out:
+        return print(written, end="")
+    _check_place(options.out, f"--out {options.out}")
+    with open(options.out, "w", encoding="utf-8") as file:
+        file.write(written)
+    print(options.out)
+
+
 def _run_generate(options):
     _check_inputs(options)
+    if options.model and is_text_model(options.model):
+        return _generate_text(options)
+    if options.infill:
+        raise ValueError("--infill fills gaps of a text; name a model of text with --model")
     if options.animate:
         _check_animation(options.animate)
     _choose_out(options)
@@ -225,7 +262,8 @@ def _add_generation_options(parser):
     add("--out", metavar="FILE", help="image to write; a PNG stores all settings (default: generated.png, or "
         "generated-1.png and so on if that exists)")
     add("--singles", metavar="FOLDER", help="also write each image there, as a PNG that stores its settings")
-    add("--num-images", type=whole, metavar="N", help="images per prompt (default: 4)")
+    add("--num-images", "--count", type=whole, metavar="N",
+        help="images per prompt (default: 4), or texts (default: 1)")
     add("--seed", type=_read_seeds, metavar="N[,N...]", help="same seed, same images (default: 0); 1,2,3 "
         "gives each image its own seed, independent of the others")
     add("--negative-prompt", metavar="PROMPT", help="prompt to steer away from")
@@ -242,15 +280,18 @@ def _add_generation_options(parser):
 def add_generate(commands):
     "Adds the parser of `musekit generate` and returns it."
     parser = commands.add_parser(
-        "generate", help="generate images from prompts, or again from the settings in an image",
+        "generate", help="generate images from prompts or the settings in an image, or text",
         description="Generates images from prompts with a saved pipeline and writes them on one sheet. A PNG "
-        "stores the prompts and all settings; --again repeats it, with the other options changed.",
+        "stores the prompts and all settings; --again repeats it, with the other options changed. A model of "
+        "text continues the prompts, or fills the gaps of --infill, and the texts are printed.",
     )
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help='such as "a blue three on yellow paper"; class '
         "numbers or names for a class-conditional model; none for an unconditional one")
     add("--again", metavar="IMAGE", help="a PNG that musekit wrote, to start from its settings")
     add("--animate", metavar="FILE", help="also write the decoding, step by step, as this GIF")
+    add("--infill", metavar="TEXT", help="a text with gaps, each of so many tokens: "
+        "'def add(a, b):\\n    return [MASK:8]'")
     _add_generation_options(parser)
     parser.set_defaults(run=_run_generate, words="prompts")
     return parser

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'number_between', 'decoding_settings', 'add_decoding_options', 'check_writable', 'check_folder',
-           'print_message', 'disable_progress_bars', 'add_configuration', 'is_text', 'files_and_settings', 'folder_of',
-           'add_check_options', 'print_data_report', 'resuming_arguments', 'report_stop']
+           'print_message', 'disable_progress_bars', 'refuse_options', 'add_configuration', 'is_text',
+           'files_and_settings', 'folder_of', 'add_check_options', 'print_data_report', 'resuming_arguments',
+           'report_stop']
 
 # %% ../../nbs/10_commands/02_options.ipynb #293a16fc
 import json
@@ -106,6 +107,19 @@ def disable_progress_bars():
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers reads it when a text model is loaded
     if "transformers" in sys.modules:  # not imported for this alone: that takes seconds
         sys.modules["transformers"].utils.logging.disable_progress_bar()
+
+
+def refuse_options(
+    options,
+    names: list[str],  # of the options, None or empty if they were not typed
+    kind: str,  # what they are for, such as images
+    model: str,  # that is of another kind
+):
+    "Raises ValueError for an option that was typed and has no meaning for a model."
+    for name in names:
+        if vars(options).get(name) not in (None, [], False):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is for models of {kind}, which {model} is not; leave it out")
 
 # %% ../../nbs/10_commands/02_options.ipynb #ff713b4c
 def add_configuration(parser):

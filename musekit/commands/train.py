@@ -106,7 +106,7 @@ def _train_text(options, paths, settings):
 
 def _print_next(recipe):
     "Prints the command that generates with a trained model."
-    from musekit.training.config import condition_of
+    from musekit.recipes.settings import condition_of
 
     folder = recipe.folder / "pipeline"
     if not folder.is_dir():  # trained on encoded data, without the networks that decode

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .masking import MaskingConfig, hide_tokens
+from .masking import MaskingConfig, check_ids, hide_tokens
 from .noise import exact_noise, sample_tokens
 from .samplers import SamplerState, get_sampler, remaining_counts
 from .schedules import get_schedule
@@ -95,6 +95,7 @@ def _remask(sampler, state):
 
 def _unknown_tokens(input_ids, mask_token_id, noise_type, unknown, codebook_size):
     "The tokens masked at the start."
+    check_ids("input_ids", input_ids)
     if noise_type == "random_replace" and (unknown is None or codebook_size is None):
         raise ValueError("noise_type 'random_replace' leaves no mask id to look for; "
                          "pass unknown=(B, N) bool and codebook_size")
@@ -172,6 +173,7 @@ def correct_ids(logits_fn: Callable[[Tensor, Tensor], Tensor],  # (ids, hidden) 
                 codebook_size: int | None = None  # number of image ids
                ) -> Tensor:  # (B, N) ids
     "The ids, with each implausible one replaced by a plausible one (after Zhao et al. 2024)."
+    check_ids("ids", ids)
     noise = MaskingConfig(mask_token_id, codebook_size or mask_token_id, noise_type=noise_type)
     order = exact_noise(ids.shape, generator, ids.device).argsort(-1).argsort(-1)
     for group in range(groups):

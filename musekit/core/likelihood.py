@@ -177,7 +177,7 @@ def independent_remasking(state: SamplerState,
                          ) -> Alternatives:
     "The rule of ReMDM (Wang et al. 2025): each token by itself, with the mask ratios of the schedule."
     before, after = state.ratios()
-    again = min(eta, 1.0, after / (1 - before) if before < 1 else 1.0)
+    again = min(eta, after / (1 - before)) if before < 1 else eta  # at first nothing is visible
     still = (after - again * (1 - before)) / before
     chance = torch.where(state.hidden, still, again).double()
     for mask in all_masks(state.hidden.shape[1]):

@@ -12,9 +12,9 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
@@ -96,6 +96,8 @@ def held_out_combinations() -> set[tuple[int, str, str]]:
 # %% ../../nbs/03_data/07_digits.ipynb #3023bb73
 def plot_held_out():
     "Plots the combinations in training: a panel per paper, a row per digit, a column per ink."
+    import matplotlib.pyplot as plt
+
     unseen = held_out_combinations()
     figure, axes = plt.subplots(1, len(PAPERS), figsize=(7, 2.6), sharey=True)
     for axis, (paper, colour) in zip(axes, PAPERS.items()):
@@ -199,7 +201,7 @@ def make_digits(
 ) -> dict[str, list[str]]:
     "Writes the shards of both splits and `test_prompts.json` unless complete, and returns the URLs by split."
     folder = Path(folder)
-    splits = {"train": lambda: train_samples(copies), "test": test_samples}
+    splits = {"train": partial(train_samples, copies), "test": test_samples}
     if not (folder / "test_prompts.json").is_file():
         for split, samples in splits.items():
             shutil.rmtree(folder / split, ignore_errors=True)

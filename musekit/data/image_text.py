@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow as pa
 import torch
@@ -127,6 +126,8 @@ def prepare_image(
 # %% ../../nbs/03_data/10_image_text.ipynb #826d1b81
 def plot_batch(batch: dict, columns: int = 6):
     "The images of a batch with their captions."
+    import matplotlib.pyplot as plt
+
     count = len(batch["text"])
     rows = -(-count // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(1.6 * columns, 1.9 * rows), squeeze=False)

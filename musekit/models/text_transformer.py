@@ -101,6 +101,7 @@ class TextTransformer(PretrainedModel):
     feed_forward: one of `FEED_FORWARDS`, as wide as `feed_forward_ratio` hidden sizes; a SwiGLU is two thirds
         of that, for the same number of parameters
     tie_embeddings: the embeddings are the output's weights too
+    initializer_range: standard deviation of the embeddings; up to 1 unless they are tied
     Raises ValueError for settings that contradict each other.
     """
 
@@ -110,6 +111,7 @@ class TextTransformer(PretrainedModel):
         self, vocab_size, max_length=1024, hidden_size=384, num_hidden_layers=6, num_attention_heads=6,
         feed_forward="swiglu", feed_forward_ratio=4.0, causal=False, tie_embeddings=False, qk_norm=True,
         norm_type="rmsnorm", norm_eps=1e-6, use_bias=False, dropout=0.0, rotary_base=10_000.0,
+        initializer_range=0.02,
     ):
         super().__init__()
         if vocab_size < 1:
@@ -131,7 +133,7 @@ class TextTransformer(PretrainedModel):
                 nn.init.trunc_normal_(module.weight, std=module.in_features ** -0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.embeddings.weight, std=0.02)
+        nn.init.trunc_normal_(self.embeddings.weight, std=self.config.initializer_range)
         outputs = [part for layer in self.transformer_layers for part in (layer.attention.out, layer.ffn.wo)]
         for output in outputs if self.to_logits is None else [*outputs, self.to_logits]:
             nn.init.zeros_(output.weight)

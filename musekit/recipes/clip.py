@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['train_clip_bpe', 'ClipTrainingConfig', 'build_clip', 'contrastive_loss', 'retrieval_accuracy', 'text_tower',
-           'ClipRun', 'Pairs', 'ClipTrainer', 'train_clip', 'plot_similarity']
+           'ClipRun', 'Pairs', 'clip_optimizer', 'ClipTrainer', 'train_clip', 'plot_similarity']
 
 # %% ../../nbs/07_recipes/01_clip.ipynb #3e2b8a9f
 import json
@@ -22,7 +22,8 @@ from ..models.text_encoders import TextEncoder
 from ..training.distributed import new_accelerator
 from ..training.log import Log, read_log
 from ..training.loop import Loop
-from ..training.schema import Run, Section, Steps, WandB
+from ..training.optim import MuonAdamW, block_matrices, parameter_groups
+from ..training.schema import Run, Section, Steps, WandB, setting
 
 # %% ../../nbs/07_recipes/01_clip.ipynb #5438106b
 def train_clip_bpe(
@@ -50,38 +51,42 @@ def train_clip_bpe(
 
 # %% ../../nbs/07_recipes/01_clip.ipynb #9fe3959e
 @dataclass
-class ClipTrainingConfig:
+class ClipTrainingConfig(Section):
     "Size and training of a small CLIP."
+    steps: int = setting(300, "optimizer steps", above=0)
+    learning_rate: float = setting(2e-3, "highest learning rate", above=0)
+    hidden_size: int = setting(64, "width of both towers", above=0)
+    layers: int = setting(2, "layers of both towers", above=0)
+    patch_size: int = setting(8, "side of the image tower's patches, in pixels", above=0)
+    projection_dim: int = setting(64, "width of the embeddings that are compared", above=0)
+    max_seq_length: int = setting(24, "tokens of a caption")
+    vocab_size: int = setting(1000, "tokens, 514 of them single bytes and special ones")
+    seed: int = setting(0, "seed of all randomness")
 
-    steps: int = 300
-    learning_rate: float = 2e-3
-    hidden_size: int = 64  # of both towers
-    layers: int = 2  # of both towers
-    patch_size: int = 8  # pixels
-    projection_dim: int = 64
-    max_seq_length: int = 24
-    vocab_size: int = 1000  # 514 of them single bytes and special tokens
-    seed: int = 0
+    def check(self, path):
+        super().check(path)
+        if self.hidden_size % 2:
+            raise ValueError(f"{path}.hidden_size={self.hidden_size} must be even, for two attention heads.")
+
+    def tower(self) -> dict:
+        "The sizes that both towers have."
+        return {
+            "hidden_size": self.hidden_size, "intermediate_size": 4 * self.hidden_size,
+            "num_hidden_layers": self.layers, "num_attention_heads": 2, "projection_dim": self.projection_dim,
+        }
+
+    def text_tower(self) -> dict:
+        "The sizes of the text tower."
+        return {**self.tower(), "max_position_embeddings": self.max_seq_length}
 
 
 def build_clip(tokenizer: "CLIPTokenizer", image_size: int, config: ClipTrainingConfig) -> "CLIPModel":
     "An untrained two-tower model for square images of `image_size` pixels."
     from transformers import CLIPConfig, CLIPModel
 
-    width = config.hidden_size
-    tower = dict(
-        hidden_size=width, intermediate_size=4 * width,
-        num_attention_heads=2, num_hidden_layers=config.layers,
-    )
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = dict(
-        tower, vocab_size=len(tokenizer),
-        max_position_embeddings=config.max_seq_length, projection_dim=config.projection_dim, **special,
-    )
-    vision = dict(
-        tower, image_size=image_size, patch_size=config.patch_size,
-        projection_dim=config.projection_dim,
-    )
+    text = {**config.text_tower(), "vocab_size": len(tokenizer), **special}
+    vision = {**config.tower(), "image_size": image_size, "patch_size": config.patch_size}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.projection_dim))
 
 # %% ../../nbs/07_recipes/01_clip.ipynb #6694f035
@@ -129,8 +134,15 @@ class Pairs:
         return len(self.pixel_values)
 
 
+def clip_optimizer(model: nn.Module, learning_rate: float) -> MuonAdamW:
+    "Muon for the matrices in the layers of both towers, at ten times the rate of the rest."
+    groups = parameter_groups(model, weight_decay=0.01)
+    muon = {"lr": 10 * learning_rate, "weight_decay": 0.01}
+    return MuonAdamW(groups, block_matrices(model), {"lr": learning_rate}, muon)
+
+
 class ClipTrainer(Loop):
-    "Trains both towers in place; the learning rate of AdamW rises and falls once."
+    "Trains both towers in place; the learning rates rise and fall once."
 
     MEANS = (*Loop.MEANS, "accuracy")
 
@@ -151,14 +163,16 @@ class ClipTrainer(Loop):
         self.model = model.to(accelerator.device)
         total_steps = max(3, config.steps)
         rising = max(0.1, 2 / total_steps)  # at least one step
-        optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=0.01)
-        scheduler = OneCycleLR(optimizer, config.learning_rate, total_steps=total_steps, pct_start=rising)
+        optimizer = clip_optimizer(model, config.learning_rate)
+        highest = [group["lr"] for group in optimizer.param_groups]
+        scheduler = OneCycleLR(
+            optimizer, highest, total_steps=total_steps, pct_start=rising, cycle_momentum=False)
         self.optimizer, self.scheduler = accelerator.prepare(optimizer, scheduler)
 
     def make_micro_batch(self, batch: dict, step: int, number: int) -> Pairs:
         "The images and tokenized captions of a batch."
         text = list(batch["text"])
-        tokens = self.tokenizer(text, padding="max_length", truncation=True, return_tensors="pt")
+        tokens = self.tokenizer(text, padding=True, truncation=True, return_tensors="pt")
         device = self.accelerator.device
         return Pairs(batch["pixel_values"].to(device), tokens.input_ids.to(device), batch.get("keys"))
 

@@ -13,13 +13,10 @@ from pathlib import Path
 from .finetune import adopt_pipeline
 from .networks import TRANSFORMERS, VQ_MODELS, drop_unread, try_networks
 from musekit.recipes.settings import (
-    SampleInputs, clip_training, data_classes, draws, generation_config, image_text_config,
-    read_sample_inputs, vq_training,
+    SampleInputs, class_names, clip_training, condition_of, data_classes, draws, generation_config,
+    image_text_config, num_classes, read_sample_inputs, reads_pooled, unused_settings, vq_training,
 )
-from musekit.training.config import (
-    Config, class_names, condition_of, flatten, load_config, num_classes, reads_pooled, unused_settings,
-    warn_unused,
-)
+from ..training.config import Config, flatten, load_config, warn_unused
 from ..training.log import check_trackers
 from ..training.optim import check_optimization
 from ..training.schema import TextEncoderSection, VQModel
@@ -65,7 +62,9 @@ def _check_network(key: str, section: VQModel | TextEncoderSection, pre_encode: 
 def _check_folder(key: str, path: str | None):
     "A path that can be no hub id must be a folder."
     if path and not Path(path).expanduser().is_dir() and (path.count("/") > 1 or path[0] in "./~"):
-        raise FileNotFoundError(f"{key}={path} is no folder here.")
+        raise FileNotFoundError(f"{key}={path} is no folder here; a finished musekit train leaves its "
+                                "networks in its folder: train that run first, or name another folder or "
+                                "a hub id.")
 
 
 def _check_encoding(config: Config):
@@ -160,7 +159,7 @@ def configure(
 ) -> Config:
     "The configuration of a run, before `validate`; \"small\" is the built-in small model."
     paths = path if isinstance(path, list) else [path or "small"]
-    config = load_config([_SMALL if each == "small" else each for each in paths], list(overrides))
+    config = load_config([_SMALL if each == "small" else each for each in paths], overrides)
     settings = flatten(config)
     if config.dataset.type == "classification":
         config.dataset.params.class_names = _classes(config, paths)

@@ -37,10 +37,10 @@ from ..data.token_tars import member_name, token_members, write_unconditional
 from ..utils.files import write_aside
 from ..utils.progress import watched
 from ..utils.workers import map_ahead, worker_pool
-from .settings import image_text_config, packing_options
+from .settings import condition_of, image_text_config, packing_options
 from .networks import MOST_CODES, load_text_encoder, load_vq_model
 from .configure import configure, validate_encoding
-from ..training.config import Config, condition_of
+from ..training.config import Config
 
 # %% ../../nbs/07_recipes/06_encode.ipynb #ca36ad81
 def configure_encoding(path: str | Path | list | None, overrides: list[str] = ()) -> Config:

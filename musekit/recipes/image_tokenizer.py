@@ -27,7 +27,7 @@ from ..data.samples import IMAGE_EXTENSIONS, Fields, Sample, is_image
 from ..data.locate import locate
 from ..data.pictures import check_colour
 from ..models.inspection import num_parameters
-from .networks import VQ_MODELS
+from .networks import VQ_MODELS, tokens_per_side, try_building
 from ..training.callbacks import standard_callbacks
 from ..training.config import Unused, describe, flatten, load_config, unused_steps, warn_unused
 from ..training.ema import evaluating
@@ -38,7 +38,6 @@ from ..utils.seeds import step_seed
 from ..training.distributed import on_main_process
 from ..training.schema import Section, setting
 from ..training.tokenizer import VQConfig, VQTrainer
-from ..utils.validation import first_line
 
 # %% ../../nbs/07_recipes/09_image_tokenizer.ipynb #427d2911
 @dataclass
@@ -221,7 +220,7 @@ def check_tokenizer(config: TokenizerConfig):
         PatchDiscriminator(8, loss.discriminator_layers)(torch.zeros(1, 3, side, side))
     if not config.model.pretrained:  # a pretrained one is checked when it is loaded
         with torch.device("meta"):
-            _check_side(config, _fresh(config))
+            tokens_per_side(config.dataset.resolution, _fresh(config))
 
 
 def describe_tokenizer(config: TokenizerConfig) -> str:
@@ -233,17 +232,7 @@ def describe_tokenizer(config: TokenizerConfig) -> str:
 
 
 def _fresh(config):
-    try:
-        return VQ_MODELS[config.model.type].from_config(config.model.params)
-    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
-        raise ValueError(f"model.params describes no network: {first_line(error)}") from error
-
-
-def _check_side(config, model):
-    side, factor = config.dataset.resolution, model.downsample_factor
-    if side % factor:
-        raise ValueError(f"resolution={side} does not split into tokens of {factor} pixels; "
-                         f"choose a multiple of {factor}.")
+    return try_building("model.params", VQ_MODELS[config.model.type].from_config, config.model.params)
 
 
 def make_tokenizer(config: TokenizerConfig) -> nn.Module:
@@ -252,7 +241,7 @@ def make_tokenizer(config: TokenizerConfig) -> nn.Module:
     if not config.model.pretrained:
         return _fresh(config)
     model = VQ_MODELS[config.model.type].from_pretrained(config.model.pretrained)
-    _check_side(config, model)
+    tokens_per_side(config.dataset.resolution, model)
     return model
 
 # %% ../../nbs/07_recipes/09_image_tokenizer.ipynb #0bad8b61

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['VQ_MODELS', 'TRANSFORMERS', 'PRECISIONS', 'MOST_CODES', 'stored_config', 'describe_vq_model', 'describe_text_encoder',
            'load_vq_model', 'load_text_encoder', 'FrozenNetworks', 'read_conditions', 'only_read', 'condition_sizes',
-           'expected_condition_sizes', 'build_transformer', 'drop_unread', 'make_transformer', 'try_networks',
-           'check_codes']
+           'expected_condition_sizes', 'build_transformer', 'drop_unread', 'make_transformer', 'try_building',
+           'tokens_per_side', 'try_networks', 'check_codes']
 
 # %% ../../nbs/07_recipes/04_networks.ipynb #12bd4fe0
 import inspect
 import warnings
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -26,8 +27,8 @@ from ..models.transformer import MaskGitTransformer
 from ..models.uvit import MaskGiTUViT
 from ..models.vqgan import VQGANModel
 from .finetune import load_pretrained
-from .settings import clip_training
-from ..training.config import Config, class_names, condition_of, num_classes, reads_pooled
+from .settings import class_names, clip_training, condition_of, num_classes, reads_pooled
+from ..training.config import Config
 from ..utils.validation import first_line
 
 # %% ../../nbs/07_recipes/04_networks.ipynb #c4edb242
@@ -67,13 +68,8 @@ def describe_text_encoder(config: Config) -> nn.Module | None:
     with torch.device("meta"):
         if not section.pretrained:
             training = clip_training(config)
-            return cls(CLIPTextConfig(
-                hidden_size=training.hidden_size, intermediate_size=4 * training.hidden_size,
-                num_hidden_layers=training.layers, num_attention_heads=2,
-                projection_dim=training.projection_dim, vocab_size=training.vocab_size,
-                max_position_embeddings=training.max_seq_length,
-                bos_token_id=0, eos_token_id=1,
-            ))
+            sizes = {**training.text_tower(), "vocab_size": training.vocab_size}
+            return cls(CLIPTextConfig(**sizes, bos_token_id=0, eos_token_id=1))
         for subfolder in ("text_encoder", ""):  # of a pipeline, or a text encoder alone
             try:
                 options = {"subfolder": subfolder, "local_files_only": True}
@@ -262,11 +258,21 @@ MOST_CODES = 1 << 16
 _BUILD_ERRORS = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError)
 
 
-def _try(path, build, *arguments):
+def try_building(path: str, build: Callable, *arguments):
+    "`build(*arguments)`; a ValueError says that the settings at `path` describe no network."
     try:
         return build(*arguments)
     except _BUILD_ERRORS as error:
         raise ValueError(f"{path} describes no network: {first_line(error)}") from error
+
+
+def tokens_per_side(resolution: int, vq_model: nn.Module) -> int:
+    "The tokens along a side of an image; a ValueError if it does not split into tokens."
+    side, rest = divmod(resolution, vq_model.downsample_factor)
+    if rest or not side:
+        raise ValueError(f"resolution={resolution} does not split into tokens of "
+                         f"{vq_model.downsample_factor} pixels; choose a multiple of that.")
+    return side
 
 
 def try_networks(config: Config):
@@ -277,14 +283,11 @@ def try_networks(config: Config):
         return  # its sizes are read when it is loaded
     conditions = None if config.model.text_encoder.pretrained else expected_condition_sizes(config)
     with torch.device("meta"):
-        vq_model = _try("model.vq_model.params", VQ_MODELS[vq.type].from_config, vq.params)
-        side, rest = divmod(resolution, vq_model.downsample_factor)
-        if rest or not side:
-            raise ValueError(f"dataset.preprocessing.resolution={resolution} does not split into tokens of "
-                             f"{vq_model.downsample_factor} pixels; it must be a multiple of that.")
+        vq_model = try_building("model.vq_model.params", VQ_MODELS[vq.type].from_config, vq.params)
+        side = tokens_per_side(resolution, vq_model)
         codebook_size = check_codes(config, vq_model)
         if conditions is not None:
-            _try("model.transformer", _try_transformer, config, codebook_size, side, conditions)
+            try_building("model.transformer", _try_transformer, config, codebook_size, side, conditions)
 
 
 def check_codes(config: Config, vq_model: nn.Module) -> int:

@@ -16,7 +16,6 @@ from typing import Callable, Iterable
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from musekit.core.diagnostics import (
     bucket_sums, diagnose, mask_bucket, plot_token_probabilities, token_probability_histogram,
@@ -27,7 +26,7 @@ from .config import save_config
 from .ema import evaluating, save_model
 from .log import Callback, Log
 from musekit.training.checkpoint import (
-    checkpoint_folders, failing_clearly, keep_newest, latest_checkpoint, save_run, step_of,
+    checkpoint_folders, failing_clearly, keep_newest, refuse_earlier_run, save_run, step_of,
 )
 from .loop import Loop
 from .schema import Experiment, Run
@@ -236,11 +235,8 @@ class Checkpoint(Callback):
         self.limit, self.saved = limit, None
 
     def on_start(self, trainer):
-        if not trainer.step and latest_checkpoint(trainer.output_dir):
-            raise ValueError(
-                f"{trainer.output_dir} holds checkpoints of an earlier run. To resume it, set "
-                "experiment.resume_from_checkpoint=latest; else choose another folder (output=...)."
-            )
+        if not trainer.step:
+            refuse_earlier_run(trainer.output_dir)
         self.saved = trainer.step
         if trainer.accelerator.is_main_process:
             sweep(trainer.output_dir)

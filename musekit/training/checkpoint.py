@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATE_FILE', 'Changes', 'checkpoint_folders', 'step_of', 'checkpoints', 'latest_checkpoint', 'find_checkpoint',
-           'fault_of', 'check_files', 'keep_newest', 'changed_settings', 'refuse_changes', 'refuse_other_run',
-           'settle_run_seed', 'started', 'save_run', 'failing_clearly', 'load_run']
+           'fault_of', 'check_files', 'keep_newest', 'changed_settings', 'refuse_changes', 'refuse_earlier_run',
+           'refuse_other_run', 'settle_run_seed', 'started', 'save_run', 'failing_clearly', 'load_run']
 
 # %% ../../nbs/04_training/07_checkpoint.ipynb #7f86328a
 import json
@@ -193,8 +193,8 @@ def _short(value, width=60):
     return shorten(text, width)
 
 
-def refuse_changes(checkpoint: Path, config: Section):
-    "Raises ValueError for changes that prevent resuming: of the model, or with `latest` of the run."
+def refuse_changes(checkpoint: Path, config: Section) -> Changes:
+    "The changed settings; a ValueError if they prevent resuming: of the model, or with `latest` of the run."
     changes = changed_settings(checkpoint, config)
     elsewhere = "choose another folder (output=...)"
     model = {name: pair for name, pair in changes.items() if name.startswith(config.SAME_MODEL)}
@@ -210,6 +210,15 @@ def refuse_changes(checkpoint: Path, config: Section):
                          "step with the new settings, name it: "
                          f"experiment.resume_from_checkpoint={checkpoint}. To start a new run, {elsewhere}, "
                          "or delete that folder.")
+    return changes
+
+
+def refuse_earlier_run(folder: str | Path):
+    "Raises ValueError if the folder of a new run holds checkpoints."
+    if latest_checkpoint(folder):
+        raise ValueError(f"{folder} holds checkpoints of an earlier run. To resume it, set "
+                         "experiment.resume_from_checkpoint=latest; else choose another folder (output=...), "
+                         "or delete that folder.")
 
 
 def refuse_other_run(config: Section):
@@ -219,10 +228,8 @@ def refuse_other_run(config: Section):
     if checkpoint is not None:
         check_files(checkpoint)
         refuse_changes(checkpoint, config)
-    elif latest_checkpoint(folder):
-        raise ValueError(f"{folder} holds checkpoints of an earlier run. To resume it, set "
-                         "experiment.resume_from_checkpoint=latest; else choose another folder (output=...), "
-                         "or delete that folder.")
+    else:
+        refuse_earlier_run(folder)
 
 # %% ../../nbs/04_training/07_checkpoint.ipynb #64fc70f8
 def settle_run_seed(config: Section) -> bool:  # whether it is a new one
@@ -314,8 +321,7 @@ def load_run(
     "Resumes from a checkpoint; states that no longer fit start afresh, each reported in a line."
     folder = Path(folder)
     check_files(folder)
-    refuse_changes(folder, trainer.config)
-    changes = changed_settings(folder, trainer.config)
+    changes = refuse_changes(folder, trainer.config)
     state = json.loads((folder / STATE_FILE).read_text())
     if state.get("num_processes") != trainer.processes:
         changes["number of processes"] = state.get("num_processes"), trainer.processes

@@ -113,7 +113,6 @@ def start_trackers(trainer, run_id: str | None = None):
 class Log(Callback):
     "Logs the metrics of the steps and their speed, and shows a progress bar."
 
-    COUNTS = ("skipped", "filtered")
     SHOWN = ("loss", "masking_rate", "codes_used", "learning_rate", "samples_per_second", "data_time")
 
     def __init__(
@@ -164,7 +163,7 @@ class Log(Callback):
             values |= {"grad_norm": norm / finite_share} if finite_share else {}
         values["samples_per_second"] = values.pop("examples") / values["batch_time"]
         for name, value in trainer.metrics.items():
-            if name in self.COUNTS:
+            if name in trainer.COUNTS:
                 values[name] = int(trainer.reduce(torch.tensor(value, device=device), "sum"))
             elif name not in self.sums:
                 values[name] = value

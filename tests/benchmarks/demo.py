@@ -16,6 +16,7 @@ from pathlib import Path
 
 WITHOUT = {
     "": [],
+    "200 steps": ["steps=1000"],
     "bf16": ["training.mixed_precision=no"],
     "linear schedule": ["lr_scheduler.scheduler=cosine"],
     "small tokenizer batches": [

@@ -1,5 +1,5 @@
 """How fast the U-ViT trains and draws, and in how much memory, beside diffusers' UVit2DModel and
-AmusedPipeline.
+AmusedPipeline. (The text transformer beside a plain GPT: text_models.py.)
 
     python tests/benchmarks/models.py                  # the CPU, hidden 384, 6 layers, 256 tokens, batch 8
     python tests/benchmarks/models.py --quick          # a small model, few repetitions: does everything run?
@@ -40,7 +40,7 @@ from musekit.inference.pipeline import TokenPipeline
 try:
     from diffusers import AmusedPipeline, AmusedScheduler, UVit2DModel
 except ImportError:
-    sys.exit("This compares with diffusers, which is not installed here: pip install diffusers==0.42.1")
+    UVit2DModel = None
 
 # "target" is aMUSEd-256 with every width times 0.375 (three residual blocks a stage, as published) and 6 of
 # 22 layers
@@ -319,6 +319,8 @@ def main():
     parser.add_argument("--profile", action="store_true", help="where the time of a training step goes")
     parser.add_argument("--quick", action="store_true", help="a tiny model, three pairs")
     options = parser.parse_args()
+    if UVit2DModel is None:
+        sys.exit("This compares with diffusers, which is not installed here: pip install diffusers==0.42.1")
     size, repeats = ("tiny", 3) if options.quick else (options.size, options.repeats)
     device = options.device
     if options.threads:
