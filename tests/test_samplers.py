@@ -89,7 +89,11 @@ def divergence(law):
 
 @pytest.mark.parametrize(
     "name, options",
-    (("left_to_right", {}), ("entropy_bounded", {"gamma": 0.0}), ("confidence_threshold", {"threshold": 1.0})),
+    (
+        ("left_to_right", {}),
+        ("entropy_bounded", {"gamma": 0.0}),
+        ("confidence_threshold", {"threshold": 1.0}),
+    ),
 )
 def test_the_exact_law_of_one_token_a_step_is_the_source(name, options):
     assert (law_of(name, **options) - SOURCE.weights).abs().sum() < 1e-12
@@ -112,6 +116,7 @@ def test_gamma_bounds_the_divergence_from_the_source():
 
 def test_likely_ids_above_the_threshold_are_the_mode_of_the_joint_distribution():
     "With n tokens above 1 - epsilon and (n + 1) epsilon at most 1."
+    num_revealed = 0
     for seed in range(50):
         table = (6 * torch.randn(V, V, V, generator=seeded(seed))).flatten().softmax(0).view(V, V, V).double()
         marginals = [table.sum([other for other in range(N) if other != token]) for token in range(N)]
@@ -120,7 +125,10 @@ def test_likely_ids_above_the_threshold_are_the_mode_of_the_joint_distribution()
             torch.ones(1, N).bool(), torch.ones(1, N), torch.stack(marginals).log(),
         )
         if not get_sampler("confidence_threshold", threshold=N / (N + 1))(state).any():
-            assert int(table.argmax()) == sum(int(p.argmax()) * V ** (N - 1 - i) for i, p in enumerate(marginals))
+            num_revealed += 1
+            likely = [int(marginal.argmax()) for marginal in marginals]
+            assert STATES[table.argmax()].tolist() == likely
+    assert 5 < num_revealed < 45
 
 
 def test_rows_of_an_adaptive_sampler_end_by_themselves():
