@@ -85,7 +85,7 @@ def test_a_process_finds_a_wrong_argument_at_once(tmp_path):
         (["generate", "a two", "--model", "nowhere"], "no folder and no hub id"),
         (["generate", "a two", "--out", "two.mp5"], "--out two.mp5"),
         (["generate", "a two", "--out", "/proc/no/two.png"], "cannot be written"),
-        (["train", "data=digits", "training.max_train_steps=few"], "steps: Value 'few'"),
+        (["train", "data=digits", "training.max_train_steps=few"], "steps='few' must be a whole number"),
         (
             ["train", "data=digits", "dataset.preprocessing.random_flip=true"],
             "set training.encode_first=false",

@@ -1,20 +1,31 @@
 """Samplers on a joint distribution that is known exactly, and noise that must have all of its bits."""
+import argparse
 import math
+import re
 
 import pytest
 import torch
 
 from musekit.core import noise
-from musekit.core.guidance import GenerationConfig
-from musekit.core.decoding import generate_ids
-from musekit.core.samplers import get_sampler, halton_ranks, hide_lowest, register_sampler, sampler_names
+from musekit.commands.generate import add_generate
+from musekit.core.guidance import GenerationConfig, generate_guided
+from musekit.core.decoding import generate_ids, model_calls
+from musekit.core.likelihood import EnumerableSource, exact_law
+from musekit.core.samplers import (
+    SamplerState, get_sampler, halton_ranks, hide_lowest, register_sampler, sampler_names,
+)
+from musekit.core.schedules import get_schedule
 from musekit.core.noise import exact_noise, gumbel_noise, sample_tokens
 
 V = N = 3
 STATES = torch.cartesian_prod(*[torch.arange(V)] * N)
 JOINT = (1.5 * torch.randn(len(STATES), generator=torch.Generator().manual_seed(5))).softmax(0)
 ONE_HOT = torch.nn.functional.one_hot(STATES, V).float()
-BUILT_IN = ("confidence", "entropy", "first_hitting", "halton", "random", "remasking")
+BUILT_IN = (
+    "confidence", "confidence_threshold", "entropy", "entropy_bounded", "first_hitting", "halton",
+    "left_to_right", "random", "remasking",
+)
+SOURCE = EnumerableSource(JOINT.view(V, V, V))
 
 
 def seeded(seed=0):
@@ -55,7 +66,7 @@ def total_variation(counts):
     return float((counts / counts.sum() - JOINT).abs().sum() / 2)
 
 
-@pytest.mark.parametrize("name", ("random", "halton", "entropy", "first_hitting"))
+@pytest.mark.parametrize("name", ("random", "halton", "entropy", "first_hitting", "left_to_right"))
 def test_one_token_at_a_time_in_an_order_blind_to_the_draws_is_exact(name):
     assert p_value(counts_of(name, N), JOINT) > 1e-3
     assert p_value(counts_of(name, 1), JOINT) < 1e-6  # the test notices the product of the marginals
@@ -63,6 +74,92 @@ def test_one_token_at_a_time_in_an_order_blind_to_the_draws_is_exact(name):
 
 def test_first_hitting_is_exact_with_more_steps_than_tokens_too():
     assert p_value(counts_of("first_hitting", 7), JOINT) > 1e-3
+
+
+def law_of(name, steps=N, **options):
+    "The exact law of a sampler without randomness, on the conditionals of JOINT."
+    sampler = get_sampler(name, **options)
+    return exact_law(lambda state: [(torch.ones(len(state.hidden)).double(), sampler(state))], SOURCE, steps)
+
+
+def divergence(law):
+    "KL divergence of a law from the source, in nats."
+    return float((SOURCE.weights * (SOURCE.weights / law).log()).sum())
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    (
+        ("left_to_right", {}),
+        ("entropy_bounded", {"gamma": 0.0}),
+        ("confidence_threshold", {"threshold": 1.0}),
+    ),
+)
+def test_the_exact_law_of_one_token_a_step_is_the_source(name, options):
+    assert (law_of(name, **options) - SOURCE.weights).abs().sum() < 1e-12
+    assert divergence(law_of(name, steps=2, **options)) > 0.01  # steps is the most: the last reveals the rest
+
+
+def test_all_tokens_at_once_are_the_product_of_the_marginals():
+    product = law_of("left_to_right", steps=1)
+    for law in (law_of("entropy_bounded", gamma=math.inf), law_of("confidence_threshold", threshold=0.0)):
+        assert torch.equal(law, product)
+
+
+def test_gamma_bounds_the_divergence_from_the_source():
+    "Of three tokens, only one step can reveal several, and its error is below gamma."
+    gammas = (0.5, 0.8, 1.0, 1.5)
+    divergences = {gamma: divergence(law_of("entropy_bounded", gamma=gamma)) for gamma in gammas}
+    assert all(-1e-12 < divergences[gamma] < gamma for gamma in divergences)
+    assert min(divergences[gamma] for gamma in (0.8, 1.0, 1.5)) > 0.01
+
+
+def test_likely_ids_above_the_threshold_are_the_mode_of_the_joint_distribution():
+    "With n tokens above 1 - epsilon and (n + 1) epsilon at most 1."
+    num_revealed = 0
+    for seed in range(50):
+        table = (6 * torch.randn(V, V, V, generator=seeded(seed))).flatten().softmax(0).view(V, V, V).double()
+        marginals = [table.sum([other for other in range(N) if other != token]) for token in range(N)]
+        state = SamplerState(
+            0, 9, get_schedule("linear"), torch.tensor([2]), 0.0, torch.ones(1, N).bool(),
+            torch.ones(1, N).bool(), torch.ones(1, N), torch.stack(marginals).log(),
+        )
+        if not get_sampler("confidence_threshold", threshold=N / (N + 1))(state).any():
+            num_revealed += 1
+            likely = [int(marginal.argmax()) for marginal in marginals]
+            assert STATES[table.argmax()].tolist() == likely
+    assert 5 < num_revealed < 45
+
+
+def test_rows_of_an_adaptive_sampler_end_by_themselves():
+    "Each row needs its own number of calls, in any company and in batches; complete rows are not computed."
+    config = GenerationConfig(
+        steps=20, guidance_scale=1.0, sampler="confidence_threshold", sampler_params={"threshold": 0.6}
+    )
+    computed = []
+
+    def forward(ids, conditions, hidden):
+        computed.append(len(ids))
+        return exact_logits(ids, hidden, 0)
+
+    start = torch.full((6, N), V)
+    start[1, :2], start[4] = 1, torch.tensor([0, 1, 2])
+    how = dict(seed=list(range(6)), return_steps=True, grid=(1, N))
+    ids, records = generate_guided(forward, start, V, V, {}, {}, config, batch_size=4, **how)
+    calls = model_calls(records)
+    assert (ids[4] == start[4]).all() and calls[4] == 0 and calls[1] == 1
+    assert sum(computed) == calls.sum() and len(records) == calls.max() <= N and len(set(calls.tolist())) > 2
+    for row in range(6):
+        alone, own = generate_guided(
+            forward, start[[row]], V, V, {}, {}, config, seed=[row], return_steps=True, grid=(1, N)
+        )
+        assert torch.equal(alone[0], ids[row]) and len(own) == calls[row]
+
+
+def test_the_help_of_generate_names_every_sampler():
+    parser = add_generate(argparse.ArgumentParser().add_subparsers())
+    described = next(action.help for action in parser._actions if action.dest == "sampler")
+    assert set(BUILT_IN) <= set(re.findall(r"\w+", described))
 
 
 def test_confidence_looks_at_the_draw_and_leans_to_the_mode():

@@ -8,10 +8,25 @@ __all__ = ['add_demo']
 # %% ../../nbs/10_commands/03_demo.ipynb #7239bbba
 import shlex
 
-from .options import disable_progress_bars, number_between, report_stop
+from .options import disable_progress_bars, number_between, refuse_options, report_stop
 
 # %% ../../nbs/10_commands/03_demo.ipynb #3e7b7581
+def _run_text_demo(options):
+    from musekit.recipes.text_demo import text_demo
+
+    refuse_options(options, ["prompts", "export"], "images", "the demo on text")
+    overrides = options.overrides[1:]
+    out = options.out or "runs/numbers"
+    trainer = text_demo(out, overrides, options.seed).run.trainer
+    if trainer.stop:
+        return report_stop(trainer, "demo", "text", "--out", out, "--seed", str(options.seed), *overrides)
+
+
 def _run_demo(options):
+    if options.overrides[:1] == ["text"]:
+        return _run_text_demo(options)
+    options.out = options.out or "runs/demo"
+    options.prompts = options.prompts or 400
     from musekit.recipes.demo import demo, export_demo
 
     disable_progress_bars()
@@ -39,11 +54,12 @@ def add_demo(commands):
         "pipeline/ (for musekit generate) into the folder.",
     )
     add = parser.add_argument
-    add("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as steps=500")
-    add("--out", default="runs/demo", metavar="FOLDER", help="folder of the run (default: %(default)s)")
+    add("overrides", nargs="*", metavar="text | KEY=VALUE", help="text, for numbers in digits and in words "
+        "instead of images; then settings, such as steps=500")
+    add("--out", metavar="FOLDER", help="folder of the run (default: runs/demo, of text runs/numbers)")
     add("--seed", type=number_between(0), default=0, help="seed of all random numbers (default: %(default)s)")
-    add("--prompts", type=number_between(1, 400), default=400, metavar="N",
-        help="held-out prompts to generate and score, 1 to 400 (default: %(default)s)")
+    add("--prompts", type=number_between(1, 400), metavar="N",
+        help="held-out prompts to generate and score, 1 to 400 (default: 400)")
     add("--export", metavar="FOLDER", help="also save the pipeline there in half precision, with its score")
     parser.set_defaults(run=_run_demo, words="overrides", resumes=True)
     return parser

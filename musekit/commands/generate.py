@@ -268,7 +268,8 @@ def _add_generation_options(parser):
         "gives each image its own seed, independent of the others")
     add("--negative-prompt", metavar="PROMPT", help="prompt to steer away from")
     add_decoding_options(parser)
-    add("--sampler", metavar="NAME", help="confidence, random, halton, entropy, remasking or first_hitting")
+    add("--sampler", metavar="NAME", help="confidence, random, halton, entropy, left_to_right, remasking, "
+        "first_hitting; entropy_bounded or confidence_threshold, with as few steps as the predictions allow")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting of decoding, such "
         "as sampler_params.eta=0.2, guidance_schedule=power-cosine or guidance_interval=[0.2,0.8]")
     add("--batch-size", type=whole, metavar="N",

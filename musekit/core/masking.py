@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOISE_TYPES', 'IGNORE_INDEX', 'uniform_noise', 'sample_ratios', 'num_masked_tokens', 'random_mask', 'contiguous_mask',
-           'MaskingConfig', 'hide_tokens', 'loss_weights', 'MaskedTokens', 'mask_tokens', 'drop_conditions']
+           'MaskingConfig', 'hide_tokens', 'loss_weights', 'check_ids', 'MaskedTokens', 'mask_tokens',
+           'drop_conditions']
 
 # %% ../../nbs/01_core/02_masking.ipynb #828710c6
 from dataclasses import dataclass
@@ -135,6 +136,29 @@ def loss_weights(mask: Tensor,  # (B, N) bool
     return 1 - (1 - mask.float()) * (1 - ratio[:, None]) * 0.7
 
 # %% ../../nbs/01_core/02_masking.ipynb #9771afda
+def check_ids(
+    name: str,  # of the argument, for the error message
+    ids: Tensor,
+):
+    "Raises a ValueError unless `ids` is an int64 tensor of the shape (B, N)."
+    if not isinstance(ids, Tensor):
+        raise ValueError(f"{name} must be an int64 tensor (B, N), got a {type(ids).__name__}; "
+                         "convert it with torch.tensor")
+    if ids.dtype != torch.int64 or ids.dim() != 2:
+        raise ValueError(f"{name} must be an int64 tensor (B, N), got {ids.dtype} {tuple(ids.shape)}; "
+                         "ids.long() converts the type, and ids[None] makes a batch of one row")
+
+
+def _check_range(ids, codebook_size):
+    "Raises a ValueError for ids outside the codebook; on the CPU only, as elsewhere it waits for the device."
+    if ids.device.type != "cpu" or not ids.numel():
+        return
+    low, high = ids.aminmax()
+    if low < 0 or high >= codebook_size:
+        raise ValueError(f"image_ids must be in 0..{codebook_size - 1}, got {low} to {high}; "
+                         "see codebook_size of the MaskingConfig")
+
+
 @dataclass(frozen=True)
 class MaskedTokens:
     "A masked batch: model inputs, labels and loss weights."
@@ -147,7 +171,7 @@ class MaskedTokens:
     total: Tensor | None = None  # scalar that divides the weighted sum; None: the sum of the weights
 
 
-def mask_tokens(image_ids: Tensor,  # (B, N) int64 ids below codebook_size
+def mask_tokens(image_ids: Tensor,  # (B, N) int64 ids below codebook_size, which is checked on the CPU only
                 config: MaskingConfig,
                 *,
                 ratios: Tensor | None = None,  # (B,) mask ratios; None: drawn from the schedule
@@ -155,6 +179,8 @@ def mask_tokens(image_ids: Tensor,  # (B, N) int64 ids below codebook_size
                 generator: torch.Generator | None = None
                ) -> MaskedTokens:
     "Mask a batch of image ids for one training step (Chang et al. 2022, section 3.1)."
+    check_ids("image_ids", image_ids)
+    _check_range(image_ids, config.codebook_size)
     batch_size, num_tokens = image_ids.shape
     if ratios is not None:
         ratios = ratios.to(image_ids.device)

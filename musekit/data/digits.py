@@ -12,6 +12,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -200,7 +201,7 @@ def make_digits(
 ) -> dict[str, list[str]]:
     "Writes the shards of both splits and `test_prompts.json` unless complete, and returns the URLs by split."
     folder = Path(folder)
-    splits = {"train": lambda: train_samples(copies), "test": test_samples}
+    splits = {"train": partial(train_samples, copies), "test": test_samples}
     if not (folder / "test_prompts.json").is_file():
         for split, samples in splits.items():
             shutil.rmtree(folder / split, ignore_errors=True)

@@ -15,6 +15,7 @@ import math
 import random
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from ..utils.validation import is_unicode
@@ -289,7 +290,7 @@ SAMPLE_LAYOUTS = {
     "image_text": _read_image_text,
     "synthetic": _read_synthetic,
     "clean": _read_clean,
-    "clean_upscaled": lambda members, class_names: _read_clean(members, class_names, quarter=False),
+    "clean_upscaled": partial(_read_clean, quarter=False),
     "classification": _read_classification,
 }
 

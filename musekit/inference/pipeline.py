@@ -232,7 +232,7 @@ class ImagePipeline(TokenPipeline):
         batch_size: int | None = None,  # as of `ids`
         return_steps: bool = False,  # also return a list with the result of every step
         output_type: str = "pil",  # or "numpy" (B, height, width, 3), "tensor" (B, 3, height, width), "ids"
-        postprocess: Callable[[Image.Image], Image.Image] = lambda image: image,  # of each image
+        postprocess: Callable[[Image.Image], Image.Image] | None = None,  # of each image
         **options,  # of `ids`: negative_prompt, num_images_per_prompt, seed, steps, guidance_scale, ...
     ) -> list[Image.Image] | np.ndarray | Tensor | tuple:  # with `return_steps`, also the list of steps
         "The images of the prompts, those of a prompt in a row; pixels in [0, 1], or ids (B, *grid) int64."
@@ -255,7 +255,9 @@ class ImagePipeline(TokenPipeline):
             if output_type == "ids":
                 return ids.masked_fill(hidden, self.mask_token_id).view(-1, *grid)
             decoded = zip(self.decode(ids, grid, batch_size), hidden)
-            images = [postprocess(fade_tokens(image, mask, grid)) for image, mask in decoded]
+            images = [fade_tokens(image, mask, grid) for image, mask in decoded]
+            if postprocess is not None:
+                images = [postprocess(image) for image in images]
             return _as_output(images, output_type)
 
         images = finish(ids, torch.zeros_like(ids, dtype=torch.bool))

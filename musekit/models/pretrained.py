@@ -21,7 +21,7 @@ from torch import nn
 
 from .. import models
 from ..utils.files import write_aside
-from ..utils.validation import did_you_mean
+from ..utils.validation import KINDS, did_you_mean
 from .card import push
 from musekit.models.weights import (
     check_finite, find_folder, load_weights, match_names, read_json, remove_others, unwrap_names,
@@ -104,12 +104,10 @@ def read_config(path):
     return convert_checkpoint(read_json(path), {})[0]
 
 # %% ../../nbs/02_models/06_pretrained.ipynb #b0954079
-_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-
 def _describe(default):
     if isinstance(default, tuple):
         return "a list" + (f" with each entry {_describe(default[0])}" if default else "")
-    return _TYPES.get(type(default), f"like {default!r}")
+    return KINDS.get(type(default), f"like {default!r}")
 
 def _fits(value, default):
     "Whether a value has the type of a default; a default of None accepts every value."
@@ -239,10 +237,29 @@ class PretrainedModel(nn.Module):
 
     def __new__(cls, *args, **settings):
         model = super().__new__(cls)
-        arguments = inspect.signature(cls.__init__).bind_partial(model, *args, **settings)
+        try:
+            arguments = inspect.signature(cls.__init__).bind_partial(model, *args, **settings)
+        except TypeError as error:
+            cls._refuse_unknown(settings)
+            raise TypeError(f"{cls.__name__}: {error}; it takes {', '.join(cls._defaults())}.") from error
         arguments.apply_defaults()
         model.config = ModelConfig(list(arguments.arguments.items())[1:])
         return model
+
+    @classmethod
+    def _defaults(cls):
+        "The defaults of the constructor's arguments by name."
+        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        return {parameter.name: parameter.default for parameter in parameters}
+
+    @classmethod
+    def _refuse_unknown(cls, settings, ignored=()):
+        "Raises ValueError for a setting that the constructor does not have."
+        defaults = cls._defaults()
+        for key in settings:
+            if key not in defaults and key not in ignored:
+                raise ValueError(f"{cls.__name__} has no setting {key!r}.{did_you_mean(key, defaults)} "
+                                 f"It has: {', '.join(defaults)}.")
 
     @classmethod
     def registered_names(cls):
@@ -279,15 +296,11 @@ class PretrainedModel(nn.Module):
         name = config.get("_class_name", cls.__name__)
         if name not in cls.registered_names():
             raise ValueError(f"these are settings of a {name}, not of a {cls.__name__}; use class {name}.")
-        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-        defaults = {parameter.name: parameter.default for parameter in parameters}
-        settings = {key: value for key, value in config.items() if key in defaults}
-        for key in config:
-            if not (key.startswith("_") or key in defaults or key in cls.ignored_config
-                    or key in cls.fixed_config):
-                raise ValueError(f"{cls.__name__} has no setting {key!r}.{did_you_mean(key, defaults)} "
-                                 f"It has: {', '.join(defaults)}.")
+        public = [key for key in config if not key.startswith("_")]
+        cls._refuse_unknown(public, ignored=(*cls.ignored_config, *cls.fixed_config))
         cls.check_fixed(config)
+        defaults = cls._defaults()
+        settings = {key: value for key, value in config.items() if key in defaults}
         fitting = ModelConfig(fit_settings(settings, defaults))
         try:
             model = _build(cls, fitting)

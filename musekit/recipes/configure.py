@@ -62,7 +62,9 @@ def _check_network(key: str, section: VQModel | TextEncoderSection, pre_encode: 
 def _check_folder(key: str, path: str | None):
     "A path that can be no hub id must be a folder."
     if path and not Path(path).expanduser().is_dir() and (path.count("/") > 1 or path[0] in "./~"):
-        raise FileNotFoundError(f"{key}={path} is no folder here.")
+        raise FileNotFoundError(f"{key}={path} is no folder here; a finished musekit train leaves its "
+                                "networks in its folder: train that run first, or name another folder or "
+                                "a hub id.")
 
 
 def _check_encoding(config: Config):
@@ -157,7 +159,7 @@ def configure(
 ) -> Config:
     "The configuration of a run, before `validate`; \"small\" is the built-in small model."
     paths = path if isinstance(path, list) else [path or "small"]
-    config = load_config([_SMALL if each == "small" else each for each in paths], list(overrides))
+    config = load_config([_SMALL if each == "small" else each for each in paths], overrides)
     settings = flatten(config)
     if config.dataset.type == "classification":
         config.dataset.params.class_names = _classes(config, paths)

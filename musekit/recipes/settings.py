@@ -27,12 +27,12 @@ from ..data.token_manifest import TOKEN_MANIFEST
 from ..data.tokens import EncodedSource, open_encoded
 from ..core.guidance import GenerationConfig
 from ..inference.prompts import from_diffusers_names
-from ..training.config import Config, Unused, unused_steps
+from ..training.config import Config, Unused, explain_type_error, unused_steps
 from ..training.schema import Model
 from ..training.tokenizer import VQTrainingConfig
 from ..models.weights import read_json
 from ..utils.hashing import file_digest
-from ..utils.validation import did_you_mean, first_line
+from ..utils.validation import did_you_mean
 
 # %% ../../nbs/07_recipes/03_settings.ipynb #966bb6a3
 def condition_of(config: Config) -> str:
@@ -204,7 +204,7 @@ def _typed(cls, settings: dict, path: str):
     try:
         options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), settings))
     except OmegaConfBaseException as error:
-        raise ValueError(f"{path}.{error.full_key}: {first_line(error)}") from error
+        raise ValueError(explain_type_error(error, path)) from error
     options.check(path)
     return options
 

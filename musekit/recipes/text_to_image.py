@@ -42,7 +42,7 @@ from musekit.evaluation.evaluate import (
     MetricsConfig, choose_prompts, draw_images, evaluate, find_judge, make_extractor, real_features,
 )
 from ..inference.pipeline import Pipeline
-from .configure import validate
+from .configure import configure, validate
 from .encode import default_state_dtype, make_encoder, write_codes
 from musekit.recipes.networks import (
     VQ_MODELS, FrozenNetworks, condition_sizes, describe_vq_model, load_text_encoder, load_vq_model,
@@ -55,7 +55,7 @@ from musekit.recipes.settings import (
 from musekit.training.callbacks import (
     Callback, FirstInputs, Measure, diagnostic_callbacks, standard_callbacks, validation_loss,
 )
-from ..training.config import Config
+from ..training.config import Config, check_config
 from ..training.ema import evaluating
 from ..training.optim import check_library
 from ..training.checkpoint import find_checkpoint, latest_checkpoint, started, step_of
@@ -705,12 +705,16 @@ class TrainedRun:
 
 
 def train(
-    config: Config,  # of `configure`
+    config: Config | str | Path,  # of `configure`, or a YAML file for it
     *,
     progress: bool | None = None,  # show it, see `watched`
     base_dir: str | Path | None = None,  # where relative shard names are also looked for
 ) -> TrainedRun:
     "Runs every stage of the recipe and saves the pipeline; resumes a run that was stopped."
+    if isinstance(config, (str, Path)):
+        base_dir = base_dir or Path(config).parent
+        config = configure(config)
+    check_config(config)
     samples = validate(config)
     check_library(config)
     with started(config) as accelerator:

@@ -36,6 +36,10 @@ from musekit.shards.remote import (
 )
 
 # %% ../../nbs/08_shards/03_download.ipynb #57c7d62b
+def _ignore(*event):
+    "Does nothing, where nobody listens."
+
+
 @dataclass(frozen=True)
 class Connection:
     "How files are fetched: from which hub, with which token, and how patiently."
@@ -46,7 +50,7 @@ class Connection:
     timeout: float = 60.0  # seconds without a byte until the connection times out
     longest_wait: float = LONGEST_WAIT  # seconds; a server that requests more is an error
     sleep: Callable[[float], object] = time.sleep
-    tell: Callable[[str], object] = lambda text: None  # called with a line before each wait
+    tell: Callable[[str], object] = _ignore  # called with a line before each wait
 
     @classmethod
     def from_environment(cls, **changes) -> "Connection":
@@ -334,7 +338,7 @@ def fetch(
     url: str,
     path: str | Path,  # in an existing folder
     connection: Connection = Connection(),
-    watch: Callable[[Path, str, float], object] = lambda *event: None,  # watch(path, event, value)
+    watch: Callable[[Path, str, float], object] = _ignore,  # watch(path, event, value)
 ) -> Source:
     """Downloads a file unless it is there already; the file is complete and checked, or absent.
 
@@ -425,7 +429,7 @@ def download_all(
     connection: Connection = Connection(),
     workers: int = 4,
     quiet: bool = False,  # no progress bar
-    watch: Callable[[Path, str, float], object] = lambda *event: None,
+    watch: Callable[[Path, str, float], object] = _ignore,
 ) -> list[Source]:
     "Downloads the files that are not in the folder yet; raises the first permanent failure."
     urls = list(urls)
@@ -480,7 +484,7 @@ def _listing(dataset, folder, connection):
         if not url.startswith(f"{base}/"):
             problem = f"the hub's list of files continues at {shown(url)}, which is another host"
             raise ValueError(f"{dataset.repo}: {problem}.")
-        content, following = connection.retry(url, partial(_page, url, connection), lambda *_: None)
+        content, following = connection.retry(url, partial(_page, url, connection), _ignore)
         try:
             sizes |= {entry["path"]: entry.get("size", 0) for entry in json.loads(content)
                       if entry["type"] == "file"}

@@ -201,11 +201,19 @@ def _drop_body(response, **_):
         response.raw = io.BytesIO()
 
 
-def send_request(url: str, headers: dict[str, str], timeout: float = 60.0,
-                 session=requests) -> requests.Response:
+def _without_password(request):
+    "The request as it is: the default authentication would add a password of ~/.netrc."
+    return request
+
+
+def send_request(
+    url: str,
+    headers: dict[str, str],
+    timeout: float = 60.0,
+    session=requests,
+) -> requests.Response:
     "The response to a request, its body not yet read; a TemporaryError if the server is busy or unreachable."
-    # no password of ~/.netrc
-    options = {"auth": lambda request: request, "stream": True, "timeout": (10, timeout)}
+    options = {"auth": _without_password, "stream": True, "timeout": (10, timeout)}
     options["headers"] = {"Accept-Encoding": "identity"} | headers
     options["hooks"] = {"response": _drop_body}
     with _plain_errors(url):
@@ -239,11 +247,15 @@ ATTEMPTS = 5  # in a row that receive nothing
 LONGEST_WAIT = 600.0  # seconds
 
 
+def _nothing_received():
+    return 0, None
+
+
 def retry(
     url: str,  # for messages
     attempt: Callable[[], object],  # called until it returns a result, which is not None
     wait: Callable[[str, float], object],  # wait(what happened, seconds) before the next attempt
-    received: Callable[[], tuple[int, int | None]] = lambda: (0, None),  # bytes so far, and in all if known
+    received: Callable[[], tuple[int, int | None]] = _nothing_received,  # bytes so far, and in all if known
     attempts: int = ATTEMPTS,
     longest_wait: float = LONGEST_WAIT,
     pause: float = 1.0,  # seconds; it doubles with every attempt that counts
@@ -547,7 +559,11 @@ def chunk_ranges(
 
     pyarrow's own metadata of a column chunk, the default, ends the process if the file is damaged there.
     """
-    chunk = chunk or (lambda group, index: metadata.row_group(group).column(index))
+
+    def own_chunk(group, index):
+        return metadata.row_group(group).column(index)
+
+    chunk = chunk or own_chunk
     names = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
     selected = [any(f"{name}.".startswith(f"{column}.") for column in columns) for name in names]
     indices = [index for index in range(metadata.num_columns) if selected[index]]

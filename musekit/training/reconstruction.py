@@ -221,10 +221,11 @@ def ssim(
 def codebook_report(
     model: nn.Module,  # an `ImageTokenizer`
     batches: Iterable[dict],  # of `pixel_values` (B, 3, h, w) in [0, 1]
-    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,  # sums over processes
+    reduce: Callable[[Tensor], Tensor] | None = None,  # sums over processes
 ) -> dict[str, float]:  # l1, mse, psnr, ssim, codes_used, codebook_size, perplexity
     "Metrics of the reconstructions of a tokenizer, and of the use of its codebook."
-    sums, counts = torch.zeros(5, dtype=torch.float64), torch.zeros(model.codebook_size, dtype=torch.int64)
+    sums = torch.zeros(5, dtype=torch.float64)
+    counts = torch.zeros(model.codebook_size, dtype=torch.int64)
     with evaluating(model):
         for batch in batches:
             pixels = batch["pixel_values"].to(model.device)
@@ -234,7 +235,11 @@ def codebook_report(
             errors = difference.abs().sum(), difference.square().sum(), ssim(images, pixels).sum()
             sums += torch.tensor([*(error.item() for error in errors), pixels.numel(), len(pixels)])
             counts += code_counts(ids, len(counts)).cpu()
-    sums, counts = reduce(sums.to(model.device)).tolist(), reduce(counts.to(model.device)).cpu()
+    if reduce is not None:
+        sums = reduce(sums.to(model.device))
+        counts = reduce(counts.to(model.device))
+    sums = sums.tolist()
+    counts = counts.cpu()
     if not sums[4]:
         raise ValueError("`batches` holds no images; check that it is not empty and can be read again.")
     l1, mse = sums[0] / sums[3], sums[1] / sums[3]

@@ -329,7 +329,11 @@ class MaskSchedule(Section):
 
     def check(self, path):
         super().check(path)
-        get_schedule(self.schedule, **self.params)(torch.tensor(0.5))
+        for key, params in (("schedule", {}), ("params", self.params)):
+            try:
+                get_schedule(self.schedule, **params)(torch.tensor(0.5))
+            except ValueError as error:
+                raise ValueError(f"{path}.{key}={getattr(self, key)!r}: {error}") from error
 
 # %% ../../nbs/04_training/01_schema.ipynb #3d6c59bd
 @dataclass

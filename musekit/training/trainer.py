@@ -19,7 +19,7 @@ from musekit.core.masking import (
     IGNORE_INDEX, MaskedTokens, MaskingConfig, drop_conditions, mask_tokens, sample_ratios,
 )
 from ..core.schedules import get_schedule
-from .config import Config
+from .config import Config, check_config
 from .distributed import gather_for_methods, make_accelerator, set_up_sharding
 from .ema import make_ema
 from .loop import Loop
@@ -93,6 +93,7 @@ class Trainer(Loop):
         callbacks: Iterable = (),  # objects with on_start, on_step and on_end, called in order
         accelerator: Accelerator | None = None,
     ):
+        check_config(config)
         if config.training.cond_dropout_prob and unconditional is None:
             raise ValueError("training.cond_dropout_prob is above 0 and Trainer has no unconditional=; "
                              "pass it, or set 0.")
