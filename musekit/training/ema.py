@@ -25,12 +25,17 @@ def ema_decay(
     decay: float = 0.9999,  # the highest, in [0, 1]
     *,
     update_after_step: int = 0,  # until the step after this one, the weights are copied
+    use_ema_warmup: bool = False,  # the power rule instead of the rational one
+    inv_gamma: float = 1.0,  # its time scale, in steps
+    power: float = 2 / 3,  # its exponent
+    min_decay: float = 0.0,  # the lowest, once averaging has begun
 ) -> float:
     "The weight of the old average at `step`."
     since = step - update_after_step - 1
     if since <= 0:
         return 0.0
-    return min(decay, (1 + since) / (10 + since))
+    growing = 1 - (1 + since / inv_gamma) ** -power if use_ema_warmup else (1 + since) / (10 + since)
+    return max(min_decay, min(decay, growing))
 
 # %% ../../nbs/04_training/06_ema.ipynb #d0a6d3c9
 def _shadow(parameter):
@@ -47,11 +52,12 @@ class EMA:
         decay: float = 0.9999,  # the highest decay, see `ema_decay`
         *,
         update_every: int = 1,  # optimizer steps from one update to the next
-        update_after_step: int = 0,  # see `ema_decay`
+        **rule,  # the other arguments of `ema_decay`
     ):
+        ema_decay(1, decay, **rule)
         self.model = model
         self.update_every = update_every
-        self.rule = {"decay": decay, "update_after_step": update_after_step}
+        self.rule = {"decay": decay, **rule}
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names = list(trained)
         self.parameters = list(trained.values())
