@@ -4,11 +4,13 @@
     python tests/benchmarks/samplers.py runs/demo/pipeline tests/benchmarks/samplers.json
 
 Generates 400 held-out prompts for each setting and seed. About fifteen minutes on one core with two seeds.
+`--only adaptive` measures adaptive samplers alone, and keeps the other measurements in the file.
 """
 import argparse
 import json
 from pathlib import Path
 
+from musekit.core.decoding import model_calls
 from musekit.data.digits import test_prompts
 from musekit.evaluation.digits import DigitJudge, distinctness, score
 from musekit.inference.pipeline import Pipeline
@@ -18,6 +20,12 @@ SAMPLERS = {
     "remasking": {"sampler_params": {"eta": 0.1}},
 }
 STEPS = (1, 2, 4, 8, 16)
+ADAPTIVE = {  # beside entropy order with a fixed number of steps
+    "entropy": ("steps", (2, 4, 8)),
+    "entropy_bounded": ("gamma", (30.0, 10.0, 3.0)),
+    "confidence_threshold": ("threshold", (0.3, 0.5, 0.7)),
+}
+MAX_STEPS = 64  # of adaptive samplers: all tokens
 PLAIN = {"sampling_temperature": 1.0, "min_p": 0.0, "corrections": 0}
 GUIDANCE = {
     "none": {"guidance_scale": 1.0},
@@ -39,14 +47,18 @@ SCALES = (1.0, 1.5, 3.0)
 
 def measure(pipeline, judge, prompts, seed, **options):
     "Prompt alignment, cleanness and variety of one image for each prompt."
-    passes = []
+    passes, records = [], []
     hook = pipeline.transformer.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
-    images = pipeline([prompt["text"] for prompt in prompts], seed=seed, batch_size=100, **options)
+    texts = [prompt["text"] for prompt in prompts]
+    images = pipeline(
+        texts, seed=seed, batch_size=100, callback=lambda step, record: records.append(record), **options
+    )
     hook.remove()
     right = score(judge, images, prompts)["overall"]
     varied = distinctness(judge, images, [prompt["digit"] for prompt in prompts])["mean"]
     shares = {name: right[name] for name in ("joint", "digit", "clean")}
-    return {**shares, "distinctness": varied, "seed": seed, "passes": sum(passes) / len(prompts)}
+    cost = {"passes": sum(passes) / len(prompts), "calls": float(model_calls(records).double().mean())}
+    return {**shares, "distinctness": varied, "seed": seed, **cost}
 
 
 def settings():
@@ -58,6 +70,13 @@ def settings():
                 "steps": steps,
                 **options,
             }
+    for name, (parameter, values) in ADAPTIVE.items():
+        for value in values:
+            if parameter == "steps":
+                options = {"steps": value}
+            else:
+                options = {"steps": MAX_STEPS, "sampler_params": {parameter: value}}
+            yield {"comparison": "adaptive", "name": name, parameter: value}, {"sampler": name, **options}
     for name, options in GUIDANCE.items():
         yield {"comparison": "guidance", "name": name, "steps": 16}, {
             "steps": 16,
@@ -83,16 +102,20 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=400)
+    parser.add_argument("--only", metavar="COMPARISON")
     options = parser.parse_args()
     pipeline, judge, prompts = (
         Pipeline.from_pretrained(options.pipeline),
         DigitJudge(),
         test_prompts(options.prompts),
     )
-    rows = []
+    chosen = [(label, how) for label, how in settings() if options.only in (None, label["comparison"])]
+    rows = json.loads(options.out.read_text()) if options.only and options.out.exists() else []
+    rows = [row for row in rows if row["comparison"] != options.only]
     for seed in range(options.seeds):
-        for label, how in settings():
-            rows.append({**label, **measure(pipeline, judge, prompts, seed, **how)})
+        for label, how in chosen:
+            measured = measure(pipeline, judge, prompts, seed, **how)
+            rows.append({**label, **measured, "prompts": len(prompts)})
             print(rows[-1], flush=True)
             options.out.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
