@@ -199,7 +199,7 @@ def report_numbers(
     for number in numbers:
         words = in_words(number)
         gap = len(pipeline.tokenizer.encode(str(number)))
-        lines.append(f"  {number}=[...]  ->  {pipeline(f'{number}=', tokens=16, seed=0)[0]}")
+        lines.append(f"  {number}=[...]  ->  {pipeline(f'{number}=', seed=0)[0]}")
         read = pipeline.infill([gap, f"={words}"], seed=0)[0].partition("=")[0]
         lines.append(f"  [...]={words}  ->  {read}")
     times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in results["seconds"].items())
