@@ -16,6 +16,7 @@ import torch
 from omegaconf import MISSING
 
 from ..core.objectives import OBJECTIVES, get_objective
+from ..data.text import PACKINGS
 from ..models.inspection import num_parameters
 from ..models.text_transformer import TextTransformer
 from ..training.config import Unused, describe, flatten, load_config, unused_steps, warn_unused
@@ -61,7 +62,7 @@ class TextDataSection(Section):
     eval_path: Optional[str] = setting(None, "the same, for evaluation; null = the validation shard at path")
     column: Optional[str] = setting(None, "column of the texts; null = the usual names")
     length: int = setting(256, "tokens of a row", low=2)
-    packing: str = setting("best_fit", "of documents into rows", choices=("best_fit", "cut"))
+    packing: str = setting("best_fit", "of documents into rows", choices=PACKINGS)
     separate_documents: bool = setting(False, "documents of a row do not attend to each other")
     num_workers: int = setting(0, "worker processes of the loader", low=0)
 

@@ -109,7 +109,7 @@ def judge_numbers(
     return shares
 
 
-_ROOM = 20  # tokens of a row and what may follow it
+_ROOM = 17  # tokens of a row
 
 
 def _fill(pipeline, rows, seed, options):
@@ -133,9 +133,9 @@ def _is_right(task, answer, text):
 
 # %% ../../nbs/07_recipes/16_text_demo.ipynb #15a4e237
 NUMBERS = [  # settings of the run, over those of text.yaml
-    "tokenizer.vocab_size=320", "tokenizer.digits=1", "dataset.length=32", "dataset.packing=cut",
+    "tokenizer.vocab_size=320", "tokenizer.digits=1", "dataset.length=17", "dataset.packing=pad",
     "model.transformer.hidden_size=96",
-    "batch_size=64", "steps=2400", "lr=3e-3", "optimizer.params.muon_learning_rate=0.02",
+    "batch_size=128", "steps=2000", "lr=3e-3", "optimizer.params.muon_learning_rate=0.02",
     "experiment.eval_every=600", "experiment.save_every=1200", "experiment.generate_every=null",
 ]
 DECODING = {"steps": 32, "temperature": 0.0, "sampling_temperature": 0.1, "schedule": "linear"}

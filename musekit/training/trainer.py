@@ -24,6 +24,7 @@ from .distributed import gather_for_methods, make_accelerator, set_up_sharding
 from .ema import make_ema
 from .loop import Loop
 from .optim import make_optimizer, make_scheduler
+from .schema import Section
 
 # %% ../../nbs/04_training/09_trainer.ipynb #5efc07cb
 def masking_config(model: nn.Module, config: Config) -> MaskingConfig:
@@ -93,7 +94,7 @@ class Trainer(Loop):
         callbacks: Iterable = (),  # objects with on_start, on_step and on_end, called in order
         accelerator: Accelerator | None = None,
     ):
-        check_config(config)
+        check_config(config, Section)
         if config.training.cond_dropout_prob and unconditional is None:
             raise ValueError("training.cond_dropout_prob is above 0 and Trainer has no unconditional=; "
                              "pass it, or set 0.")
