@@ -49,6 +49,7 @@ class TextPipeline:
         tokenizer: TextTokenizer,
         *,
         generation: GenerationConfig | None = None,  # None: 64 steps, without guidance
+        padded: bool = False,  # document tokens fill up the rows, as in training on rows of one document
     ):
         if tokenizer.vocab_size != transformer.config.vocab_size:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the transformer "
@@ -56,6 +57,7 @@ class TextPipeline:
         self.transformer = transformer.eval()
         self.tokenizer = tokenizer
         self.generation = generation or GenerationConfig(steps=64, guidance_scale=1.0)
+        self.padded = padded
         self.mask_token_id = transformer.config.mask_token_id
 
     @property
@@ -79,6 +81,8 @@ class TextPipeline:
         if len(ids) > self.length:
             raise ValueError(f"{len(ids)} tokens with their gaps are more than the model's {self.length}; "
                              "shorten the text or the gaps")
+        if self.padded:
+            ids += [self.tokenizer.bos_id] * (self.length - len(ids))
         return torch.tensor(ids)
 
     @torch.no_grad()
@@ -150,8 +154,7 @@ class TextPipeline:
         **options,  # of `ids`
     ) -> list[str]:
         "Texts that begin with a prompt."
-        begin = self.start_ids([prompt])
-        room = self.length - len(begin)
+        room = self.length - 1 - len(self.tokenizer.encode(prompt))
         tokens = room if tokens is None else whole_numbers("tokens", tokens, 1)
         rows = self.ids(self.start_ids([prompt, tokens]), count=count, **options)
         return [self.text(row, whole) for row in rows]
@@ -173,7 +176,7 @@ class TextPipeline:
     def save_pretrained(self, folder: str | Path):
         "Writes transformer, tokenizer and settings."
         kinds = {"transformer": type(self.transformer).__name__, "tokenizer": type(self.tokenizer).__name__}
-        settings = kinds | {"generation": vars(self.generation)}
+        settings = kinds | {"padded": self.padded, "generation": vars(self.generation)}
         with replaced_folder(folder, SETTINGS_FILE) as aside:
             self.transformer.save_pretrained(aside / "transformer")
             self.tokenizer.save(aside / "tokenizer")
@@ -196,4 +199,5 @@ class TextPipeline:
             raise ValueError(f"{path} is no pipeline of text; musekit train text makes one")
         transformer = TextTransformer.from_pretrained(folder / "transformer", torch_dtype=dtype)
         tokenizer = load_text_tokenizer(folder / "tokenizer")
-        return cls(transformer.to(device), tokenizer, generation=GenerationConfig(**settings["generation"]))
+        generation = GenerationConfig(**settings["generation"])
+        return cls(transformer.to(device), tokenizer, generation=generation, padded=settings["padded"])

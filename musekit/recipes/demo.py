@@ -38,7 +38,7 @@ from ..training.reconstruction import codebook_report
 
 # %% ../../nbs/07_recipes/08_demo.ipynb #e1b039fb
 DEMO = [
-    "data=digits", "steps=1200", "training.ema_decay=0.99", "dataset.preprocessing.max_seq_length=16",
+    "data=digits", "steps=1200", "training.ema_decay=0.99",
     "optimizer.name=muon", "optimizer.params.muon_learning_rate=0.005", "lr_scheduler.scheduler=linear",
     "model.vq_model.params.codebook_size=128", "model.vq_model.train.steps=1100",
     "model.vq_model.train.batch_size=16", "model.vq_model.train.learning_rate=0.012",

@@ -23,7 +23,7 @@ from ..core.objectives import Objective, get_objective, low_discrepancy_times, u
 from ..data.text import TextFiles, TextRows, find_text
 from ..data.text_tokenizers import ByteTokenizer, TextTokenizer, load_text_tokenizer, train_bpe
 from ..inference.text_pipeline import TextPipeline
-from ..models.text_transformer import TextTransformer
+from ..models.text_transformer import TextTransformer, from_causal
 from .text_config import TextConfig, check_text, make_text_model
 from .text_to_image import Stages
 from ..training.callbacks import Checkpoint, Evaluate, validation_loss
@@ -262,12 +262,12 @@ def _start_network(config, tokenizer, causal):
         network = TextTransformer.from_pretrained(path)
         _check_pretrained(network, config, tokenizer)
         return network
-    torch.manual_seed(config.training.seed)
-    network = make_text_model(config, tokenizer.vocab_size)
     if causal:
-        trained = TextTransformer.from_pretrained(causal.output_dir)
-        network.load_state_dict(trained.state_dict())
-    return network
+        network = from_causal(causal.output_dir)
+        network.gradient_checkpointing = config.model.gradient_checkpointing
+        return network
+    torch.manual_seed(config.training.seed)
+    return make_text_model(config, tokenizer.vocab_size)
 
 
 def _check_pretrained(network, config, tokenizer):
@@ -332,7 +332,8 @@ def _train(recipe):
         trainer = make_text_trainer(recipe, files, tokenizer, network).fit()
     if not trainer.stop and recipe.accelerator.is_main_process:
         trained = type(trainer.network).from_pretrained(recipe.folder)
-        TextPipeline(trained, tokenizer).save_pretrained(recipe.folder / "pipeline")
+        padded = config.dataset.packing == "pad"
+        TextPipeline(trained, tokenizer, padded=padded).save_pretrained(recipe.folder / "pipeline")
     return TextResult(recipe, files, tokenizer, trainer)
 
 # %% ../../nbs/07_recipes/14_text.ipynb #b8eb78fd

@@ -96,8 +96,8 @@ def judge_numbers(
         ids = [tokenizer.bos_id, *tokenizer.encode(text)]
         mask = pipeline.mask_token_id
         written = len(digits) + 2  # with the document token and the equals sign
-        end = [tokenizer.bos_id]
-        starts["digits to words"].append(ids[:written] + [mask] * (_ROOM - written))
+        end = [tokenizer.bos_id] * (pipeline.length - len(ids))
+        starts["digits to words"].append(ids[:written] + [mask] * (pipeline.length - written))
         starts["words to digits"].append([ids[0]] + [mask] * len(digits) + ids[len(digits) + 1 :] + end)
         gap = slice(3, len(ids) - 2)  # leaves two digits and two words
         starts["middle"].append(ids[:3] + [mask] * len(ids[gap]) + ids[-2:] + end)
@@ -109,19 +109,10 @@ def judge_numbers(
     return shares
 
 
-_ROOM = 17  # tokens of a row
-
-
 def _fill(pipeline, rows, seed, options):
-    "The texts of rows with gaps, those of one length at a time."
-    texts = [None] * len(rows)
-    for length in sorted(set(map(len, rows))):
-        places = [place for place, row in enumerate(rows) if len(row) == length]
-        starts = torch.tensor([rows[place] for place in places])
-        filled = pipeline.ids(starts, seed=seed, batch_size=400, **options)
-        for place, ids in zip(places, filled):
-            texts[place] = pipeline.text(ids)
-    return texts
+    "The texts of rows with gaps."
+    filled = pipeline.ids(torch.tensor(rows), seed=seed, batch_size=400, **options)
+    return [pipeline.text(ids) for ids in filled]
 
 
 def _is_right(task, answer, text):
@@ -135,7 +126,7 @@ def _is_right(task, answer, text):
 NUMBERS = [  # settings of the run, over those of text.yaml
     "tokenizer.vocab_size=320", "tokenizer.digits=1", "dataset.length=17", "dataset.packing=pad",
     "model.transformer.hidden_size=96",
-    "batch_size=128", "steps=2000", "lr=3e-3", "optimizer.params.muon_learning_rate=0.02",
+    "batch_size=128", "steps=1200", "lr=3e-3", "optimizer.params.muon_learning_rate=0.02",
     "experiment.eval_every=600", "experiment.save_every=1200", "experiment.generate_every=null",
 ]
 DECODING = {"steps": 32, "temperature": 0.0, "sampling_temperature": 0.1, "schedule": "linear"}
