@@ -101,7 +101,7 @@ def test_a_process_finds_a_wrong_argument_at_once(tmp_path):
         ),
         (["train", "data=digits", "training.eval_mask_ratios=[]"], "must hold a ratio"),
         (["train", "data=digits", "training.seed=99999999999999999999"], "at most"),
-        (["train", "data=digits", "experiment.trackers=tensorboard"], "give a list"),
+        (["train", "data=digits", "experiment.trackers=tensorboard"], "must be a list"),
         (["train", "data=digits", "model.text_encoder.train.hidden_size=7"], "must be even"),
         (["train", "data=digits", "model.transformer.codebook_size=10"], "belong together"),
         (["train", "data=digits", "dataset.preprocessing.max_seq_length=1"], "at least 2"),
