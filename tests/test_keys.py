@@ -334,11 +334,11 @@ def test_soft_targets(networks, data, tmp_path):
     trainer, micros = micro(tmp_path, data, soft, count=1)
     soft = torch.rand(8, 16, 64, generator=torch.Generator().manual_seed(1)).softmax(-1)
     trainer.prepare = lambda batch: {**batch, "soft_targets": soft}
-    micro = trainer.make_micro_batch(next(iter(trainer.data(0))), 0, 0)
-    mask = micro.tokens.mask
+    masked = trainer.make_micro_batch(next(iter(trainer.data(0))), 0, 0)
+    mask = masked.tokens.mask
     with torch.no_grad():
-        loss = trainer.loss(trainer.model.eval(), micro)
-        logits = trainer.model(micro.tokens.input_ids, **micro.conditions, token_mask=mask)
+        loss = trainer.loss(trainer.model.eval(), masked)
+        logits = trainer.model(masked.tokens.input_ids, **masked.conditions, token_mask=mask)
     assert loss.item() == pytest.approx(
         -(soft[mask] * logits.log_softmax(-1)).sum(-1).mean().item(), abs=1e-5
     )
