@@ -183,6 +183,9 @@ def make_files(folder):
     make_photos(folder / "photos", 60)
     make_photos(folder / "ten_photos", 10)
     make_photos(folder / "held-out", 24)
+    (folder / "documents").mkdir()
+    texts = [f"{number} and {number + 1} make {2 * number + 1}." * 20 for number in range(200)]
+    pq.write_table(pa.table({"text": texts}), folder / "documents" / "all.parquet")
     for name in ("cat", "dog"):
         make_photos(folder / "animals" / name, 20)
     make_shards(folder / "shards", count=100, each=1, width=5)

@@ -93,7 +93,7 @@ _EXAMPLES = """examples:
   musekit evaluate runs/small data=held-out/ --features inception=pt_inception-2015-12-05-6726825d.pth
   musekit evaluate runs/small 'data=test/{000..009}.tar' --features clip=openai/clip-vit-base-patch32 \\
       --statistics test.safetensors --samples 10000 --out evaluation.json
-  musekit evaluate runs/text --twin runs/twin        # on the held-out text of the run"""
+  musekit evaluate runs/text                # of text: bits per byte of what the run held out"""
 
 
 def _add_text_options(parser):

@@ -126,7 +126,7 @@ _TRAIN_EXAMPLES = """examples:
   musekit train run.yaml                    # a configuration file, such as the README's
   musekit train run.yaml batch_size=32 output=runs/other  # and changes to it
   musekit train small mine.yaml             # a file with what differs from the small model
-  musekit train text data=shards/           # masked diffusion on text, from Parquet files
+  musekit train text data=documents/        # masked diffusion on text, from Parquet files
   musekit train data=photos/ model.pretrained_model_path=runs/demo/pipeline model.lora.rank=8 \\
       output=runs/tuned                     # low-rank updates of a trained model
   accelerate launch -m musekit train run.yaml  # on every GPU of this machine

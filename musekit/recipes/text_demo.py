@@ -126,7 +126,7 @@ def _is_right(task, answer, text):
 NUMBERS = [  # settings of the run, over those of text.yaml
     "tokenizer.vocab_size=320", "tokenizer.digits=1", "dataset.length=17", "dataset.packing=pad",
     "model.transformer.hidden_size=96",
-    "batch_size=128", "steps=1200", "lr=3e-3", "optimizer.params.muon_learning_rate=0.02",
+    "batch_size=128", "steps=1400", "lr=3e-3", "optimizer.params.muon_learning_rate=0.02",
     "experiment.eval_every=600", "experiment.save_every=1200", "experiment.generate_every=null",
 ]
 DECODING = {"steps": 32, "temperature": 0.0, "sampling_temperature": 0.1, "schedule": "linear"}
