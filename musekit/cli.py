@@ -33,7 +33,7 @@ _COMMANDS = (  # in the order of the help
 
 
 _FIRST_STEPS = """first steps:
-  musekit demo                              # a model of handwritten digits, in five minutes
+  musekit demo                              # a model of handwritten digits, in six minutes
   musekit generate "a blue three on yellow paper"
   musekit train data=photos/                # your images, each with a text file beside it
   musekit generate "a prompt" --model runs/small/pipeline
