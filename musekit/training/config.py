@@ -232,6 +232,7 @@ def _merge(schema, *layers):
     for layer in layers:  # one by one, so that a later layer wins by either name of a key
         _modernise(layer, schema)
     settings = OmegaConf.to_container(OmegaConf.merge(*layers))
+    _refuse_keys(settings, schema)
     if schema is Config:
         _infer_classes(settings)
     defaults = OmegaConf.create(OmegaConf.to_container(typed))
@@ -245,6 +246,18 @@ def _merge(schema, *layers):
         raise ValueError(f"Missing: {names}; set them in the file or by key=value, or start from the kit's "
                          "small model: musekit train small FILE.")
     return OmegaConf.to_object(merged)
+
+
+def _refuse_keys(tree, section, path=""):
+    "Raises ValueError for a dictionary where a list is needed, which OmegaConf does not report."
+    types = get_type_hints(section)
+    for name, value in tree.items():
+        full = f"{path}.{name}".lstrip(".")
+        annotation = types.get(name)
+        if dataclasses.is_dataclass(annotation) and isinstance(value, dict):
+            _refuse_keys(value, annotation, full)
+        elif isinstance(value, dict) and get_origin(_without_null(annotation)) is list:
+            raise ValueError(f"{short_name(full)}={value!r} must be {_kind(annotation)}.")
 
 
 def _to_be_set(tree, path=""):
