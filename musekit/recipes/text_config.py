@@ -59,7 +59,7 @@ class TextModelSection(Section):
 class TextDataSection(Section):
     "Where the texts are, and how they become rows of tokens."
     path: Any = setting(MISSING, "Parquet files, such as musekit-shards' folder, or autoresearch's cache")
-    eval_path: Optional[str] = setting(None, "the same, for evaluation; null = the validation shard at path")
+    eval_path: Any = setting(None, "the same, for evaluation; null = the held-out part of path")
     column: Optional[str] = setting(None, "column of the texts; null = the usual names")
     length: int = setting(256, "tokens of a row", low=2)
     packing: str = setting("best_fit", "of documents into rows", choices=PACKINGS)

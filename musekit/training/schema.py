@@ -24,6 +24,7 @@ SHORT_NAMES = {  # key -> its short name
     "dataset.params.train_shards_path_or_url": "data",
     "dataset.path": "data",  # of an image tokenizer
     "dataset.params.eval_shards_path_or_url": "eval_data",
+    "dataset.eval_path": "eval_data",
     "experiment.output_dir": "output",
     "training.batch_size": "batch_size",
     "training.max_train_steps": "steps",
